@@ -1,0 +1,17 @@
+"""The callbacks that ship with ofengine, one a file; they use what any user's callback could."""
+
+from ofengine.callbacks.graph_lr_scale import GraphLRScaleCallback
+from ofengine.callbacks.lr_decay import LRDecayCallback
+from ofengine.callbacks.lr_monitor import LearningRateMonitor
+from ofengine.callbacks.model_checkpoint import ModelCheckpoint
+from ofengine.callbacks.model_summary import ModelSummary
+from ofengine.callbacks.progress_bar import ProgressBar
+
+__all__ = [
+    "GraphLRScaleCallback",
+    "LRDecayCallback",
+    "LearningRateMonitor",
+    "ModelCheckpoint",
+    "ModelSummary",
+    "ProgressBar",
+]

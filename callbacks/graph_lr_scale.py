@@ -1,0 +1,53 @@
+"""GraphLRScaleCallback: layerwise rates in graph mode, lowered into the compiled graph."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+from oneflow import nn
+
+from ofengine.callbacks.lr_decay import checked_decay
+from ofengine.hooks import Callback
+from ofengine.rates.plan import DecayEvents
+from ofengine.task import TaskModule
+from ofengine.trainer import Trainer
+
+
+class GraphLRScaleCallback(Callback):
+    """Compiles the plan's rates into each graph that updates the weights.
+
+    ``lr_scale`` becomes OneFlow's own ``lr_scale`` of the group; schedule and decay become a
+    table of rates for each group, which costs nothing at run time. Does nothing in eager mode,
+    where :class:`LRDecayCallback` carries out the same plan. Both may be listed.
+
+    Args:
+        every_n_batches: as in :class:`LRDecayCallback`. Default: what an ``LRDecayCallback`` in
+            the list says, else 10.
+        per_epoch: likewise; default True.
+        key: likewise; default ``"lr_decay_scale"``.
+    """
+
+    def __init__(
+        self,
+        every_n_batches: Optional[int] = None,
+        per_epoch: Optional[bool] = None,
+        key: Optional[str] = None,
+    ) -> None:
+        self._decay: Optional[DecayEvents] = None
+        if (every_n_batches, per_epoch, key) != (None, None, None):
+            default = DecayEvents()
+            self._decay = checked_decay(
+                type(self).__name__,
+                default.every_n_batches if every_n_batches is None else every_n_batches,
+                default.per_epoch if per_epoch is None else per_epoch,
+                default.key if key is None else key,
+            )
+
+    def setup(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
+        """Tell the plan when decay happens, where this callback was given arguments."""
+        if stage == "fit" and self._decay is not None:
+            trainer.rates.set_decay(self._decay, type(self).__name__)
+
+    def on_before_graph_compile(self, trainer: Trainer, task: TaskModule, graph: nn.Graph) -> None:
+        """Lower the rates from this step on into ``graph``."""
+        trainer.lower_rates(graph)

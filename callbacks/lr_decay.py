@@ -1,0 +1,92 @@
+"""LRDecayCallback: layerwise rates in eager mode, written into the live groups."""
+
+from __future__ import annotations
+
+from typing import Any, List, Optional
+
+from ofengine.errors import ConfigurationError, RateError
+from ofengine.hooks import Callback
+from ofengine.rates.plan import DecayEvents
+from ofengine.task import TaskModule
+from ofengine.trainer import Trainer
+
+
+class LRDecayCallback(Callback):
+    """Multiplies each group's rate by its ``lr_decay_scale`` at every decay event.
+
+    A decay event follows the optimizer step of every batch whose index in its epoch is
+    divisible by ``every_n_batches``, index 0 included, as in OneFlow's cookbook. In eager mode
+    this callback writes the rates of the plan, ``lr_scale`` and schedule included, into
+    ``optimizer.param_groups``. In graph mode it only tells the plan when decay happens;
+    :class:`GraphLRScaleCallback` carries it out there. Both may be listed.
+
+    Args:
+        every_n_batches: batches between decay events.
+        per_epoch: count batch indices anew in each epoch; False counts over the whole run.
+        key: the groups' key with the factor. ``"lr_scale"`` runs the cookbook's code to the
+            letter, where that key is the decay factor and no constant multiplier.
+
+    Raises:
+        RateError: at ``fit``, where a group's ``lr`` was changed by hand during training.
+    """
+
+    def __init__(
+        self, every_n_batches: int = 10, per_epoch: bool = True, key: str = "lr_decay_scale"
+    ) -> None:
+        self._decay = checked_decay(type(self).__name__, every_n_batches, per_epoch, key)
+        self._written: Optional[List[float]] = None
+
+    def setup(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
+        """Tell the plan when decay happens."""
+        if stage == "fit":
+            trainer.rates.set_decay(self._decay, type(self).__name__)
+
+    def on_train_start(self, trainer: Trainer, task: TaskModule) -> None:
+        """Write the first step's rates."""
+        self._written = None
+        if trainer.mode == "eager":
+            self._write(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, task: TaskModule) -> None:
+        """Write again: the length of the epoch before may have been a surprise."""
+        if trainer.mode == "eager":
+            self._write(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write the next step's rates."""
+        if trainer.mode == "eager":
+            self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
+        groups = trainer.optimizer.param_groups
+        rates = trainer.rates.rates(trainer.global_step)
+        if self._written is not None:
+            for name, group, written in zip(trainer.rates.names, groups, self._written):
+                if group["lr"] != written:
+                    raise RateError(
+                        f"the lr of group {name!r} was changed by hand from {written:g} to "
+                        f"{group['lr']:g} during training: the plan decides the rates, in both "
+                        "modes alike. Declare the change as lr_decay_scale or as a scheduler."
+                    )
+            if rates == self._written:
+                return
+        for group, rate in zip(groups, rates):
+            group["lr"] = rate
+        self._written = rates
+
+
+def checked_decay(owner: str, every_n_batches: int, per_epoch: bool, key: str) -> DecayEvents:
+    """The arguments of a rate callback as :class:`DecayEvents`, or an error that names them."""
+    whole = isinstance(every_n_batches, int) and not isinstance(every_n_batches, bool)
+    if not whole or every_n_batches < 1:
+        raise ConfigurationError(
+            f"{owner}(every_n_batches={every_n_batches!r}): give a whole number from 1 on."
+        )
+    if key not in ("lr_decay_scale", "lr_scale"):
+        raise ConfigurationError(
+            f"{owner}(key={key!r}): the key of the factor is 'lr_decay_scale', or 'lr_scale' for "
+            "the cookbook's code to the letter."
+        )
+    return DecayEvents(every_n_batches, bool(per_epoch), key)

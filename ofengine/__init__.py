@@ -1,0 +1,61 @@
+"""ofengine: one task, two modes, the same weights. A trainer engine for OneFlow.
+
+The names below are the public ones. They are looked up when first used, so that
+``python -m ofengine doctor`` can say what is missing even where OneFlow cannot be
+imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, List
+
+from ofengine._startup import quiet_oneflow_import
+
+if TYPE_CHECKING:
+    from ofengine.errors import (
+        CheckpointError as CheckpointError,
+        ConfigurationError as ConfigurationError,
+        DataError as DataError,
+        DeviceError as DeviceError,
+        GraphModeError as GraphModeError,
+        OFEngineError as OFEngineError,
+        RateError as RateError,
+    )
+    from ofengine.hooks import Callback as Callback
+    from ofengine.rates.plan import RatePlan as RatePlan
+    from ofengine.task import TaskModule as TaskModule
+    from ofengine.trainer import Trainer as Trainer, seed_everything as seed_everything
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Callback": "ofengine.hooks",
+    "CheckpointError": "ofengine.errors",
+    "ConfigurationError": "ofengine.errors",
+    "DataError": "ofengine.errors",
+    "DeviceError": "ofengine.errors",
+    "GraphModeError": "ofengine.errors",
+    "OFEngineError": "ofengine.errors",
+    "RateError": "ofengine.errors",
+    "RatePlan": "ofengine.rates.plan",
+    "TaskModule": "ofengine.task",
+    "Trainer": "ofengine.trainer",
+    "seed_everything": "ofengine.trainer",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+quiet_oneflow_import()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ofengine' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> List[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,90 @@
+"""The Trainer's arguments, checked."""
+
+from __future__ import annotations
+
+import math
+import re
+from datetime import timedelta
+from typing import Any, Dict, Optional, Union
+
+from ofengine.errors import ConfigurationError
+
+MaxTime = Union[str, timedelta, Dict[str, int], None]
+
+
+def check_choice(name: str, value: Any, choices: Any) -> Any:
+    """``value`` where it is one of ``choices``."""
+    if value not in choices:
+        raise ConfigurationError(f"{name}={value!r}: use one of {sorted(choices)}.")
+    return value
+
+
+def check_count(name: str, value: Any, least: int, what: str) -> int:
+    """``value`` where it is an int from ``least`` on."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigurationError(f"{name}={value!r}: give {what}.")
+    return value
+
+
+def check_clip(value: Any) -> Optional[float]:
+    """``gradient_clip_val`` as a float; None and 0 mean no clipping."""
+    if value is None:
+        return None
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0:
+        raise ConfigurationError(
+            f"gradient_clip_val={value!r}: give a positive number, or None for no clipping."
+        )
+    return float(value) or None
+
+
+def seconds_of(max_time: MaxTime) -> Optional[float]:
+    """``max_time`` in seconds: "DD:HH:MM:SS", a timedelta, or a dict of its arguments."""
+    if max_time is None:
+        return None
+    if isinstance(max_time, dict):
+        try:
+            max_time = timedelta(**max_time)
+        except TypeError as error:
+            raise ConfigurationError(f"max_time={max_time!r}: {error}.") from None
+    if isinstance(max_time, timedelta):
+        return max_time.total_seconds()
+    match = isinstance(max_time, str) and re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", max_time)
+    if not match:
+        raise ConfigurationError(
+            f'max_time={max_time!r}: write it as "DD:HH:MM:SS" (days, hours, minutes, seconds), a '
+            "datetime.timedelta, or a dict such as {'hours': 2}."
+        )
+    days, hours, minutes, seconds = map(int, match.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def batches_between_validations(
+    interval: Union[int, float, None], batches: Optional[int]
+) -> Optional[int]:
+    """``val_check_interval`` in batches; None stands for "at the end of the epoch"."""
+    if interval is None or (isinstance(interval, float) and interval == 1.0):
+        return None
+    if isinstance(interval, bool) or not isinstance(interval, (int, float)) or interval <= 0:
+        raise ConfigurationError(
+            f"val_check_interval={interval!r}: give a number of batches (an int) or a share of the "
+            "epoch between 0.0 and 1.0 (a float)."
+        )
+    if isinstance(interval, float):
+        if interval > 1.0:
+            raise ConfigurationError(
+                f"val_check_interval={interval!r}: a float is a share of the epoch, at most 1.0; "
+                f"for {interval:g} batches write {int(interval)}."
+            )
+        if batches is None:
+            raise ConfigurationError(
+                f"val_check_interval={interval!r} is a share of an epoch whose length is not "
+                "known: give a number of batches (an int)."
+            )
+        return max(1, int(interval * batches))
+    if batches is not None and interval > batches:
+        raise ConfigurationError(
+            f"val_check_interval={interval} is more than the {batches} batches of an epoch: "
+            "validation would never run. Give a smaller number, or use check_val_every_n_epoch."
+        )
+    return interval

@@ -1,0 +1,35 @@
+"""Every error that a user can cause. Each message says what was wrong, where, and what to write."""
+
+from __future__ import annotations
+
+
+class OFEngineError(Exception):
+    """The base of all errors of ofengine; ``except OFEngineError`` catches every one."""
+
+
+class ConfigurationError(OFEngineError):
+    """The Trainer's arguments, the task's methods or the callbacks do not fit together."""
+
+
+class RateError(OFEngineError):
+    """A parameter group, a learning rate or a schedule is wrong."""
+
+
+class GraphModeError(OFEngineError):
+    """The task does something that a static graph cannot do."""
+
+
+class DeviceError(OFEngineError):
+    """The device that was asked for is not there."""
+
+
+class DataError(OFEngineError):
+    """A dataloader or a batch is not what training needs."""
+
+
+class CheckpointError(OFEngineError):
+    """A checkpoint cannot be written, read, or does not fit the model."""
+
+
+class OFEngineWarning(UserWarning):
+    """Something that trains, but perhaps not what was meant."""

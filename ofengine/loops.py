@@ -1,0 +1,131 @@
+"""The fit loop and the evaluation loop, to be read from top to bottom."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Dict, List, Optional
+
+from ofengine.data import Batches
+
+if TYPE_CHECKING:
+    from ofengine.trainer import Trainer
+
+_RUN_AHEAD = 16
+"""Steps that may be handed to the device before the first of them has been waited for."""
+
+
+def fit_loop(trainer: Trainer, train: Batches, validation: List[Batches]) -> None:
+    """Train ``trainer.task``: epochs, batches, validation where it is due."""
+    hooks = trainer.hooks
+    _sanity_check(trainer, validation)
+    trainer.metrics.begin(per_step=True)
+    trainer.task.train()
+    hooks.fire("on_train_start")
+    while not trainer.is_done():
+        trainer.reseed(train, trainer.current_epoch)
+        hooks.fire("on_train_epoch_start")
+        _train_epoch(trainer, train, validation)
+        trainer.mode_runner.settle()
+        hooks.fire("on_train_epoch_end")
+        trainer.log_metrics(trainer.metrics.close_epoch())
+        trainer.current_epoch += 1
+    hooks.fire("on_train_end")
+    trainer.metrics.end()
+
+
+def _train_epoch(trainer: Trainer, train: Batches, validation: List[Batches]) -> None:
+    # Everything that stays the same from batch to batch is looked up here, once.
+    calls = trainer.hooks.calls
+    batch_start, batch_end = calls["on_train_batch_start"], calls["on_train_batch_end"]
+    step, commit = trainer.mode_runner.train_step, trainer.metrics.commit
+    log_every = trainer.log_every_n_steps
+    waiting: Any = None
+    batch_idx = -1
+    for batch_idx, batch, window, closes, is_last in train.steps(trainer.accumulate_grad_batches):
+        trainer.batch_idx = batch_idx
+        for call in batch_start:
+            call(batch, batch_idx)
+        outputs = step(batch, batch_idx, window, closes)
+        trainer.global_step += closes
+        trainer.batches_seen += 1
+        for call in batch_end:
+            call(outputs, batch, batch_idx)
+        commit(batch, outputs["loss"])
+        if closes and trainer.global_step % log_every == 0:
+            trainer.log_metrics(trainer.metrics.flush())
+        if batch_idx % _RUN_AHEAD == 0:
+            if waiting is not None:
+                waiting.numpy()
+            waiting = outputs["loss"]
+        if validation and trainer.validation_is_due(batch_idx, is_last):
+            evaluation_loop(trainer, "validation", validation)
+        trainer.interrupts.check()
+        if trainer.should_stop or (closes and trainer.is_out_of_time_or_steps()):
+            break
+    else:
+        trainer.epoch_ended(batch_idx + 1)
+
+
+def _sanity_check(trainer: Trainer, validation: List[Batches]) -> None:
+    """Try a few validation batches, so that a mistake there shows before training."""
+    if not validation or not trainer.num_sanity_val_steps:
+        return
+    trainer.sanity_checking = True
+    trainer.hooks.fire("on_sanity_check_start")
+    most = None if trainer.num_sanity_val_steps == -1 else trainer.num_sanity_val_steps
+    evaluation_loop(trainer, "validation", validation, most=most)
+    trainer.hooks.fire("on_sanity_check_end")
+    trainer.metrics.forget()
+    trainer.sanity_checking = False
+
+
+def evaluation_loop(
+    trainer: Trainer, stage: str, loaders: List[Batches], most: Optional[int] = None
+) -> List[Dict[str, float]]:
+    """Run ``stage`` ("validation", "test" or "predict") over ``loaders``.
+
+    Returns the metrics of each loader. What ``predict_step`` returns goes to
+    ``trainer.predictions``.
+    """
+    hooks, metrics = trainer.hooks, trainer.metrics
+    calls = hooks.calls
+    batch_start, batch_end = calls[f"on_{stage}_batch_start"], calls[f"on_{stage}_batch_end"]
+    step = trainer.eval_runner.eval_step
+    step_name = trainer.STEP_OF_STAGE[stage]
+    results: List[Dict[str, float]] = []
+    trainer.mode_runner.settle()
+    training = [module for module in trainer.task.modules() if module.training]
+    trainer.task.eval()
+    metrics.begin(per_step=False)
+    hooks.fire(f"on_{stage}_start")
+    hooks.fire(f"on_{stage}_epoch_start")
+    for loader_idx, loader in enumerate(loaders):
+        suffix = f"/dataloader_idx_{loader_idx}" if len(loaders) > 1 else ""
+        metrics.begin(per_step=False, suffix=suffix)
+        predictions: List[Any] = []
+        for batch_idx, batch in enumerate(loader):
+            if most is not None and batch_idx >= most:
+                break
+            for call in batch_start:
+                call(batch, batch_idx, loader_idx)
+            outputs = step(step_name, batch, batch_idx, loader_idx)
+            for call in batch_end:
+                call(outputs, batch, batch_idx, loader_idx)
+            metrics.commit(batch)
+            if stage == "predict":
+                predictions.append(outputs)
+            trainer.interrupts.check()
+        results.append(metrics.close_epoch())
+        metrics.end()
+        if stage == "predict":
+            trainer.predictions.append(predictions)
+    hooks.fire(f"on_{stage}_epoch_end")
+    shared = metrics.close_epoch()
+    for result in results:
+        result.update(shared)
+    metrics.end()
+    if not trainer.sanity_checking:
+        trainer.log_metrics({name: value for result in results for name, value in result.items()})
+    hooks.fire(f"on_{stage}_end")
+    for module in training:  # not task.train(): a user may keep some layers in eval mode
+        module.training = True
+    return results

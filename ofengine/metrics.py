@@ -1,0 +1,245 @@
+"""What ``log`` records: kept on the device, read in one go, averaged over epochs.
+
+A logged tensor is read when something asks for its value: every ``log_every_n_steps``
+steps, at the end of an epoch, or when ``trainer.callback_metrics`` is looked at. In between
+nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import attrs
+import oneflow as flow
+
+from ofengine.data import batch_size_of
+from ofengine.errors import ConfigurationError
+from ofengine.tracing import active_trace
+
+
+@attrs.frozen
+class LogSpec:
+    """How one ``log`` call wants its value reported."""
+
+    name: str
+    prog_bar: bool
+    logger: bool
+    on_step: bool
+    on_epoch: bool
+    batch_size: Optional[int]
+
+    @property
+    def step_name(self) -> str:
+        """The name of single batches' values."""
+        return f"{self.name}_step" if self.on_epoch else self.name
+
+    @property
+    def epoch_name(self) -> str:
+        """The name of the epoch's mean."""
+        return f"{self.name}_epoch" if self.on_step else self.name
+
+
+_LOSS = LogSpec("loss", prog_bar=True, logger=True, on_step=True, on_epoch=False, batch_size=None)
+_MOST_PENDING = 1000
+"""So many values wait on the device before they are read, to bound the memory."""
+
+
+class _Stage:
+    """The values of one running stage: the last of each step, sums for each epoch mean."""
+
+    def __init__(self, per_step: bool, suffix: str) -> None:
+        self.per_step = per_step
+        self.suffix = suffix
+        self.current: List[Tuple[LogSpec, Any]] = []
+        self.last: Dict[str, Tuple[LogSpec, Any]] = {}
+        self.pending: List[Tuple[LogSpec, Any, float]] = []
+        self.sums: Dict[str, Tuple[LogSpec, float, float]] = {}
+
+
+class Metrics:
+    """The metrics of a Trainer, of all stages."""
+
+    def __init__(self) -> None:
+        self._stages: List[_Stage] = []
+        self._specs: Dict[Tuple[Any, ...], LogSpec] = {}
+        self._known: Dict[str, float] = {}
+        self.progress_bar_names: Dict[str, None] = {}
+        """The names logged with ``prog_bar=True``, in the order of their first log."""
+
+    # ------------------------------------------------------------------ stages
+
+    def begin(self, per_step: bool, suffix: str = "") -> None:
+        """Enter a stage. ``per_step`` is the default of ``on_step``; ``suffix`` ends its names."""
+        self._stages.append(_Stage(per_step, suffix))
+
+    def end(self) -> None:
+        """Leave the stage entered last."""
+        self._stages.pop()
+
+    def reset(self) -> None:
+        """Leave all stages: the run is over. The latest values stay readable."""
+        self._stages.clear()
+
+    def forget(self) -> None:
+        """Forget all values, those of the sanity check."""
+        self._known.clear()
+
+    @property
+    def _stage(self) -> _Stage:
+        if not self._stages:
+            raise ConfigurationError(
+                "log() was called outside of a running fit, validate or test: call it in a step "
+                "or in a hook between on_train_start (on_validation_start, ...) and its end."
+            )
+        return self._stages[-1]
+
+    # ------------------------------------------------------------------ recording
+
+    def log(
+        self,
+        name: str,
+        value: Any,
+        *,
+        prog_bar: bool = False,
+        logger: bool = True,
+        on_step: Optional[bool] = None,
+        on_epoch: Optional[bool] = None,
+        batch_size: Optional[int] = None,
+    ) -> None:
+        """See :meth:`ofengine.TaskModule.log`."""
+        stage = self._stage
+        key = (name, prog_bar, logger, on_step, on_epoch, batch_size, stage.per_step, stage.suffix)
+        spec = self._specs.get(key)
+        if spec is None:
+            spec = self._specs[key] = LogSpec(
+                name=name + stage.suffix,
+                prog_bar=prog_bar,
+                logger=logger,
+                on_step=stage.per_step if on_step is None else on_step,
+                on_epoch=not stage.per_step if on_epoch is None else on_epoch,
+                batch_size=batch_size,
+            )
+        value = _scalar(name, value)
+        trace = active_trace()
+        if trace is not None:
+            trace.record(spec, value)
+        else:
+            stage.current.append((spec, value))
+
+    def record_traced(self, specs: Sequence[LogSpec], values: Sequence[Any]) -> None:
+        """Take what a compiled step put out for the ``log`` calls it was traced with."""
+        self._stages[-1].current.extend(zip(specs, values))
+
+    def commit(self, batch: Any = None, loss: Any = None) -> None:
+        """Close a batch: take what was logged since the last one, and the ``loss``."""
+        stage = self._stages[-1]
+        if loss is not None:
+            stage.last["loss"] = (_LOSS, loss)
+        if not stage.current:
+            return
+        batch_size = 1 if batch is None else batch_size_of(batch)
+        for spec, value in stage.current:
+            if spec.on_step:
+                stage.last[spec.name] = (spec, value)
+            if spec.on_epoch:
+                weight = batch_size if spec.batch_size is None else spec.batch_size
+                stage.pending.append((spec, value, float(weight)))
+        stage.current.clear()
+        if len(stage.pending) >= _MOST_PENDING:
+            self._fold_pending(stage)
+
+    # ------------------------------------------------------------------ reading
+
+    def flush(self) -> Dict[str, float]:
+        """Read what is pending, in one go. Returns the last step's values for the loggers."""
+        rows: Dict[str, float] = {}
+        if not self._stages:
+            return rows
+        stage = self._stages[-1]
+        last = list(stage.last.values())
+        numbers = self._fold_pending(stage, [value for _, value in last])
+        for (spec, _), number in zip(last, numbers):
+            self._publish(spec, spec.step_name, number)
+            if spec.logger:
+                rows[spec.step_name] = number
+        stage.last.clear()
+        return rows
+
+    def _fold_pending(self, stage: _Stage, others: Sequence[Any] = ()) -> List[float]:
+        """Add the pending values to their sums; ``others`` are read along and returned."""
+        numbers = _read([*others, *(value for _, value, _ in stage.pending)])
+        for (spec, _, weight), number in zip(stage.pending, numbers[len(others) :]):
+            _, total, weights = stage.sums.get(spec.name, (spec, 0.0, 0.0))
+            stage.sums[spec.name] = (spec, total + number * weight, weights + weight)
+        stage.pending.clear()
+        return numbers[: len(others)]
+
+    def close_epoch(self) -> Dict[str, float]:
+        """The epoch's means, by name, of all that was logged ``on_epoch``; then start anew."""
+        self.commit()
+        self.flush()
+        stage = self._stages[-1]
+        means: Dict[str, float] = {}
+        for spec, total, weights in stage.sums.values():
+            mean = total / weights if weights else float("nan")
+            self._publish(spec, spec.epoch_name, mean)
+            self._known[spec.name] = mean
+            if spec.logger:
+                means[spec.epoch_name] = mean
+        stage.sums.clear()
+        return means
+
+    @property
+    def values(self) -> Dict[str, float]:
+        """The latest value of every metric, by name. Waits for the device where one is pending."""
+        self.flush()
+        return dict(self._known)
+
+    @property
+    def progress_bar(self) -> Dict[str, float]:
+        """The values read so far of the metrics meant for the progress bar; waits for nothing."""
+        return {name: self._known[name] for name in self.progress_bar_names if name in self._known}
+
+    def put(self, values: Dict[str, float]) -> None:
+        """Publish numbers that did not come from ``log``, such as learning rates."""
+        self._known.update(values)
+
+    def _publish(self, spec: LogSpec, name: str, number: float) -> None:
+        self._known[name] = number
+        if spec.prog_bar:
+            self.progress_bar_names[name] = None
+
+
+def _scalar(name: str, value: Any) -> Any:
+    """``value`` as a detached tensor of no dimension, or as a float."""
+    if isinstance(value, flow.Tensor):
+        if value.numel() != 1:
+            raise ConfigurationError(
+                f"log({name!r}, ...) got a tensor of shape {tuple(value.shape)}: log one number, "
+                "for example its .mean()."
+            )
+        value = value.detach()
+        return value.reshape(()) if value.ndim else value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ConfigurationError(
+            f"log({name!r}, ...) got a {type(value).__name__}: log a tensor of one element or a "
+            "number; use log_dict for a dict."
+        ) from None
+
+
+def _read(values: Sequence[Any]) -> List[float]:
+    """All values as floats, with one transfer for each dtype and device."""
+    numbers: List[float] = [0.0] * len(values)
+    tensors: Dict[Tuple[Any, Any], List[int]] = {}
+    for position, value in enumerate(values):
+        if isinstance(value, flow.Tensor):
+            tensors.setdefault((value.dtype, value.device), []).append(position)
+        else:
+            numbers[position] = value
+    for positions in tensors.values():
+        read = flow.stack([values[position] for position in positions]).numpy()
+        for position, number in zip(positions, read.tolist()):
+            numbers[position] = float(number)
+    return numbers

@@ -1,0 +1,1 @@
+"""The two modes a task can run in."""

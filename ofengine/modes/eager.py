@@ -1,0 +1,72 @@
+"""Eager mode: each operation runs as Python reaches it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Dict
+
+import oneflow as flow
+
+from ofengine.hooks import HookRunner
+from ofengine.modes.steps import clip_gradients, split_outputs, step_arity
+
+if TYPE_CHECKING:
+    from ofengine.task import TaskModule
+    from ofengine.trainer import Trainer
+
+
+class EagerMode:
+    """Runs the steps of one task eagerly."""
+
+    name = "eager"
+
+    def __init__(self, trainer: Trainer, task: TaskModule, hooks: HookRunner) -> None:
+        self._trainer = trainer
+        self._task = task
+        self._calls = hooks.calls
+        self._arity: Dict[str, int] = {}
+        self._task_name = type(task).__name__
+
+    def train_step(self, batch: Any, batch_idx: int, window: int, closes: bool) -> Dict[str, Any]:
+        """Forward and backward of one batch; the update where it ``closes`` its window."""
+        trainer, calls = self._trainer, self._calls
+        outputs = self._call("training_step", batch, batch_idx, 0)
+        loss, rest = split_outputs(outputs, self._task_name)
+        for call in calls["on_before_backward"]:
+            call(loss)
+        (loss if window == 1 else loss / window).backward()
+        for call in calls["on_after_backward"]:
+            call()
+        if closes:
+            optimizer = trainer.optimizer
+            for call in calls["on_before_optimizer_step"]:
+                call(optimizer)
+            if trainer.gradient_clip_val is not None:
+                clip_gradients(
+                    trainer.parameters, trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+                )
+            optimizer.step()
+            for call in calls["on_before_zero_grad"]:
+                call(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        rest["loss"] = loss.detach()
+        return rest
+
+    def eval_step(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
+        """``validation_step``, ``test_step`` or ``predict_step`` on one batch, no gradients."""
+        with flow.no_grad():
+            return self._call(step, batch, batch_idx, dataloader_idx)
+
+    def rates_changed(self) -> None:
+        """Nothing to do: the groups are written at every step."""
+
+    def settle(self) -> None:
+        """Nothing to bring up to date."""
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+    def _call(self, step: str, *args: Any) -> Any:
+        arity = self._arity.get(step)
+        if arity is None:
+            arity = self._arity[step] = step_arity(self._task, step)
+        return getattr(self._task, step)(*args[:arity])

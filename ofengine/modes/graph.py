@@ -1,0 +1,416 @@
+"""Graph mode: each step is a static graph, compiled once for each shape of batch.
+
+Without accumulation a step is one graph: forward, backward, clipping and update. With
+accumulation a gradient graph runs for each batch of a window, its gradients are added up as
+eager mode adds them, and an apply graph does clipping and update, whatever the window's
+length. All graphs that update share one memory for the optimizer's state and step counter.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Callable, Dict, Hashable, List, Optional, Sequence, Tuple
+
+import attrs
+import oneflow as flow
+from oneflow import nn
+
+from ofengine import _oneflow
+from ofengine.data import Structure, flatten, unflatten
+from ofengine.errors import ConfigurationError, OFEngineError
+from ofengine.hooks import HookRunner
+from ofengine.metrics import LogSpec
+from ofengine.modes.layers import (
+    Masks,
+    active_dropouts,
+    counted_batch_norms,
+    masked_dropout,
+    recorded_dropout,
+)
+from ofengine.modes.steps import clip_gradients, split_outputs, step_arity
+from ofengine.task import TaskModule
+from ofengine.tracing import Trace, TracedIndex, explain
+
+if TYPE_CHECKING:
+    from ofengine.trainer import Trainer
+
+log = logging.getLogger("ofengine")
+
+
+def has_own_graph(task: TaskModule) -> bool:
+    """True where the user overrides ``build_graph``."""
+    return type(task).build_graph is not TaskModule.build_graph
+
+
+class _StepGraph(nn.Graph):
+    """A step of the task over the tensors of one batch; what comes out besides the loss."""
+
+    def __init__(self, task: TaskModule, step: str, structure: Structure, extra: Sequence[Any]):
+        super().__init__()
+        self.task = task
+        self.origin = [task]  # in a list, or nn.Graph would make it a block
+        self.step = step
+        self.arity = step_arity(task, step)
+        self.structure = structure
+        self.extra = tuple(extra)
+        self.specs: List[LogSpec] = []
+        self.rest: Structure = flatten(None, [])
+        self.batch_norms: Dict[Any, int] = {}
+
+    def call_step(self, tensors: Sequence[Any]) -> Any:
+        """Trace the task's step; keep the specs of what it logs, return (outputs, logged)."""
+        batch = unflatten(self.structure, iter(tensors))
+        arguments = (batch, TracedIndex(), *self.extra)[: self.arity]
+        with Trace() as trace:
+            outputs = getattr(self.task, self.step)(*arguments)
+        tensor_logs = [(s, v) for s, v in trace.logs if isinstance(v, flow.Tensor)]
+        self.specs = [spec for spec, _ in tensor_logs]
+        self.constants = [(s, v) for s, v in trace.logs if not isinstance(v, flow.Tensor)]
+        return outputs, [value for _, value in tensor_logs]
+
+    def put_out(self, outputs: Any, logged: List[Any], first: List[Any]) -> List[Any]:
+        """The graph's outputs: ``first``, what was logged, the tensors in ``outputs``."""
+        rest: List[Any] = []
+        self.rest = flatten(outputs, rest)
+        # One tensor may not be put out twice.
+        return [*first, *(_oneflow.identity(tensor) for tensor in [*logged, *rest])]
+
+
+class _TrainStepGraph(_StepGraph):
+    def trained_loss(self, tensors: Sequence[Any], masks: Sequence[Any], scale: Any) -> Any:
+        """Forward and backward; (loss, outputs besides it, logged)."""
+        (task,) = self.origin
+        with masked_dropout(task, list(masks)), counted_batch_norms(task, self.batch_norms):
+            outputs, logged = self.call_step(tensors)
+        loss, rest = split_outputs(outputs, type(task).__name__)
+        (loss if scale is None else loss * scale).backward()
+        return loss, rest, logged
+
+
+class TrainGraph(_TrainStepGraph):
+    """Forward, backward, clipping and update in one."""
+
+    def __init__(self, mode: GraphMode, structure: Structure) -> None:
+        super().__init__(mode.task, "training_step", structure, ())
+        self.trainer = mode.trainer
+        self.add_optimizer(mode.trainer.optimizer)
+
+    def build(self, tensors: List[Any], masks: List[Any]) -> List[Any]:
+        """Trace the whole step."""
+        loss, rest, logged = self.trained_loss(tensors, masks, None)
+        self.trainer.clip()
+        return self.put_out(rest, logged, [loss])
+
+
+class GradientGraph(_TrainStepGraph):
+    """Forward and backward; the gradients are outputs."""
+
+    def __init__(self, mode: GraphMode, structure: Structure) -> None:
+        super().__init__(mode.task, "training_step", structure, ())
+        self.parameters = [mode.trainer.parameters]
+        self.having: List[int] = []
+        _oneflow.allow_backward(self)
+
+    def build(self, tensors: List[Any], masks: List[Any], scale: Any) -> List[Any]:
+        """Trace forward and backward of ``loss * scale``."""
+        loss, rest, logged = self.trained_loss(tensors, masks, scale)
+        (parameters,) = self.parameters
+        self.having = [i for i, p in enumerate(parameters) if p.grad is not None]
+        gradients = [parameters[i].grad for i in self.having]
+        return self.put_out(rest, logged, [loss, *gradients])
+
+
+class ApplyGraph(nn.Graph):
+    """Clipping and update, from gradients that are inputs."""
+
+    def __init__(self, mode: GraphMode, having: Sequence[int]) -> None:
+        super().__init__()
+        self.task = mode.task
+        self.trainer = mode.trainer
+        self.having = tuple(having)
+        self.add_optimizer(mode.trainer.optimizer)
+
+    def build(self, gradients: List[Any]) -> Any:
+        """Trace the update."""
+        lazy = _oneflow.build_parameters(self.task)
+        anchor = min((p for p in lazy if p.requires_grad), key=lambda p: p.numel()).sum()
+        anchor.backward()  # a graph with an optimizer must have a loss
+        parameters = self.trainer.parameters
+        for parameter in parameters:
+            parameter.grad = None
+        for index, gradient in zip(self.having, gradients):
+            parameters[index].grad = gradient
+        self.trainer.clip()
+        return anchor
+
+
+class EvalGraph(_StepGraph):
+    """A step without gradients."""
+
+    def build(self, tensors: List[Any]) -> List[Any]:
+        """Trace the step."""
+        with flow.no_grad():
+            outputs, logged = self.call_step(tensors)
+            # A graph must put out something, even where the step neither logs nor returns.
+            return self.put_out(outputs, logged, []) or [_oneflow.identity(tensors[0])]
+
+
+class _ProbeDone(Exception):
+    """Ends the trace that only looks for dropout calls."""
+
+
+class _ProbeGraph(_StepGraph):
+    """Traces the forward to learn the shapes that dropout layers see; never compiled."""
+
+    def __init__(self, task: TaskModule, structure: Structure) -> None:
+        super().__init__(task, "training_step", structure, ())
+        self.calls: List[Tuple[nn.Dropout, Tuple[int, ...], Any]] = []
+
+    def build(self, tensors: List[Any]) -> None:
+        (task,) = self.origin
+        with recorded_dropout(task, self.calls):
+            self.call_step(tensors)
+        raise _ProbeDone
+
+
+@attrs.define
+class _Compiled:
+    """A graph, with what its calls need."""
+
+    graph: Any
+    masks: Optional[Masks] = None
+    runs: int = 0
+    """Runs since ``num_batches_tracked`` was brought up to date."""
+
+
+class GraphMode:
+    """Runs the steps of one task as static graphs."""
+
+    name = "graph"
+
+    def __init__(self, trainer: Trainer, task: TaskModule, hooks: HookRunner) -> None:
+        self.trainer = trainer
+        self.task = task
+        self._hooks = hooks
+        self._steps: Dict[Hashable, _Compiled] = {}
+        self._applies: Dict[Tuple[int, ...], _Compiled] = {}
+        self._evals: Dict[Hashable, _Compiled] = {}
+        self._states: Optional[nn.Graph] = None
+        self._structure: Structure = flatten(None, [])
+        self._gradients: Dict[int, Any] = {}
+        self.rates_until: Optional[int] = None
+        """The first step whose rates are not compiled in, or None where all are."""
+        self.compilations = 0
+        """How many graphs were compiled so far."""
+
+    # ------------------------------------------------------------------ training
+
+    def train_step(self, batch: Any, batch_idx: int, window: int, closes: bool) -> Dict[str, Any]:
+        """Forward and backward of one batch; the update where it ``closes`` its window."""
+        trainer = self.trainer
+        if self.rates_until is not None and trainer.global_step >= self.rates_until:
+            self.rates_changed()
+        tensors: List[Any] = []
+        structure = flatten(batch, tensors)
+        key = (structure, *[(tensor.shape, tensor.dtype) for tensor in tensors])
+        compiled = self._steps.get(key)
+        if compiled is None:
+            compiled = self._steps[key] = self._compile_step(structure, tensors)
+        compiled.runs += 1
+        graph = compiled.graph
+        if trainer.accumulate_grad_batches > 1:
+            return self._accumulate(compiled, tensors, window, closes)
+        if isinstance(graph, TrainGraph):
+            masks = compiled.masks.draw() if compiled.masks is not None else []
+            outputs = graph(tensors, masks)
+            return self._outputs(graph, outputs[0], outputs[1:])
+        return {"loss": _loss_of(graph(*tensors))}
+
+    def _accumulate(
+        self, compiled: _Compiled, tensors: List[Any], window: int, closes: bool
+    ) -> Dict[str, Any]:
+        graph = compiled.graph
+        masks = compiled.masks.draw() if compiled.masks is not None else []
+        outputs = graph(tensors, masks, self.trainer.window_scale(window))
+        stop = 1 + len(graph.having)
+        total = self._gradients
+        for index, gradient in zip(graph.having, outputs[1:stop]):
+            total[index] = total[index] + gradient if index in total else gradient
+        if closes:
+            having = tuple(sorted(total))
+            apply = self._applies.get(having)
+            gradients = [total[index] for index in having]
+            if apply is None:
+                apply = self._applies[having] = _Compiled(ApplyGraph(self, having))
+                self._compile(apply.graph, [gradients], "the optimizer step", updates=True)
+            apply.graph(gradients)
+            self._gradients = {}
+        return self._outputs(graph, outputs[0], outputs[stop:])
+
+    def _outputs(self, graph: _StepGraph, loss: Any, others: Sequence[Any]) -> Dict[str, Any]:
+        logged = len(graph.specs)
+        metrics = self.trainer.metrics
+        if logged:
+            metrics.record_traced(graph.specs, others[:logged])
+        if graph.constants:
+            metrics.record_traced(*zip(*graph.constants))
+        rest = unflatten(graph.rest, iter(others[logged:])) or {}
+        rest["loss"] = loss
+        return rest
+
+    def settle(self) -> None:
+        """Bring up to date what compiled steps leave behind: batch norms' count of batches."""
+        for compiled in self._steps.values():
+            for layer, calls in getattr(compiled.graph, "batch_norms", {}).items():
+                layer.num_batches_tracked.add_(calls * compiled.runs)
+            compiled.runs = 0
+
+    def default_train_graph(self) -> nn.Graph:
+        """What ``TaskModule.build_graph`` returns unless it is overridden."""
+        return TrainGraph(self, self._structure)
+
+    def _compile_step(self, structure: Structure, tensors: List[Any]) -> _Compiled:
+        masks = self._probe_dropout(structure, tensors)
+        compiled = _Compiled(None, masks)
+        drawn = masks.placeholders() if masks is not None else []
+        if self.trainer.accumulate_grad_batches > 1:
+            compiled.graph = GradientGraph(self, structure)
+            inputs = [tensors, drawn, self.trainer.window_scale(1)]
+            self._compile(compiled.graph, inputs, "training_step", updates=False)
+            return compiled
+        self._structure = structure
+        graph = compiled.graph = self.task.build_graph()
+        if isinstance(graph, TrainGraph):
+            self._compile(graph, [tensors, drawn], "training_step", updates=True)
+        else:
+            self._check_own_graph(graph)
+            self._compile(graph, tensors, f"{type(graph).__name__}.build", updates=True)
+        return compiled
+
+    def _probe_dropout(self, structure: Structure, tensors: List[Any]) -> Optional[Masks]:
+        if not active_dropouts(self.task) or has_own_graph(self.task):
+            return None
+        probe = _ProbeGraph(self.task, structure)
+        self._trace(probe, _oneflow.trace_only, [tensors], "training_step")
+        return Masks(probe.calls).to(self.trainer.device) if probe.calls else None
+
+    def _check_own_graph(self, graph: Any) -> None:
+        """Refuse what a graph of the user's own cannot be made to do."""
+        name = type(graph).__name__
+        if not isinstance(graph, nn.Graph):
+            raise ConfigurationError(
+                f"build_graph() returned a {name}: return an instance of a "
+                "oneflow.nn.Graph subclass."
+            )
+        optimizers = _oneflow.optimizers_of(graph)
+        if optimizers != [self.trainer.optimizer]:
+            raise ConfigurationError(
+                f"{name} must train with the task's optimizer: call "
+                "self.add_optimizer(task.optimizer) once in its __init__, where task.optimizer is "
+                "what configure_optimizers() returned."
+            )
+        if self.trainer.gradient_clip_val is not None:
+            raise ConfigurationError(
+                f"gradient_clip_val cannot reach into {name}: clip in its build, after backward, "
+                "or leave build_graph() as it is."
+            )
+        if any(s is not self.trainer.lr_scheduler for s in _oneflow.schedulers_of(graph)):
+            raise ConfigurationError(
+                f"{name} has a scheduler that the rate plan does not know: return it from "
+                "configure_optimizers() too."
+            )
+
+    # ------------------------------------------------------------------ evaluation
+
+    def eval_step(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
+        """``validation_step``, ``test_step`` or ``predict_step`` on one batch, no gradients."""
+        tensors: List[Any] = []
+        structure = flatten(batch, tensors)
+        key = (step, dataloader_idx, structure, *[(t.shape, t.dtype) for t in tensors])
+        compiled = self._evals.get(key)
+        if compiled is None:
+            graph = EvalGraph(self.task, step, structure, (dataloader_idx,))
+            compiled = self._evals[key] = _Compiled(graph)
+            self._compile(graph, [tensors], step, updates=False)
+        graph = compiled.graph
+        outputs = graph(tensors)
+        logged = len(graph.specs)
+        if logged:
+            self.trainer.metrics.record_traced(graph.specs, outputs[:logged])
+        if graph.constants:
+            self.trainer.metrics.record_traced(*zip(*graph.constants))
+        return unflatten(graph.rest, iter(outputs[logged:]))
+
+    # ------------------------------------------------------------------ compiling
+
+    def rates_changed(self) -> None:
+        """Compile the graphs that update anew, with the rates of the plan as it is now."""
+        if self._states is None:
+            return
+        log.info(
+            "step %d: compiling again, for the learning rates from here on", self.trainer.global_step
+        )
+        self.settle()
+        self._applies.clear()
+        if self.trainer.accumulate_grad_batches == 1:
+            self._steps.clear()
+
+    def _compile(
+        self, graph: nn.Graph, inputs: Sequence[Any], what: str, updates: bool
+    ) -> None:
+        """Compile ``graph`` for ``inputs``; where it ``updates``, over the shared state."""
+        if updates:
+            self._hooks.fire("on_before_graph_compile", graph)
+            if self._states is not None:
+                states = _oneflow.optimizer_states(self._states)
+                _oneflow.share_optimizer_states(graph, states)
+        self._trace(graph, _oneflow.trace_and_compile, inputs, what)
+        self.compilations += 1
+        if updates:
+            self._states = graph
+
+    def _trace(
+        self, graph: nn.Graph, run: Callable[..., None], inputs: Sequence[Any], what: str
+    ) -> None:
+        _oneflow.mute(graph)
+        self._forget_gradients()
+        try:
+            with _oneflow.compile_quietly():
+                run(graph, inputs)
+        except _ProbeDone:
+            pass
+        except OFEngineError as error:
+            if isinstance(error, ConfigurationError):
+                raise
+            raise explain(error, what) from None
+        except Exception as error:
+            raise explain(error, what) from error
+        finally:
+            self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
+        """Drop the lazy gradients of the last trace, over which no graph can be compiled."""
+        for parameter in self.task.parameters():
+            parameter.grad = None
+
+    def close(self) -> None:
+        """Let the graphs go."""
+        self.settle()
+        self._steps.clear()
+        self._applies.clear()
+        self._evals.clear()
+        self._states = None
+
+
+def _loss_of(outputs: Any) -> Any:
+    """The loss among what a graph of the user's own returned."""
+    if isinstance(outputs, dict) and "loss" in outputs:
+        return outputs["loss"]
+    if isinstance(outputs, (tuple, list)) and outputs:
+        return outputs[0]
+    if not isinstance(outputs, flow.Tensor):
+        raise ConfigurationError(
+            "the graph of build_graph() returned no loss: let build return the loss, a tuple with "
+            "the loss first, or a dict with it under 'loss'."
+        )
+    return outputs

@@ -1,0 +1,1 @@
+"""Learning rates: the parameter groups, the schedule, and the plan that knows every rate."""

@@ -1,0 +1,98 @@
+"""Where in the run an optimizer step lies: its epoch, and the decay events before it."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from typing import Dict, List, Optional, Tuple
+
+
+def ceil_div(a: int, b: int) -> int:
+    """``a / b`` rounded up, for a >= 0 and b > 0."""
+    return -(-a // b)
+
+
+class Calendar:
+    """Maps optimizer steps, counted from 0 over the whole run, to epochs and batches.
+
+    Args:
+        batches_per_epoch: batches in an epoch, or None where that is not known.
+        accumulate: batches in an accumulation window; the last of an epoch may be shorter.
+
+    An epoch of B batches has ``ceil(B / accumulate)`` steps. Epochs that turned out to have
+    another length are told by :meth:`epoch_ended`; the ones to come are taken to have
+    ``batches_per_epoch``, or to go on for ever where it is None.
+    """
+
+    def __init__(self, batches_per_epoch: Optional[int], accumulate: int = 1) -> None:
+        self.batches_per_epoch = batches_per_epoch
+        self.accumulate = accumulate
+        # Only where an epoch differed: the first step and the first batch of each epoch that
+        # ended and of the one after them, and their lengths.
+        self._starts: List[Tuple[int, int]] = [(0, 0)]
+        self._lengths: List[int] = []
+        self._events: Dict[int, List[int]] = {}
+
+    def epoch_ended(self, epoch: int, batches: int) -> bool:
+        """Record how long ``epoch`` was; True where that was not expected.
+
+        Where no length was known, this one is expected of the epochs to come.
+        """
+        expected = self.batches_per_epoch
+        if batches == expected and not self._lengths:
+            return False
+        while len(self._lengths) <= epoch:
+            length = batches if len(self._lengths) == epoch else expected
+            assert length is not None
+            step, batch = self._starts[-1]
+            self._lengths.append(length)
+            self._starts.append((step + ceil_div(length, self.accumulate), batch + length))
+        if expected is None:
+            self.batches_per_epoch = batches
+        return batches != expected
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch, from 0, that ``step`` belongs to."""
+        epoch, _, _ = self._locate(step)
+        return epoch
+
+    def events_before(self, step: int, every_n_batches: int, per_epoch: bool) -> int:
+        """The decay events that happened before ``step``.
+
+        An event follows the step of the window of every batch whose index (in its epoch, or
+        in the run where ``per_epoch`` is False) is divisible by ``every_n_batches``.
+        """
+        epoch, first_batch, step_in_epoch = self._locate(step)
+        length = self._length(epoch)
+        done = step_in_epoch * self.accumulate
+        if length is not None:
+            done = min(done, length)
+        if not per_epoch:
+            return ceil_div(first_batch + done, every_n_batches)
+        ended = len(self._lengths)
+        events = self._events_of_ended(every_n_batches)[min(epoch, ended)]
+        if epoch > ended and self.batches_per_epoch is not None:
+            events += (epoch - ended) * ceil_div(self.batches_per_epoch, every_n_batches)
+        return events + ceil_div(done, every_n_batches)
+
+    def _events_of_ended(self, every_n_batches: int) -> List[int]:
+        """The events before each of the epochs that ended, and after them all."""
+        sums = self._events.setdefault(every_n_batches, [0])
+        while len(sums) <= len(self._lengths):
+            sums.append(sums[-1] + ceil_div(self._lengths[len(sums) - 1], every_n_batches))
+        return sums
+
+    def _length(self, epoch: int) -> Optional[int]:
+        return self._lengths[epoch] if epoch < len(self._lengths) else self.batches_per_epoch
+
+    def _locate(self, step: int) -> Tuple[int, int, int]:
+        """(epoch, its first batch in the run, the step's index in it)."""
+        last_step, last_batch = self._starts[-1]
+        if step >= last_step:
+            ended = len(self._lengths)
+            if self.batches_per_epoch is None:
+                return ended, last_batch, step - last_step
+            per_epoch = ceil_div(self.batches_per_epoch, self.accumulate)
+            further, within = divmod(step - last_step, per_epoch)
+            return ended + further, last_batch + further * self.batches_per_epoch, within
+        epoch = bisect_right(self._starts, (step, self._starts[-1][1])) - 1
+        return epoch, self._starts[epoch][1], step - self._starts[epoch][0]

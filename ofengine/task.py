@@ -1,0 +1,310 @@
+"""TaskModule: the one class a user writes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional
+
+import oneflow as flow
+from oneflow import nn
+
+from ofengine.errors import ConfigurationError
+from ofengine.tracing import forbid_in_trace
+
+if TYPE_CHECKING:
+    from oneflow.optim import Optimizer
+
+    from ofengine.trainer import Trainer
+
+
+class TaskModule(nn.Module):
+    """A model together with how it is trained: steps, parameter groups, optimizer, hooks.
+
+    Write ``training_step`` and, as a rule, ``param_groups``; the rest has defaults.
+    The same task runs unchanged in eager and in graph mode.
+
+    Example::
+
+        class Tutorial(TaskModule):
+            def __init__(self):
+                super().__init__()
+                self.model = mobilenet_v2(num_classes=10)
+
+            def training_step(self, batch, batch_idx):
+                images, labels = batch
+                return nn.functional.cross_entropy(self.model(images), labels)
+    """
+
+    _trainer: Optional[Trainer] = None
+
+    # ------------------------------------------------------------------ what the user writes
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        """Return the loss (a tensor of one element), or a dict with the key ``"loss"``.
+
+        Other tensors of the dict are handed to ``on_train_batch_end``. In graph mode this
+        method is called once for each shape of batch and compiled: it cannot read tensors
+        (``.item()``, ``.numpy()``, ``if tensor``) nor use ``batch_idx``.
+        """
+        raise ConfigurationError(
+            f"{type(self).__name__} has no training_step: write "
+            "`def training_step(self, batch, batch_idx)` that returns the loss."
+        )
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        """Compute and ``log`` what validation should report. Runs without gradients."""
+        raise ConfigurationError(f"{type(self).__name__} has no validation_step.")
+
+    def test_step(self, batch: Any, batch_idx: int) -> Any:
+        """As ``validation_step``, for ``Trainer.test``."""
+        raise ConfigurationError(f"{type(self).__name__} has no test_step.")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        """What ``Trainer.predict`` collects. Default: ``self(batch)``.
+
+        Of a tuple or list the first element, the inputs, is passed to ``forward``.
+        """
+        return self(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+    def param_groups(self) -> List[Dict[str, Any]]:
+        """The parameter groups for the optimizer. Default: one of all trainable parameters.
+
+        Each is a dict with ``params`` and any option of the optimizer (``lr``,
+        ``weight_decay``, ...). Three more keys are the engine's:
+
+        - ``name``: how logs, errors and tables call the group;
+        - ``lr_scale`` (default 1): a constant multiplier of the rate, after the schedule;
+        - ``lr_decay_scale`` (default 1): the factor multiplied in at each decay event.
+        """
+        return [{"name": "all", "params": [p for p in self.parameters() if p.requires_grad]}]
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, or a dict ``{"optimizer": ..., "lr_scheduler": ...}``.
+
+        ``lr_scheduler`` is a scheduler or a dict with ``scheduler``, ``interval`` ("step", the
+        default here, or "epoch") and ``frequency`` (default 1). Default: the cookbook's
+        ``oneflow.optim.SGD(self.param_groups())``, whose rate is 1e-3 where a group has none.
+        """
+        return flow.optim.SGD(self.param_groups())
+
+    def build_graph(self) -> nn.Graph:
+        """The graph that trains this task in graph mode. Default: ``training_step`` compiled.
+
+        An override returns any ``oneflow.nn.Graph`` whose ``build`` takes the batch's
+        elements, calls ``backward`` and returns the loss, with ``add_optimizer(self.optimizer)``
+        called in its ``__init__``. It is called once for each shape of batch.
+        """
+        return self.trainer.default_train_graph()
+
+    def train_dataloader(self) -> Any:
+        """The training data where ``fit`` is given none."""
+        return None
+
+    def val_dataloader(self) -> Any:
+        """The validation data where ``fit`` or ``validate`` is given none."""
+        return None
+
+    def test_dataloader(self) -> Any:
+        """The data of ``test`` where it is given none."""
+        return None
+
+    def predict_dataloader(self) -> Any:
+        """The data of ``predict`` where it is given none."""
+        return None
+
+    # ------------------------------------------------------------------ what the user calls
+
+    def log(
+        self,
+        name: str,
+        value: Any,
+        *,
+        prog_bar: bool = False,
+        logger: bool = True,
+        on_step: Optional[bool] = None,
+        on_epoch: Optional[bool] = None,
+        batch_size: Optional[int] = None,
+    ) -> None:
+        """Record a metric. Works the same in both modes and never waits for the device.
+
+        Args:
+            name: the metric's name; with both ``on_step`` and ``on_epoch`` it is reported as
+                ``name_step`` and ``name_epoch``.
+            value: a tensor of one element, or a number.
+            prog_bar: show it in the progress bar.
+            logger: send it to the loggers.
+            on_step: report the value of single batches (default: in ``training_step``).
+            on_epoch: report the mean over the epoch, weighted by ``batch_size``
+                (default: everywhere else).
+            batch_size: the samples the value is a mean of. Default: the first dimension of
+                the batch's first tensor.
+        """
+        self.trainer.metrics.log(
+            name,
+            value,
+            prog_bar=prog_bar,
+            logger=logger,
+            on_step=on_step,
+            on_epoch=on_epoch,
+            batch_size=batch_size,
+        )
+
+    def log_dict(self, metrics: Mapping[str, Any], **options: Any) -> None:
+        """``log`` each entry of ``metrics`` with the same ``options``."""
+        for name, value in metrics.items():
+            self.log(name, value, **options)
+
+    @property
+    def trainer(self) -> Trainer:
+        """The Trainer that runs this task."""
+        if self._trainer is None:
+            raise ConfigurationError(
+                f"{type(self).__name__} is not attached to a Trainer yet: `trainer`, `log`, "
+                "`optimizer` and `device` can be used from fit, validate, test or predict on."
+            )
+        return self._trainer
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer that ``configure_optimizers`` returned."""
+        return self.trainer.optimizer
+
+    def optimizers(self) -> Optimizer:
+        """As ``optimizer``; Lightning's name for it."""
+        return self.trainer.optimizer
+
+    def lr_schedulers(self) -> Any:
+        """The scheduler that ``configure_optimizers`` returned, or None."""
+        return self.trainer.lr_scheduler
+
+    @property
+    def device(self) -> flow.device:
+        """The device that training runs on."""
+        return self.trainer.device
+
+    @property
+    def current_epoch(self) -> int:
+        """The epoch being run, from 0. Not readable inside a compiled step."""
+        forbid_in_trace("self.current_epoch")
+        return self.trainer.current_epoch
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps done so far. Not readable inside a compiled step."""
+        forbid_in_trace("self.global_step")
+        return self.trainer.global_step
+
+    # ------------------------------------------------------------------ hooks, as in Callback
+
+    def setup(self, stage: str) -> None:
+        """See :meth:`ofengine.Callback.setup`."""
+
+    def teardown(self, stage: str) -> None:
+        """See :meth:`ofengine.Callback.teardown`."""
+
+    def on_exception(self, exception: BaseException) -> None:
+        """See :meth:`ofengine.Callback.on_exception`."""
+
+    def on_fit_start(self) -> None:
+        """See :meth:`ofengine.Callback.on_fit_start`."""
+
+    def on_fit_end(self) -> None:
+        """See :meth:`ofengine.Callback.on_fit_end`."""
+
+    def on_sanity_check_start(self) -> None:
+        """See :meth:`ofengine.Callback.on_sanity_check_start`."""
+
+    def on_sanity_check_end(self) -> None:
+        """See :meth:`ofengine.Callback.on_sanity_check_end`."""
+
+    def on_train_start(self) -> None:
+        """See :meth:`ofengine.Callback.on_train_start`."""
+
+    def on_train_end(self) -> None:
+        """See :meth:`ofengine.Callback.on_train_end`."""
+
+    def on_train_epoch_start(self) -> None:
+        """See :meth:`ofengine.Callback.on_train_epoch_start`."""
+
+    def on_train_epoch_end(self) -> None:
+        """See :meth:`ofengine.Callback.on_train_epoch_end`."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """See :meth:`ofengine.Callback.on_train_batch_start`."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """See :meth:`ofengine.Callback.on_train_batch_end`."""
+
+    def on_before_backward(self, loss: Any) -> None:
+        """See :meth:`ofengine.Callback.on_before_backward`."""
+
+    def on_after_backward(self) -> None:
+        """See :meth:`ofengine.Callback.on_after_backward`."""
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """See :meth:`ofengine.Callback.on_before_optimizer_step`."""
+
+    def on_before_zero_grad(self, optimizer: Optimizer) -> None:
+        """See :meth:`ofengine.Callback.on_before_zero_grad`."""
+
+    def on_before_graph_compile(self, graph: nn.Graph) -> None:
+        """See :meth:`ofengine.Callback.on_before_graph_compile`."""
+
+    def on_validation_start(self) -> None:
+        """See :meth:`ofengine.Callback.on_validation_start`."""
+
+    def on_validation_end(self) -> None:
+        """See :meth:`ofengine.Callback.on_validation_end`."""
+
+    def on_validation_epoch_start(self) -> None:
+        """See :meth:`ofengine.Callback.on_validation_epoch_start`."""
+
+    def on_validation_epoch_end(self) -> None:
+        """See :meth:`ofengine.Callback.on_validation_epoch_end`."""
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        """See :meth:`ofengine.Callback.on_validation_batch_start`."""
+
+    def on_validation_batch_end(
+        self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int
+    ) -> None:
+        """See :meth:`ofengine.Callback.on_validation_batch_end`."""
+
+    def on_test_start(self) -> None:
+        """See :meth:`ofengine.Callback.on_test_start`."""
+
+    def on_test_end(self) -> None:
+        """See :meth:`ofengine.Callback.on_test_end`."""
+
+    def on_test_epoch_start(self) -> None:
+        """See :meth:`ofengine.Callback.on_test_epoch_start`."""
+
+    def on_test_epoch_end(self) -> None:
+        """See :meth:`ofengine.Callback.on_test_epoch_end`."""
+
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        """See :meth:`ofengine.Callback.on_test_batch_start`."""
+
+    def on_test_batch_end(
+        self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int
+    ) -> None:
+        """See :meth:`ofengine.Callback.on_test_batch_end`."""
+
+    def on_predict_start(self) -> None:
+        """See :meth:`ofengine.Callback.on_predict_start`."""
+
+    def on_predict_end(self) -> None:
+        """See :meth:`ofengine.Callback.on_predict_end`."""
+
+    def on_predict_epoch_start(self) -> None:
+        """See :meth:`ofengine.Callback.on_predict_epoch_start`."""
+
+    def on_predict_epoch_end(self) -> None:
+        """See :meth:`ofengine.Callback.on_predict_epoch_end`."""
+
+    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        """See :meth:`ofengine.Callback.on_predict_batch_start`."""
+
+    def on_predict_batch_end(
+        self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int
+    ) -> None:
+        """See :meth:`ofengine.Callback.on_predict_batch_end`."""

@@ -1,0 +1,585 @@
+"""Trainer: its arguments and the four verbs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Union
+
+import numpy as np
+import oneflow as flow
+from oneflow import nn
+from oneflow.optim import Optimizer
+
+from ofengine import arguments
+from ofengine._oneflow import synchronize
+from ofengine.checkpoint import load_weights, save_weights
+from ofengine.data import Batches, Limit, count_batches, stage_loaders
+from ofengine.devices import resolve_device
+from ofengine.errors import ConfigurationError, DataError, RateError
+from ofengine.hooks import Callback, HookRunner, overrides, refuse_eager_only_hooks
+from ofengine.interrupts import InterruptGuard
+from ofengine.loggers import CSVLogger, Logger
+from ofengine.loops import evaluation_loop, fit_loop
+from ofengine.metrics import Metrics
+from ofengine.modes.eager import EagerMode
+from ofengine.modes.graph import GraphMode, has_own_graph
+from ofengine.modes.steps import clip_gradients
+from ofengine.optimizers import Optimization, read_optimizers
+from ofengine.rates.calendar import Calendar, ceil_div
+from ofengine.rates.groups import check_groups
+from ofengine.rates.plan import RatePlan
+from ofengine.rates.schedule import RecordedSchedule
+from ofengine.task import TaskModule
+
+log = logging.getLogger("ofengine")
+
+_TABLE_STEPS = 10_000
+"""How many steps of rates are compiled in at first where the run's length is not known."""
+
+_MODES = {"eager": EagerMode, "graph": GraphMode}
+
+
+def seed_everything(seed: int) -> int:
+    """Seed Python's, numpy's and OneFlow's global generators; return ``seed``."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    flow.manual_seed(seed)
+    return seed
+
+
+def derive_seed(*parts: int) -> int:
+    """A seed that is a function of ``parts`` (numpy's SeedSequence), from 0 to 2**31 - 1."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0]) >> 1
+
+
+class Trainer:
+    """Trains, validates, tests and predicts with a :class:`~ofengine.TaskModule`.
+
+    Args:
+        mode: "eager" or "graph". Both compute the same thing.
+        device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N".
+        max_epochs: epochs to train. Default: 1000, or no limit where ``max_steps`` or
+            ``max_time`` is given. -1 means no limit.
+        max_steps: optimizer steps to train; -1 means no limit.
+        max_time: time to train, as "DD:HH:MM:SS", a timedelta, or a dict of its arguments.
+            Looked at after each optimizer step.
+        limit_train_batches: an int for so many batches of an epoch, a float for a share of
+            them, None for all. Likewise ``limit_val_batches``, ``limit_test_batches``,
+            ``limit_predict_batches``.
+        val_check_interval: validate every so many batches (an int), or after a share of the
+            epoch (a float). Default: at the end of the epoch.
+        check_val_every_n_epoch: validate in every n-th epoch only.
+        num_sanity_val_steps: validation batches tried before training; -1 for all, 0 for none.
+        fast_dev_run: True, or a number of batches: run so many of training and validation
+            once, with no logger and no checkpoint.
+        overfit_batches: train and validate on the same few batches (an int) or share of them
+            (a float), held in memory.
+        log_every_n_steps: how often, in optimizer steps, metrics are read and logged.
+        accumulate_grad_batches: batches whose gradients are averaged into one optimizer step.
+            The last window of an epoch may be shorter; it is averaged over what it has.
+        gradient_clip_val: clip the gradients of all groups together to this norm (or value).
+        gradient_clip_algorithm: "norm" or "value".
+        seed: makes shuffling, dropout and the global generators functions of (seed, epoch)
+            alone, and gives each dropout layer its own masks. None leaves OneFlow's
+            randomness as it is.
+        eval_mode: the mode of validation, test and prediction. Default: ``mode``.
+        callbacks: what else should happen, see :class:`~ofengine.Callback`.
+        logger: True for a :class:`~ofengine.loggers.CSVLogger`, False for none, or loggers.
+        enable_checkpointing: add a ``ModelCheckpoint`` where ``callbacks`` has none.
+        enable_progress_bar: add a ``ProgressBar`` where ``callbacks`` has none.
+        enable_model_summary: add a ``ModelSummary`` where ``callbacks`` has none.
+        default_root_dir: where logs and checkpoints go. Default: the current folder.
+
+    Raises:
+        ConfigurationError: an argument is wrong.
+        DeviceError: the device is not there.
+    """
+
+    STEP_OF_STAGE = {
+        "validation": "validation_step",
+        "test": "test_step",
+        "predict": "predict_step",
+    }
+
+    def __init__(
+        self,
+        *,
+        mode: str = "eager",
+        device: str = "auto",
+        max_epochs: Optional[int] = None,
+        max_steps: int = -1,
+        max_time: arguments.MaxTime = None,
+        limit_train_batches: Limit = None,
+        limit_val_batches: Limit = None,
+        limit_test_batches: Limit = None,
+        limit_predict_batches: Limit = None,
+        val_check_interval: Limit = None,
+        check_val_every_n_epoch: int = 1,
+        num_sanity_val_steps: int = 2,
+        fast_dev_run: Union[bool, int] = False,
+        overfit_batches: Union[int, float] = 0,
+        log_every_n_steps: int = 50,
+        accumulate_grad_batches: int = 1,
+        gradient_clip_val: Optional[float] = None,
+        gradient_clip_algorithm: str = "norm",
+        seed: Optional[int] = None,
+        eval_mode: Optional[str] = None,
+        callbacks: Union[Callback, Sequence[Callback], None] = None,
+        logger: Union[bool, Logger, Sequence[Logger]] = True,
+        enable_checkpointing: bool = True,
+        enable_progress_bar: bool = True,
+        enable_model_summary: bool = True,
+        default_root_dir: Union[str, Path, None] = None,
+    ) -> None:
+        _configure_logging()
+        at_least_one = "a whole number from 1 on"
+        self.mode = arguments.check_choice("mode", mode, _MODES)
+        self.eval_mode = arguments.check_choice("eval_mode", eval_mode or mode, _MODES)
+        self.device = resolve_device(device)
+        self.max_steps = arguments.check_count("max_steps", max_steps, -1, "a number, -1 for any")
+        self._seconds = arguments.seconds_of(max_time)
+        unlimited = max_steps != -1 or max_time is not None
+        default_epochs = -1 if unlimited else 1000
+        self.max_epochs = arguments.check_count(
+            "max_epochs", default_epochs if max_epochs is None else max_epochs, -1,
+            "a whole number of epochs, or -1 for no limit",
+        )  # fmt: skip
+        if max_epochs is None and not unlimited and not fast_dev_run:
+            log.info("max_epochs was not given: training up to 1000 epochs.")
+        self._limits: Dict[str, Limit] = {
+            "train": limit_train_batches,
+            "validation": limit_val_batches,
+            "test": limit_test_batches,
+            "predict": limit_predict_batches,
+        }
+        for name, limit in self._limits.items():
+            count_batches(10**9, limit, f"{name} batches")
+        self._val_check_interval = val_check_interval
+        arguments.batches_between_validations(val_check_interval, 10**9)
+        self._check_val_every_n_epoch = arguments.check_count(
+            "check_val_every_n_epoch", check_val_every_n_epoch, 1, at_least_one
+        )
+        self.num_sanity_val_steps = arguments.check_count(
+            "num_sanity_val_steps", num_sanity_val_steps, -1, "a number of batches, or -1 for all"
+        )
+        self.log_every_n_steps = arguments.check_count(
+            "log_every_n_steps", log_every_n_steps, 1, at_least_one
+        )
+        self.accumulate_grad_batches = arguments.check_count(
+            "accumulate_grad_batches", accumulate_grad_batches, 1, at_least_one
+        )
+        self.gradient_clip_val = arguments.check_clip(gradient_clip_val)
+        self.gradient_clip_algorithm = arguments.check_choice(
+            "gradient_clip_algorithm", gradient_clip_algorithm, ("norm", "value")
+        )
+        if seed is not None:
+            arguments.check_count("seed", seed, 0, "a whole number from 0 on, or None")
+        self.seed = seed
+        self.default_root_dir = str(default_root_dir or os.getcwd())
+        count_batches(10**9, overfit_batches, "overfit_batches")
+        self._overfit = overfit_batches or None
+        self.fast_dev_run = fast_dev_run
+        if fast_dev_run:
+            batches = 1 if fast_dev_run is True else fast_dev_run
+            arguments.check_count("fast_dev_run", batches, 1, "True or a number of batches")
+            self._limits = dict.fromkeys(self._limits, batches)
+            self.max_epochs, self.max_steps, self.num_sanity_val_steps = 1, -1, 0
+            self._val_check_interval, self._check_val_every_n_epoch = None, 1
+            logger = enable_checkpointing = False
+
+        self.loggers: List[Logger] = self._make_loggers(logger)
+        self.callbacks: List[Callback] = self._make_callbacks(
+            callbacks, enable_progress_bar, enable_model_summary, enable_checkpointing
+        )
+        self.metrics = Metrics()
+        self.interrupts = InterruptGuard()
+        self.task: TaskModule = None  # type: ignore[assignment]  # set by every verb
+        self.predictions: List[List[Any]] = []
+        self._optimization: Optional[Optimization] = None
+        self._reset_progress()
+
+    # ------------------------------------------------------------------ verbs
+
+    def fit(
+        self, task: TaskModule, train_dataloaders: Any = None, val_dataloaders: Any = None
+    ) -> None:
+        """Train ``task``.
+
+        Args:
+            task: the task.
+            train_dataloaders: a ``oneflow.utils.data.DataLoader`` or any iterable of batches.
+                Default: ``task.train_dataloader()``.
+            val_dataloaders: one, or a list of DataLoaders. Default: ``task.val_dataloader()``.
+
+        Raises:
+            OFEngineError: something does not fit together; raised before training starts.
+        """
+        self._attach(task)
+        if not overrides(task, "training_step", TaskModule) and not has_own_graph(task):
+            task.training_step(None, 0)  # says what to write
+        train = train_dataloaders if train_dataloaders is not None else task.train_dataloader()
+        if train is None:
+            raise DataError(
+                "fit has no training data: pass a dataloader as its second argument, or write "
+                f"{type(task).__name__}.train_dataloader()."
+            )
+        keep = self._overfit is not None
+        limit = self._overfit if keep else self._limits["train"]
+        batches = Batches(train, limit, self.device, "train_dataloader", keep)
+        validation = self._loaders("validation", val_dataloaders, task.val_dataloader)
+        self._val_every = arguments.batches_between_validations(
+            self._val_check_interval, batches.count
+        )
+        task.to(self.device)
+        self._reset_progress()
+        if self.seed is not None:
+            seed_everything(self.seed)
+        self._optimization = read_optimizers(task.configure_optimizers(), type(task).__name__)
+        self._make_plan(task, batches.count)
+        self._add_rate_callback()
+        if self.mode == "graph":
+            self._check_graph_mode(task)
+        self._run("fit", lambda: self._fit(batches, validation))
+
+    def validate(
+        self, task: TaskModule, dataloaders: Any = None, ckpt_path: Union[str, Path, None] = None
+    ) -> List[Dict[str, float]]:
+        """Run ``validation_step`` over the data; return its metrics, a dict for each dataloader.
+
+        ``ckpt_path`` names saved weights to load first.
+        """
+        return self._evaluate("validation", task, dataloaders, ckpt_path)
+
+    def test(
+        self, task: TaskModule, dataloaders: Any = None, ckpt_path: Union[str, Path, None] = None
+    ) -> List[Dict[str, float]]:
+        """As :meth:`validate`, with ``test_step``."""
+        return self._evaluate("test", task, dataloaders, ckpt_path)
+
+    def predict(
+        self, task: TaskModule, dataloaders: Any = None, ckpt_path: Union[str, Path, None] = None
+    ) -> List[Any]:
+        """What ``predict_step`` returned for each batch; with several dataloaders, a list each."""
+        self._evaluate("predict", task, dataloaders, ckpt_path)
+        return self.predictions[0] if len(self.predictions) == 1 else self.predictions
+
+    def save_checkpoint(self, path: Union[str, Path]) -> Path:
+        """Write the task's weights to ``path`` (safetensors), with epoch and step beside them."""
+        self.mode_runner.settle()
+        progress = {"epoch": self.current_epoch, "global_step": self.global_step}
+        return save_weights(self.task, path, progress)
+
+    # ------------------------------------------------------------------ what callbacks ask
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer of the running or last ``fit``."""
+        if self._optimization is None:
+            raise ConfigurationError("there is no optimizer before fit.")
+        return self._optimization.optimizer
+
+    @property
+    def lr_scheduler(self) -> Any:
+        """The scheduler of the running or last ``fit``, or None."""
+        return None if self._optimization is None else self._optimization.scheduler
+
+    @property
+    def callback_metrics(self) -> Dict[str, float]:
+        """The latest value of every logged metric. Waits for the device where one is pending."""
+        return self.metrics.values
+
+    @property
+    def progress_bar_metrics(self) -> Dict[str, float]:
+        """The values read last of the metrics for the progress bar. Waits for nothing."""
+        return self.metrics.progress_bar
+
+    @property
+    def logger(self) -> Optional[Logger]:
+        """The first logger, or None."""
+        return self.loggers[0] if self.loggers else None
+
+    @property
+    def log_dir(self) -> Optional[str]:
+        """The folder of the first logger that has one, or None."""
+        return next((each.log_dir for each in self.loggers if each.log_dir), None)
+
+    @property
+    def total_steps(self) -> Optional[int]:
+        """The optimizer steps that ``fit`` will make, or None where that is not known ahead."""
+        totals = [self.max_steps] if self.max_steps >= 0 else []
+        if self.max_epochs >= 0 and self.num_training_batches is not None:
+            per_epoch = ceil_div(self.num_training_batches, self.accumulate_grad_batches)
+            totals.append(per_epoch * self.max_epochs)
+        return min(totals) if totals else None
+
+    def default_train_graph(self) -> nn.Graph:
+        """What ``TaskModule.build_graph`` returns unless it is overridden."""
+        runner = self.mode_runner
+        if not isinstance(runner, GraphMode):
+            raise ConfigurationError('build_graph() is for Trainer(mode="graph").')
+        return runner.default_train_graph()
+
+    def lower_rates(self, graph: nn.Graph) -> None:
+        """Compile the plan's rates, from this step on, into ``graph``, not compiled yet."""
+        start, total = self.global_step, self.total_steps
+        stop = start + max(_TABLE_STEPS, start) if total is None else max(total, start + 1)
+        runner = self.mode_runner
+        until = self.rates.lower_into(graph, start, stop)
+        if isinstance(runner, GraphMode):
+            runner.rates_until = until
+
+    def log_metrics(self, metrics: Dict[str, float]) -> None:
+        """Send ``metrics`` to the loggers and to ``callback_metrics``."""
+        if not metrics:
+            return
+        self.metrics.put(metrics)
+        for each in self.loggers:
+            each.log_metrics(metrics, self.global_step, self.current_epoch)
+
+    # ------------------------------------------------------------------ what loops and modes ask
+
+    def clip(self) -> None:
+        """Clip the gradients of all parameters together, where that was asked for."""
+        if self.gradient_clip_val is not None:
+            clip_gradients(self.parameters, self.gradient_clip_val, self.gradient_clip_algorithm)
+
+    def window_scale(self, window: int) -> Any:
+        """``1 / window`` as a tensor of no dimension on the device."""
+        scale = self._window_scales.get(window)
+        if scale is None:
+            scale = flow.tensor(1.0 / window, dtype=flow.float32).to(self.device)
+            self._window_scales[window] = scale
+        return scale
+
+    def is_done(self) -> bool:
+        """True where no further epoch is to be started."""
+        epochs = self.max_epochs != -1 and self.current_epoch >= self.max_epochs
+        return epochs or self.should_stop or self.is_out_of_time_or_steps()
+
+    def is_out_of_time_or_steps(self) -> bool:
+        """True where ``max_steps`` or ``max_time`` is used up."""
+        if self.max_steps != -1 and self.global_step >= self.max_steps:
+            return True
+        return self._deadline is not None and time.monotonic() >= self._deadline
+
+    def validation_is_due(self, batch_idx: int, is_last: bool) -> bool:
+        """True where validation follows this batch."""
+        if (self.current_epoch + 1) % self._check_val_every_n_epoch:
+            return False
+        return is_last if self._val_every is None else (batch_idx + 1) % self._val_every == 0
+
+    def epoch_ended(self, batches: int) -> None:
+        """Take note of an epoch's true length."""
+        if batches == 0:
+            raise DataError("train_dataloader gave no batch in this epoch.")
+        surprise = self.rates.calendar.epoch_ended(self.current_epoch, batches)
+        if surprise and self.rates.depends_on_epochs():
+            self.mode_runner.rates_changed()
+
+    def reseed(self, train: Batches, epoch: int) -> None:
+        """Make the epoch's randomness a function of (seed, epoch), where there is a seed."""
+        if self.seed is None:
+            return
+        train.reseed(derive_seed(self.seed, epoch, 0))
+        seed_everything(derive_seed(self.seed, epoch, 1))
+        for index, module in enumerate(self.task.modules()):
+            if isinstance(module, nn.Dropout):
+                module.generator.manual_seed(derive_seed(self.seed, epoch, 2, index))
+
+    # ------------------------------------------------------------------ inside
+
+    def _fit(self, train: Batches, validation: List[Batches]) -> None:
+        self.num_training_batches = train.count
+        self._deadline = None if self._seconds is None else time.monotonic() + self._seconds
+        self.hooks.fire("on_fit_start")
+        fit_loop(self, train, validation)
+        synchronize()
+        self._leave_rates_behind()
+        self.hooks.fire("on_fit_end")
+
+    def _evaluate(
+        self, stage: str, task: TaskModule, dataloaders: Any, ckpt_path: Union[str, Path, None]
+    ) -> List[Dict[str, float]]:
+        self._attach(task)
+        step = self.STEP_OF_STAGE[stage]
+        if stage != "predict" and not overrides(task, step, TaskModule):
+            getattr(task, step)(None, 0)  # says what is missing
+        own = {"validation": "val", "test": "test", "predict": "predict"}[stage]
+        loaders = self._loaders(stage, dataloaders, getattr(task, f"{own}_dataloader"))
+        if not loaders:
+            verb = "validate" if stage == "validation" else stage
+            raise DataError(
+                f"{verb} has no data: pass a dataloader as its second argument, or write "
+                f"{type(task).__name__}.{own}_dataloader()."
+            )
+        task.to(self.device)
+        if ckpt_path is not None:
+            load_weights(task, ckpt_path)
+        self.predictions = []
+        results: List[Dict[str, float]] = []
+        verb = "validate" if stage == "validation" else stage
+        self._run(verb, lambda: results.extend(evaluation_loop(self, stage, loaders)))
+        return results
+
+    def _run(self, stage: str, body: Any) -> None:
+        """``setup``, ``body``, ``teardown``; ``on_exception`` where something is raised."""
+        task = self.task
+        self.hooks = HookRunner(self, task, self.callbacks)
+        runners = {name: make(self, task, self.hooks) for name, make in _MODES.items()}
+        self.mode_runner: Union[EagerMode, GraphMode] = runners[self.mode]
+        self.eval_runner: Union[EagerMode, GraphMode] = runners[self.eval_mode]
+        self.interrupts = InterruptGuard()
+        status = "failed"
+        with self.interrupts:
+            try:
+                self.hooks.fire("setup", stage)
+                body()
+                status = "success"
+            except BaseException as error:
+                self.hooks.fire("on_exception", error)
+                raise
+            finally:
+                self.metrics.reset()
+                for runner in runners.values():
+                    runner.close()
+                self.hooks.fire("teardown", stage)
+                for each in self.loggers:
+                    each.finalize(status)
+
+    def _attach(self, task: TaskModule) -> None:
+        if not isinstance(task, TaskModule):
+            raise ConfigurationError(
+                f"the first argument is a {type(task).__name__}: give an instance of a TaskModule "
+                "subclass (the class itself has to be called first)."
+            )
+        self.task = task
+        task._trainer = self
+
+    def _reset_progress(self) -> None:
+        self.global_step = 0
+        self.current_epoch = 0
+        self.batch_idx = 0
+        self.batches_seen = 0
+        self.should_stop = False
+        self.sanity_checking = False
+        self.num_training_batches: Optional[int] = None
+        self.parameters: List[Any] = []
+        self._window_scales: Dict[int, Any] = {}
+        self._deadline: Optional[float] = None
+
+    def _make_plan(self, task: TaskModule, batches: Optional[int]) -> None:
+        made = self._optimization
+        assert made is not None
+        groups = check_groups(task, made.optimizer, scheduled=made.scheduler is not None)
+        self.parameters = [
+            parameter
+            for group in made.optimizer.param_groups
+            for parameter in group.parameters
+            if parameter.requires_grad
+        ]
+        if not self.parameters:
+            raise RateError(f"{type(task).__name__} has no trainable parameter in any group.")
+        self.num_training_batches = batches
+        self.rates = RatePlan(
+            groups,
+            Calendar(batches, self.accumulate_grad_batches),
+            None if made.scheduler is None else RecordedSchedule(made.scheduler),
+            made.interval,
+            made.frequency,
+        )
+
+    def _add_rate_callback(self) -> None:
+        """Each mode has a callback that carries out the plan; add it where it is missing."""
+        from ofengine.callbacks import GraphLRScaleCallback, LRDecayCallback
+
+        wanted = GraphLRScaleCallback if self.mode == "graph" else LRDecayCallback
+        if any(isinstance(callback, wanted) for callback in self.callbacks):
+            return
+        self.callbacks.insert(0, wanted())
+
+    def _leave_rates_behind(self) -> None:
+        """Leave scheduler and groups as a loop written by hand would have left them."""
+        made = self._optimization
+        assert made is not None
+        if made.scheduler is not None:
+            for _ in range(self.rates.position(self.global_step)):
+                made.scheduler.step()
+        if self.mode == "eager":
+            for index, group in enumerate(made.optimizer.param_groups):
+                group["lr"] = self.rates.unscaled(index, self.global_step)
+
+    def _check_graph_mode(self, task: TaskModule) -> None:
+        refuse_eager_only_hooks(task, self.callbacks)
+        if has_own_graph(task) and self.accumulate_grad_batches > 1:
+            raise ConfigurationError(
+                f"accumulate_grad_batches={self.accumulate_grad_batches} cannot reach into "
+                f"{type(task).__name__}.build_graph(): leave build_graph() as it is, or use "
+                "accumulate_grad_batches=1."
+            )
+
+    def _loaders(self, stage: str, given: Any, default: Any) -> List[Batches]:
+        step = self.STEP_OF_STAGE[stage]
+        if stage != "predict" and not overrides(self.task, step, TaskModule):
+            if given is not None:
+                raise ConfigurationError(
+                    f"{type(self.task).__name__} has no {step}, but {stage} data was given: write "
+                    f"{step}, or give no data."
+                )
+            return []
+        loaders = given if given is not None else default()
+        keep = self._overfit is not None and stage == "validation"
+        limit = self._overfit if keep else self._limits[stage]
+        if limit == 0 and limit is not None:
+            return []
+        return stage_loaders(loaders, limit, self.device, f"the {stage} dataloader", keep)
+
+    def _make_loggers(self, logger: Union[bool, Logger, Sequence[Logger]]) -> List[Logger]:
+        if isinstance(logger, bool):
+            return [CSVLogger(self.default_root_dir)] if logger else []
+        loggers = [logger] if isinstance(logger, Logger) else list(logger)
+        for each in loggers:
+            if not isinstance(each, Logger):
+                raise ConfigurationError(
+                    f"logger holds a {type(each).__name__}: give True, False, or "
+                    "ofengine.loggers.Logger objects."
+                )
+        return loggers
+
+    def _make_callbacks(
+        self,
+        callbacks: Union[Callback, Iterable[Callback], None],
+        progress_bar: bool,
+        summary: bool,
+        checkpointing: bool,
+    ) -> List[Callback]:
+        from ofengine.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
+
+        listed = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
+        for callback in listed:
+            if not isinstance(callback, Callback):
+                raise ConfigurationError(
+                    f"callbacks holds {callback!r}, which is no ofengine.Callback object"
+                    + (": call the class first." if isinstance(callback, type) else ".")
+                )
+        if self.fast_dev_run:
+            listed = [each for each in listed if not isinstance(each, ModelCheckpoint)]
+        for wanted, add in (
+            (ProgressBar, progress_bar),
+            (ModelSummary, summary),
+            (ModelCheckpoint, checkpointing),
+        ):
+            if add and not any(isinstance(callback, wanted) for callback in listed):
+                listed.append(wanted())
+        return listed
+
+
+def _configure_logging() -> None:
+    """Show the engine's messages, unless the user has set up logging."""
+    if not log.handlers and not logging.getLogger().handlers:
+        log.addHandler(logging.StreamHandler(sys.stderr))
+        log.setLevel(logging.INFO)
