@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     )
     from ofengine.hooks import Callback as Callback
     from ofengine.rates.plan import RatePlan as RatePlan
+    from ofengine.seeding import seed_everything as seed_everything
     from ofengine.task import TaskModule as TaskModule
-    from ofengine.trainer import Trainer as Trainer, seed_everything as seed_everything
+    from ofengine.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
 
@@ -41,7 +42,7 @@ _HOMES = {
     "RatePlan": "ofengine.rates.plan",
     "TaskModule": "ofengine.task",
     "Trainer": "ofengine.trainer",
-    "seed_everything": "ofengine.trainer",
+    "seed_everything": "ofengine.seeding",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Dict, Mapping, Union
+from typing import Any, Dict, Mapping, Optional, Union
 
 import numpy as np
 import oneflow as flow
@@ -21,7 +21,9 @@ FORMAT_VERSION = 1
 
 
 def save_weights(
-    task: nn.Module, path: Union[str, Path], metadata: Mapping[str, Any] = ()  # type: ignore[assignment]
+    task: nn.Module,
+    path: Union[str, Path],
+    metadata: Optional[Mapping[str, Any]] = None,
 ) -> Path:
     """Write all parameters and buffers of ``task`` to ``path``; return the path.
 
@@ -32,7 +34,7 @@ def save_weights(
     synchronize()
     path = Path(path)
     arrays = {name: np.ascontiguousarray(t.numpy()) for name, t in task.state_dict().items()}
-    texts = {key: str(value) for key, value in dict(metadata).items()}
+    texts = {key: str(value) for key, value in (metadata or {}).items()}
     texts.update(format=FORMAT, format_version=str(FORMAT_VERSION), ofengine=__version__)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -43,7 +45,8 @@ def save_weights(
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink() if temporary.exists() else None
+        if temporary.exists():
+            temporary.unlink()
         raise CheckpointError(f"{path} could not be written: {error.strerror or error}.") from error
     return path
 
@@ -59,7 +62,7 @@ def load_weights(task: nn.Module, path: Union[str, Path]) -> Dict[str, str]:
     try:
         with safe_open(str(path), framework="np") as file:
             metadata = dict(file.metadata() or {})
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged or no safetensors file: {error}.") from error
     own = task.state_dict()

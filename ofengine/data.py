@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, Hashable, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 import oneflow as flow
@@ -40,7 +40,12 @@ class Batches:
     """
 
     def __init__(
-        self, source: Iterable[Any], limit: Limit, device: flow.device, what: str, keep: bool = False
+        self,
+        source: Iterable[Any],
+        limit: Limit,
+        device: flow.device,
+        what: str,
+        keep: bool = False,
     ) -> None:
         if not hasattr(source, "__iter__"):
             raise DataError(
@@ -174,7 +179,7 @@ class Structure(NamedTuple):
 
     kind: Any
     """A container's type, ``flow.Tensor`` for a leaf, or None for a constant."""
-    keys: Tuple[Hashable, ...]
+    keys: Tuple[Any, ...]
     children: Tuple[Any, ...]
 
 

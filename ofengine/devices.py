@@ -16,9 +16,7 @@ def resolve_device(device: str) -> flow.device:
     a GPU that is not there and for any other text.
     """
     if not isinstance(device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise DeviceError(
-            f'device={device!r} is not known: use "auto", "cpu", "cuda" or "cuda:N".'
-        )
+        raise DeviceError(f'device={device!r} is not known: use "auto", "cpu", "cuda" or "cuda:N".')
     count = flow.cuda.device_count() if flow.cuda.is_available() else 0
     if device == "cpu" or (device == "auto" and count == 0):
         return flow.device("cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Dict, List, Optional
 
+from ofengine.connect import STEP_OF_STAGE
 from ofengine.data import Batches
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def fit_loop(trainer: Trainer, train: Batches, validation: List[Batches]) -> Non
     trainer.task.train()
     hooks.fire("on_train_start")
     while not trainer.is_done():
-        trainer.reseed(train, trainer.current_epoch)
+        trainer.reseed(train)
         hooks.fire("on_train_epoch_start")
         _train_epoch(trainer, train, validation)
         trainer.mode_runner.settle()
@@ -90,7 +91,7 @@ def evaluation_loop(
     calls = hooks.calls
     batch_start, batch_end = calls[f"on_{stage}_batch_start"], calls[f"on_{stage}_batch_end"]
     step = trainer.eval_runner.eval_step
-    step_name = trainer.STEP_OF_STAGE[stage]
+    step_name = STEP_OF_STAGE[stage]
     results: List[Dict[str, float]] = []
     trainer.mode_runner.settle()
     training = [module for module in trainer.task.modules() if module.training]

@@ -76,9 +76,9 @@ class TracedIndex(int):
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
     __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = __truediv__ = __rtruediv__ = _refuse
     __divmod__ = __pow__ = __neg__ = __and__ = __or__ = __xor__ = __lshift__ = __rshift__ = _refuse
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse  # type: ignore[assignment]
-    __bool__ = __int__ = __float__ = __index__ = _refuse  # type: ignore[assignment]
-    __str__ = __repr__ = __format__ = __hash__ = _refuse  # type: ignore[assignment]
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __bool__ = __int__ = __float__ = __index__ = _refuse
+    __str__ = __repr__ = __format__ = __hash__ = _refuse
 
 
 _REASONS: Tuple[Tuple[str, str], ...] = (

@@ -4,36 +4,33 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Union
+from typing import Any, Dict, List, Optional, Sequence, Union
 
-import numpy as np
 import oneflow as flow
 from oneflow import nn
 from oneflow.optim import Optimizer
 
-from ofengine import arguments
+from ofengine import arguments, connect
 from ofengine._oneflow import synchronize
 from ofengine.checkpoint import load_weights, save_weights
-from ofengine.data import Batches, Limit, count_batches, stage_loaders
+from ofengine.data import Batches, Limit, count_batches
 from ofengine.devices import resolve_device
 from ofengine.errors import ConfigurationError, DataError, RateError
-from ofengine.hooks import Callback, HookRunner, overrides, refuse_eager_only_hooks
+from ofengine.hooks import Callback, HookRunner
 from ofengine.interrupts import InterruptGuard
-from ofengine.loggers import CSVLogger, Logger
+from ofengine.loggers import Logger
 from ofengine.loops import evaluation_loop, fit_loop
 from ofengine.metrics import Metrics
 from ofengine.modes.eager import EagerMode
-from ofengine.modes.graph import GraphMode, has_own_graph
+from ofengine.modes.graph import GraphMode
 from ofengine.modes.steps import clip_gradients
 from ofengine.optimizers import Optimization, read_optimizers
-from ofengine.rates.calendar import Calendar, ceil_div
-from ofengine.rates.groups import check_groups
+from ofengine.rates.calendar import ceil_div
 from ofengine.rates.plan import RatePlan
-from ofengine.rates.schedule import RecordedSchedule
+from ofengine.seeding import seed_epoch, seed_everything
 from ofengine.task import TaskModule
 
 log = logging.getLogger("ofengine")
@@ -41,20 +38,8 @@ log = logging.getLogger("ofengine")
 _TABLE_STEPS = 10_000
 """How many steps of rates are compiled in at first where the run's length is not known."""
 
-_MODES = {"eager": EagerMode, "graph": GraphMode}
-
-
-def seed_everything(seed: int) -> int:
-    """Seed Python's, numpy's and OneFlow's global generators; return ``seed``."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    flow.manual_seed(seed)
-    return seed
-
-
-def derive_seed(*parts: int) -> int:
-    """A seed that is a function of ``parts`` (numpy's SeedSequence), from 0 to 2**31 - 1."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0]) >> 1
+Runner = Union[EagerMode, GraphMode]
+_MODES = ("eager", "graph")
 
 
 class Trainer:
@@ -100,11 +85,18 @@ class Trainer:
         DeviceError: the device is not there.
     """
 
-    STEP_OF_STAGE = {
-        "validation": "validation_step",
-        "test": "test_step",
-        "predict": "predict_step",
-    }
+    # Set by every verb, before anything asks for them.
+    task: TaskModule
+    hooks: HookRunner
+    mode_runner: Runner
+    eval_runner: Runner
+    # Set by fit.
+    rates: RatePlan
+    parameters: List[Any]
+    """The trainable parameters of all groups."""
+    num_training_batches: Optional[int]
+    """Batches in an epoch, or None where that is not known ahead."""
+    _deadline: Optional[float]
 
     def __init__(
         self,
@@ -192,13 +184,16 @@ class Trainer:
             self._val_check_interval, self._check_val_every_n_epoch = None, 1
             logger = enable_checkpointing = False
 
-        self.loggers: List[Logger] = self._make_loggers(logger)
-        self.callbacks: List[Callback] = self._make_callbacks(
-            callbacks, enable_progress_bar, enable_model_summary, enable_checkpointing
+        self.loggers = connect.make_loggers(logger, self.default_root_dir)
+        self.callbacks = connect.make_callbacks(
+            callbacks,
+            enable_progress_bar,
+            enable_model_summary,
+            enable_checkpointing,
+            drop_checkpoints=bool(fast_dev_run),
         )
         self.metrics = Metrics()
         self.interrupts = InterruptGuard()
-        self.task: TaskModule = None  # type: ignore[assignment]  # set by every verb
         self.predictions: List[List[Any]] = []
         self._optimization: Optional[Optimization] = None
         self._reset_progress()
@@ -220,31 +215,36 @@ class Trainer:
             OFEngineError: something does not fit together; raised before training starts.
         """
         self._attach(task)
-        if not overrides(task, "training_step", TaskModule) and not has_own_graph(task):
-            task.training_step(None, 0)  # says what to write
-        train = train_dataloaders if train_dataloaders is not None else task.train_dataloader()
-        if train is None:
-            raise DataError(
-                "fit has no training data: pass a dataloader as its second argument, or write "
-                f"{type(task).__name__}.train_dataloader()."
-            )
+        self._reset_progress()
+        connect.check_step(task, "train")
         keep = self._overfit is not None
-        limit = self._overfit if keep else self._limits["train"]
-        batches = Batches(train, limit, self.device, "train_dataloader", keep)
-        validation = self._loaders("validation", val_dataloaders, task.val_dataloader)
+        limits = dict.fromkeys(self._limits, self._overfit) if keep else self._limits
+        train = connect.training_batches(self, task, train_dataloaders, limits["train"], keep)
+        validation = connect.evaluation_batches(
+            self, task, "validation", val_dataloaders, limits["validation"], keep
+        )
+        self.num_training_batches = train.count
         self._val_every = arguments.batches_between_validations(
-            self._val_check_interval, batches.count
+            self._val_check_interval, train.count
         )
         task.to(self.device)
-        self._reset_progress()
         if self.seed is not None:
             seed_everything(self.seed)
-        self._optimization = read_optimizers(task.configure_optimizers(), type(task).__name__)
-        self._make_plan(task, batches.count)
-        self._add_rate_callback()
+        made = read_optimizers(task.configure_optimizers(), type(task).__name__)
+        self._optimization = made
+        self.rates = connect.make_plan(task, made, train.count, self.accumulate_grad_batches)
+        self.parameters = [
+            parameter
+            for group in made.optimizer.param_groups
+            for parameter in group.parameters
+            if parameter.requires_grad
+        ]
+        if not self.parameters:
+            raise RateError(f"{type(task).__name__} has no trainable parameter in any group.")
+        connect.add_rate_callback(self.callbacks, self.mode)
         if self.mode == "graph":
-            self._check_graph_mode(task)
-        self._run("fit", lambda: self._fit(batches, validation))
+            connect.check_graph_mode(self, task)
+        self._run("fit", lambda: self._fit(train, validation))
 
     def validate(
         self, task: TaskModule, dataloaders: Any = None, ckpt_path: Union[str, Path, None] = None
@@ -381,20 +381,14 @@ class Trainer:
         if surprise and self.rates.depends_on_epochs():
             self.mode_runner.rates_changed()
 
-    def reseed(self, train: Batches, epoch: int) -> None:
+    def reseed(self, train: Batches) -> None:
         """Make the epoch's randomness a function of (seed, epoch), where there is a seed."""
-        if self.seed is None:
-            return
-        train.reseed(derive_seed(self.seed, epoch, 0))
-        seed_everything(derive_seed(self.seed, epoch, 1))
-        for index, module in enumerate(self.task.modules()):
-            if isinstance(module, nn.Dropout):
-                module.generator.manual_seed(derive_seed(self.seed, epoch, 2, index))
+        if self.seed is not None:
+            seed_epoch(self.seed, self.current_epoch, train, self.task)
 
     # ------------------------------------------------------------------ inside
 
     def _fit(self, train: Batches, validation: List[Batches]) -> None:
-        self.num_training_batches = train.count
         self._deadline = None if self._seconds is None else time.monotonic() + self._seconds
         self.hooks.fire("on_fit_start")
         fit_loop(self, train, validation)
@@ -406,23 +400,15 @@ class Trainer:
         self, stage: str, task: TaskModule, dataloaders: Any, ckpt_path: Union[str, Path, None]
     ) -> List[Dict[str, float]]:
         self._attach(task)
-        step = self.STEP_OF_STAGE[stage]
-        if stage != "predict" and not overrides(task, step, TaskModule):
-            getattr(task, step)(None, 0)  # says what is missing
-        own = {"validation": "val", "test": "test", "predict": "predict"}[stage]
-        loaders = self._loaders(stage, dataloaders, getattr(task, f"{own}_dataloader"))
-        if not loaders:
-            verb = "validate" if stage == "validation" else stage
-            raise DataError(
-                f"{verb} has no data: pass a dataloader as its second argument, or write "
-                f"{type(task).__name__}.{own}_dataloader()."
-            )
+        connect.check_step(task, stage)
+        loaders = connect.evaluation_batches(self, task, stage, dataloaders, self._limits[stage])
+        connect.require_data(task, stage, loaders)
         task.to(self.device)
         if ckpt_path is not None:
             load_weights(task, ckpt_path)
         self.predictions = []
         results: List[Dict[str, float]] = []
-        verb = "validate" if stage == "validation" else stage
+        verb = connect.VERB_OF_STAGE[stage]
         self._run(verb, lambda: results.extend(evaluation_loop(self, stage, loaders)))
         return results
 
@@ -430,9 +416,12 @@ class Trainer:
         """``setup``, ``body``, ``teardown``; ``on_exception`` where something is raised."""
         task = self.task
         self.hooks = HookRunner(self, task, self.callbacks)
-        runners = {name: make(self, task, self.hooks) for name, make in _MODES.items()}
-        self.mode_runner: Union[EagerMode, GraphMode] = runners[self.mode]
-        self.eval_runner: Union[EagerMode, GraphMode] = runners[self.eval_mode]
+        runners: Dict[str, Runner] = {
+            "eager": EagerMode(self, task, self.hooks),
+            "graph": GraphMode(self, task, self.hooks),
+        }
+        self.mode_runner = runners[self.mode]
+        self.eval_runner = runners[self.eval_mode]
         self.interrupts = InterruptGuard()
         status = "failed"
         with self.interrupts:
@@ -467,40 +456,10 @@ class Trainer:
         self.batches_seen = 0
         self.should_stop = False
         self.sanity_checking = False
-        self.num_training_batches: Optional[int] = None
-        self.parameters: List[Any] = []
+        self.num_training_batches = None
+        self.parameters = []
         self._window_scales: Dict[int, Any] = {}
-        self._deadline: Optional[float] = None
-
-    def _make_plan(self, task: TaskModule, batches: Optional[int]) -> None:
-        made = self._optimization
-        assert made is not None
-        groups = check_groups(task, made.optimizer, scheduled=made.scheduler is not None)
-        self.parameters = [
-            parameter
-            for group in made.optimizer.param_groups
-            for parameter in group.parameters
-            if parameter.requires_grad
-        ]
-        if not self.parameters:
-            raise RateError(f"{type(task).__name__} has no trainable parameter in any group.")
-        self.num_training_batches = batches
-        self.rates = RatePlan(
-            groups,
-            Calendar(batches, self.accumulate_grad_batches),
-            None if made.scheduler is None else RecordedSchedule(made.scheduler),
-            made.interval,
-            made.frequency,
-        )
-
-    def _add_rate_callback(self) -> None:
-        """Each mode has a callback that carries out the plan; add it where it is missing."""
-        from ofengine.callbacks import GraphLRScaleCallback, LRDecayCallback
-
-        wanted = GraphLRScaleCallback if self.mode == "graph" else LRDecayCallback
-        if any(isinstance(callback, wanted) for callback in self.callbacks):
-            return
-        self.callbacks.insert(0, wanted())
+        self._deadline = None
 
     def _leave_rates_behind(self) -> None:
         """Leave scheduler and groups as a loop written by hand would have left them."""
@@ -512,70 +471,6 @@ class Trainer:
         if self.mode == "eager":
             for index, group in enumerate(made.optimizer.param_groups):
                 group["lr"] = self.rates.unscaled(index, self.global_step)
-
-    def _check_graph_mode(self, task: TaskModule) -> None:
-        refuse_eager_only_hooks(task, self.callbacks)
-        if has_own_graph(task) and self.accumulate_grad_batches > 1:
-            raise ConfigurationError(
-                f"accumulate_grad_batches={self.accumulate_grad_batches} cannot reach into "
-                f"{type(task).__name__}.build_graph(): leave build_graph() as it is, or use "
-                "accumulate_grad_batches=1."
-            )
-
-    def _loaders(self, stage: str, given: Any, default: Any) -> List[Batches]:
-        step = self.STEP_OF_STAGE[stage]
-        if stage != "predict" and not overrides(self.task, step, TaskModule):
-            if given is not None:
-                raise ConfigurationError(
-                    f"{type(self.task).__name__} has no {step}, but {stage} data was given: write "
-                    f"{step}, or give no data."
-                )
-            return []
-        loaders = given if given is not None else default()
-        keep = self._overfit is not None and stage == "validation"
-        limit = self._overfit if keep else self._limits[stage]
-        if limit == 0 and limit is not None:
-            return []
-        return stage_loaders(loaders, limit, self.device, f"the {stage} dataloader", keep)
-
-    def _make_loggers(self, logger: Union[bool, Logger, Sequence[Logger]]) -> List[Logger]:
-        if isinstance(logger, bool):
-            return [CSVLogger(self.default_root_dir)] if logger else []
-        loggers = [logger] if isinstance(logger, Logger) else list(logger)
-        for each in loggers:
-            if not isinstance(each, Logger):
-                raise ConfigurationError(
-                    f"logger holds a {type(each).__name__}: give True, False, or "
-                    "ofengine.loggers.Logger objects."
-                )
-        return loggers
-
-    def _make_callbacks(
-        self,
-        callbacks: Union[Callback, Iterable[Callback], None],
-        progress_bar: bool,
-        summary: bool,
-        checkpointing: bool,
-    ) -> List[Callback]:
-        from ofengine.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
-
-        listed = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
-        for callback in listed:
-            if not isinstance(callback, Callback):
-                raise ConfigurationError(
-                    f"callbacks holds {callback!r}, which is no ofengine.Callback object"
-                    + (": call the class first." if isinstance(callback, type) else ".")
-                )
-        if self.fast_dev_run:
-            listed = [each for each in listed if not isinstance(each, ModelCheckpoint)]
-        for wanted, add in (
-            (ProgressBar, progress_bar),
-            (ModelSummary, summary),
-            (ModelCheckpoint, checkpointing),
-        ):
-            if add and not any(isinstance(callback, wanted) for callback in listed):
-                listed.append(wanted())
-        return listed
 
 
 def _configure_logging() -> None:

@@ -27,7 +27,7 @@ from ofengine.modes.layers import (
     masked_dropout,
     recorded_dropout,
 )
-from ofengine.modes.steps import clip_gradients, split_outputs, step_arity
+from ofengine.modes.steps import split_outputs, step_arity
 from ofengine.task import TaskModule
 from ofengine.tracing import Trace, TracedIndex, explain
 
@@ -45,7 +45,9 @@ def has_own_graph(task: TaskModule) -> bool:
 class _StepGraph(nn.Graph):
     """A step of the task over the tensors of one batch; what comes out besides the loss."""
 
-    def __init__(self, task: TaskModule, step: str, structure: Structure, extra: Sequence[Any]):
+    def __init__(
+        self, task: TaskModule, step: str, structure: Structure, extra: Sequence[Any]
+    ) -> None:
         super().__init__()
         self.task = task
         self.origin = [task]  # in a list, or nn.Graph would make it a block
@@ -348,16 +350,15 @@ class GraphMode:
         if self._states is None:
             return
         log.info(
-            "step %d: compiling again, for the learning rates from here on", self.trainer.global_step
+            "step %d: compiling again, for the learning rates from here on",
+            self.trainer.global_step,
         )
         self.settle()
         self._applies.clear()
         if self.trainer.accumulate_grad_batches == 1:
             self._steps.clear()
 
-    def _compile(
-        self, graph: nn.Graph, inputs: Sequence[Any], what: str, updates: bool
-    ) -> None:
+    def _compile(self, graph: nn.Graph, inputs: Sequence[Any], what: str, updates: bool) -> None:
         """Compile ``graph`` for ``inputs``; where it ``updates``, over the shared state."""
         if updates:
             self._hooks.fire("on_before_graph_compile", graph)

@@ -1,10 +1,12 @@
-"""Layers that a static graph treats differently: dropout and batch norm, made to act alike.
+"""Layers that a static graph treats differently, dropout and batch norm, made to act alike.
 
-A compiled batch norm updates its running statistics but not ``num_batches_tracked``; its
-calls are counted at the trace and added up here. A compiled ``nn.Dropout`` draws from a sequence of its own that starts anew with each graph,
-so graphs for several batch shapes, or a resumed run, would repeat masks. Here the masks are
-inputs of the graph instead. Each is drawn eagerly from the layer's own generator before the
-step, which makes them exactly those of eager mode, whatever the shapes of the batches.
+A compiled batch norm updates its running statistics but not ``num_batches_tracked``: its calls
+are counted at the trace, and added up after the steps.
+
+A compiled ``nn.Dropout`` draws from a sequence of its own that starts anew with each graph, so
+graphs for several batch shapes, or a resumed run, would repeat masks. Here the masks are inputs
+of the graph instead. Each is drawn eagerly from the layer's own generator before the step, which
+makes them exactly those of eager mode, whatever the shapes of the batches.
 """
 
 from __future__ import annotations

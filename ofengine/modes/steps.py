@@ -14,9 +14,7 @@ from ofengine.errors import ConfigurationError
 def step_arity(task: nn.Module, step: str) -> int:
     """How many of (batch, batch_idx, dataloader_idx) the task's ``step`` takes: 1 to 3."""
     parameters = list(inspect.signature(getattr(task, step)).parameters.values())
-    positional = [
-        p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     required = [p for p in positional if p.default is p.empty]
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return 3

@@ -178,7 +178,7 @@ def _twin_hint(task: nn.Module, orphans: Iterable[str]) -> str:
         siblings = [m for m in modules if m.rpartition(".")[0] == parent and m != name]
         leaves = [sibling.rpartition(".")[2] for sibling in siblings]
         close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.85)
-        if close and not leaf.rstrip("0123456789") == close[0].rstrip("0123456789"):
+        if close and leaf.rstrip("0123456789") != close[0].rstrip("0123456789"):
             twin = f"{parent}.{close[0]}" if parent else close[0]
             return f" The module {name!r} stands beside {twin!r}: is one of them a misspelling?"
     return ""

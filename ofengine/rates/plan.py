@@ -65,6 +65,7 @@ class RatePlan:
         self._by_epoch = interval == "epoch"
         self._frequency = frequency
         self._decayed: Dict[int, List[float]] = {}
+        self._constant: Optional[List[float]] = None
 
     # ------------------------------------------------------------------ setting up
 
@@ -78,6 +79,7 @@ class RatePlan:
         self.decay = decay
         self._decay_owner = owner
         self._decayed.clear()
+        self._constant = None
 
     # ------------------------------------------------------------------ asking
 
@@ -98,10 +100,15 @@ class RatePlan:
 
     def rates(self, step: int) -> List[float]:
         """The learning rates of all groups at ``step``, in the groups' order."""
-        return [
+        if self._constant is not None:
+            return self._constant
+        rates = [
             float(np.float32(self.unscaled(index, step)) * np.float32(self.scale(index)))
             for index in range(len(self.groups))
         ]
+        if self.is_constant():
+            self._constant = rates
+        return rates
 
     def scale(self, index: int) -> float:
         """The constant multiplier of a group."""
@@ -122,16 +129,14 @@ class RatePlan:
         return base if factor == 1.0 else base * self._decay(index, 1.0, factor, step)
 
     def _decay(self, index: int, start: float, factor: float, step: int) -> float:
-        events = self.calendar.events_before(
-            step, self.decay.every_n_batches, self.decay.per_epoch
-        )
+        events = self.calendar.events_before(step, self.decay.every_n_batches, self.decay.per_epoch)
         values = self._decayed.setdefault(index, [start])
         while len(values) <= events:
             values.append(values[-1] * factor)
         return values[events]
 
     def position(self, step: int) -> int:
-        """How often a loop written by hand would have called ``scheduler.step()`` before ``step``."""
+        """How often a hand-written loop would have called ``scheduler.step()`` before ``step``."""
         if self._schedule is None:
             return 0
         return (self.calendar.epoch_of(step) if self._by_epoch else step) // self._frequency

@@ -1,0 +1,161 @@
+"""Puts together what a Trainer runs with: loggers, callbacks, dataloaders, the rate plan."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Iterable, List, Optional, Sequence, Union
+
+from ofengine.data import Batches, Limit, stage_loaders
+from ofengine.errors import ConfigurationError, DataError
+from ofengine.hooks import Callback, overrides, refuse_eager_only_hooks
+from ofengine.loggers import CSVLogger, Logger
+from ofengine.modes.graph import has_own_graph
+from ofengine.optimizers import Optimization
+from ofengine.rates.calendar import Calendar
+from ofengine.rates.groups import check_groups
+from ofengine.rates.plan import RatePlan
+from ofengine.rates.schedule import RecordedSchedule
+from ofengine.task import TaskModule
+
+if TYPE_CHECKING:
+    from ofengine.trainer import Trainer
+
+STEP_OF_STAGE = {
+    "train": "training_step",
+    "validation": "validation_step",
+    "test": "test_step",
+    "predict": "predict_step",
+}
+LOADER_OF_STAGE = {
+    "train": "train_dataloader",
+    "validation": "val_dataloader",
+    "test": "test_dataloader",
+    "predict": "predict_dataloader",
+}
+VERB_OF_STAGE = {"train": "fit", "validation": "validate", "test": "test", "predict": "predict"}
+
+
+def make_loggers(logger: Union[bool, Logger, Sequence[Logger]], root: str) -> List[Logger]:
+    """The Trainer's ``logger`` argument as a list."""
+    if isinstance(logger, bool):
+        return [CSVLogger(root)] if logger else []
+    loggers = [logger] if isinstance(logger, Logger) else list(logger)
+    for each in loggers:
+        if not isinstance(each, Logger):
+            raise ConfigurationError(
+                f"logger holds a {type(each).__name__}: give True, False, or "
+                "ofengine.loggers.Logger objects."
+            )
+    return loggers
+
+
+def make_callbacks(
+    callbacks: Union[Callback, Iterable[Callback], None],
+    progress_bar: bool,
+    summary: bool,
+    checkpointing: bool,
+    drop_checkpoints: bool,
+) -> List[Callback]:
+    """The Trainer's ``callbacks`` argument as a list, and those that are on by default."""
+    from ofengine.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
+
+    listed = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
+    for callback in listed:
+        if not isinstance(callback, Callback):
+            raise ConfigurationError(
+                f"callbacks holds {callback!r}, which is no ofengine.Callback object"
+                + (": call the class first." if isinstance(callback, type) else ".")
+            )
+    if drop_checkpoints:
+        listed = [each for each in listed if not isinstance(each, ModelCheckpoint)]
+    for wanted, add in (
+        (ProgressBar, progress_bar),
+        (ModelSummary, summary),
+        (ModelCheckpoint, checkpointing),
+    ):
+        if add and not any(isinstance(callback, wanted) for callback in listed):
+            listed.append(wanted())
+    return listed
+
+
+def add_rate_callback(callbacks: List[Callback], mode: str) -> None:
+    """Each mode has a callback that carries out the rate plan; add it where it is missing."""
+    from ofengine.callbacks import GraphLRScaleCallback, LRDecayCallback
+
+    wanted = GraphLRScaleCallback if mode == "graph" else LRDecayCallback
+    if not any(isinstance(callback, wanted) for callback in callbacks):
+        callbacks.insert(0, wanted())
+
+
+def check_graph_mode(trainer: Trainer, task: TaskModule) -> None:
+    """Refuse, before training, what graph mode cannot do for this task."""
+    refuse_eager_only_hooks(task, trainer.callbacks)
+    if has_own_graph(task) and trainer.accumulate_grad_batches > 1:
+        raise ConfigurationError(
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches} cannot reach into "
+            f"{type(task).__name__}.build_graph(): leave build_graph() as it is, or use "
+            "accumulate_grad_batches=1."
+        )
+
+
+def check_step(task: TaskModule, stage: str) -> None:
+    """Raise where ``task`` lacks the step that ``stage`` runs."""
+    step = STEP_OF_STAGE[stage]
+    if stage == "predict" or overrides(task, step, TaskModule):
+        return
+    if stage == "train" and has_own_graph(task):
+        return
+    getattr(task, step)(None, 0)  # the default raises, and says what to write
+
+
+def training_batches(
+    trainer: Trainer, task: TaskModule, given: Any, limit: Limit, keep: bool
+) -> Batches:
+    """The training data of ``fit``."""
+    source = given if given is not None else task.train_dataloader()
+    if source is None:
+        raise _no_data(task, "train")
+    return Batches(source, limit, trainer.device, "train_dataloader", keep)
+
+
+def evaluation_batches(
+    trainer: Trainer, task: TaskModule, stage: str, given: Any, limit: Limit, keep: bool = False
+) -> List[Batches]:
+    """The data of an evaluation stage; none where the task does not take part in it."""
+    step = STEP_OF_STAGE[stage]
+    if stage != "predict" and not overrides(task, step, TaskModule):
+        if given is not None:
+            raise ConfigurationError(
+                f"{type(task).__name__} has no {step}, but {stage} data was given: write {step}, "
+                "or give no data."
+            )
+        return []
+    loaders = given if given is not None else getattr(task, LOADER_OF_STAGE[stage])()
+    if limit is not None and limit == 0:
+        return []
+    return stage_loaders(loaders, limit, trainer.device, LOADER_OF_STAGE[stage], keep)
+
+
+def require_data(task: TaskModule, stage: str, loaders: List[Batches]) -> None:
+    """Raise where a verb was called that has nothing to run over."""
+    if not loaders:
+        raise _no_data(task, stage)
+
+
+def _no_data(task: TaskModule, stage: str) -> DataError:
+    return DataError(
+        f"{VERB_OF_STAGE[stage]} has no data: pass a dataloader as its second argument, or write "
+        f"{type(task).__name__}.{LOADER_OF_STAGE[stage]}()."
+    )
+
+
+def make_plan(
+    task: TaskModule, made: Optimization, batches: Optional[int], accumulate: int
+) -> RatePlan:
+    """Check the parameter groups and plan their rates."""
+    return RatePlan(
+        check_groups(task, made.optimizer, scheduled=made.scheduler is not None),
+        Calendar(batches, accumulate),
+        None if made.scheduler is None else RecordedSchedule(made.scheduler),
+        made.interval,
+        made.frequency,
+    )
