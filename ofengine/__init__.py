@@ -14,19 +14,20 @@ from ofengine._startup import quiet_oneflow_import
 
 if TYPE_CHECKING:
     from ofengine.errors import (
-        CheckpointError as CheckpointError,
-        ConfigurationError as ConfigurationError,
-        DataError as DataError,
-        DeviceError as DeviceError,
-        GraphModeError as GraphModeError,
-        OFEngineError as OFEngineError,
-        RateError as RateError,
+        CheckpointError,
+        ConfigurationError,
+        DataError,
+        DeviceError,
+        GraphModeError,
+        OFEngineError,
+        OFEngineWarning,
+        RateError,
     )
-    from ofengine.hooks import Callback as Callback
-    from ofengine.rates.plan import RatePlan as RatePlan
-    from ofengine.seeding import seed_everything as seed_everything
-    from ofengine.task import TaskModule as TaskModule
-    from ofengine.trainer import Trainer as Trainer
+    from ofengine.hooks import Callback
+    from ofengine.rates.plan import RatePlan
+    from ofengine.seeding import seed_everything
+    from ofengine.task import TaskModule
+    from ofengine.trainer import Trainer
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ _HOMES = {
     "DeviceError": "ofengine.errors",
     "GraphModeError": "ofengine.errors",
     "OFEngineError": "ofengine.errors",
+    "OFEngineWarning": "ofengine.errors",
     "RateError": "ofengine.errors",
     "RatePlan": "ofengine.rates.plan",
     "TaskModule": "ofengine.task",
@@ -45,7 +47,22 @@ _HOMES = {
     "seed_everything": "ofengine.seeding",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = [
+    "Callback",
+    "CheckpointError",
+    "ConfigurationError",
+    "DataError",
+    "DeviceError",
+    "GraphModeError",
+    "OFEngineError",
+    "OFEngineWarning",
+    "RateError",
+    "RatePlan",
+    "TaskModule",
+    "Trainer",
+    "__version__",
+    "seed_everything",
+]
 
 quiet_oneflow_import()
 

@@ -6,6 +6,7 @@ If a new version of OneFlow breaks ofengine, the place to mend is here.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import sys
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
@@ -41,6 +42,63 @@ def build_parameters(proxy: Any) -> List[Any]:
     """Put every parameter of a module's proxy into the graph being traced; the lazy tensors."""
     return [
         getattr(module, name) for module in proxy.modules() for name in list(module._parameters)
+    ]
+
+
+class _LazyStates(Dict[str, Any]):
+    """A module's own parameters or buffers, by name; in a trace their lazy tensors."""
+
+    def __init__(self, states: Dict[str, Any], proxy: Any) -> None:
+        super().__init__(states)
+        self._proxy = proxy
+
+    def __getitem__(self, name: str) -> Any:
+        return None if super().__getitem__(name) is None else getattr(self._proxy, name)
+
+
+class _Traced:
+    """What a module does differently while it stands in for its proxy."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)  # type: ignore[attr-defined]
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True) -> Iterator[Any]:
+        for name, _ in self._origin.named_parameters(prefix="", recurse=recurse):
+            lazy = functools.reduce(getattr, name.split("."), self._proxy)
+            yield (f"{prefix}.{name}" if prefix else name), lazy
+
+    def parameters(self, recurse: bool = True) -> Iterator[Any]:
+        return (lazy for _, lazy in self.named_parameters(recurse=recurse))
+
+
+def instance_in_trace(proxy: Any) -> Any:
+    """An instance of the class of the module behind ``proxy``, to be used while tracing.
+
+    Its submodules are proxies and its parameters and buffers lazy tensors, as the proxy's
+    are; but being an instance, its methods may call ``super()``, which a proxy's cannot.
+    """
+    origin = module_of(proxy)
+    cls = type(origin)
+    traced = object.__new__(type(cls.__name__, (_Traced, cls), {"__module__": cls.__module__}))
+    traced.__dict__.update(origin.__dict__)
+    traced.__dict__.update(
+        _origin=origin,
+        _proxy=proxy,
+        _parameters=_LazyStates(origin._parameters, proxy),
+        _buffers=_LazyStates(origin._buffers, proxy),
+        _modules=dict(proxy._modules),
+    )
+    return traced
+
+
+def assignments_in_trace(traced: Any) -> List[str]:
+    """The attributes that were set on what :func:`instance_in_trace` returned."""
+    origin = traced.__dict__["_origin"].__dict__
+    apart = ("_origin", "_proxy", "_parameters", "_buffers", "_modules")
+    return [
+        name
+        for name, value in traced.__dict__.items()
+        if name not in apart and (name not in origin or origin[name] is not value)
     ]
 
 

@@ -81,6 +81,17 @@ class TracedIndex(int):
     __str__ = __repr__ = __format__ = __hash__ = _refuse
 
 
+def warn_of_assignments(step: str, names: List[str]) -> None:
+    """Warn where a step that is compiled sets attributes: they are set at the trace only."""
+    if names:
+        warnings.warn(
+            f"{step} sets {', '.join(f'self.{name}' for name in names)} in a compiled step: that "
+            "happens once, at the trace, and is forgotten; return or log the value instead.",
+            OFEngineWarning,
+            stacklevel=2,
+        )
+
+
 _REASONS: Tuple[Tuple[str, str], ...] = (
     (
         "tensor.numpy() is not allowed",
@@ -91,10 +102,6 @@ _REASONS: Tuple[Tuple[str, str], ...] = (
     ("Advanced indexing by boolean(mask)", "indexes with a boolean mask, whose result has no "
      "fixed shape"),
     ("only support types: Tensor/None", "returns or logs something that is no tensor"),
-    ("must be an instance of subtype", "calls super(), which a traced step cannot; call the "
-     "parent class's method by name"),
-    ("super(type, obj)", "calls super(), which a traced step cannot; call the parent class's "
-     "method by name"),
 )  # fmt: skip
 
 

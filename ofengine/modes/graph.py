@@ -29,7 +29,7 @@ from ofengine.modes.layers import (
 )
 from ofengine.modes.steps import split_outputs, step_arity
 from ofengine.task import TaskModule
-from ofengine.tracing import Trace, TracedIndex, explain
+from ofengine.tracing import Trace, TracedIndex, explain, warn_of_assignments
 
 if TYPE_CHECKING:
     from ofengine.trainer import Trainer
@@ -57,14 +57,15 @@ class _StepGraph(nn.Graph):
         self.extra = tuple(extra)
         self.specs: List[LogSpec] = []
         self.rest: Structure = flatten(None, [])
-        self.batch_norms: Dict[Any, int] = {}
 
     def call_step(self, tensors: Sequence[Any]) -> Any:
         """Trace the task's step; keep the specs of what it logs, return (outputs, logged)."""
         batch = unflatten(self.structure, iter(tensors))
         arguments = (batch, TracedIndex(), *self.extra)[: self.arity]
+        task = _oneflow.instance_in_trace(self.task)
         with Trace() as trace:
-            outputs = getattr(self.task, self.step)(*arguments)
+            outputs = getattr(task, self.step)(*arguments)
+        warn_of_assignments(self.step, _oneflow.assignments_in_trace(task))
         tensor_logs = [(s, v) for s, v in trace.logs if isinstance(v, flow.Tensor)]
         self.specs = [spec for spec, _ in tensor_logs]
         self.constants = [(s, v) for s, v in trace.logs if not isinstance(v, flow.Tensor)]
@@ -82,7 +83,7 @@ class _TrainStepGraph(_StepGraph):
     def trained_loss(self, tensors: Sequence[Any], masks: Sequence[Any], scale: Any) -> Any:
         """Forward and backward; (loss, outputs besides it, logged)."""
         (task,) = self.origin
-        with masked_dropout(task, list(masks)), counted_batch_norms(task, self.batch_norms):
+        with masked_dropout(task, list(masks)):
             outputs, logged = self.call_step(tensors)
         loss, rest = split_outputs(outputs, type(task).__name__)
         (loss if scale is None else loss * scale).backward()
@@ -181,6 +182,8 @@ class _Compiled:
 
     graph: Any
     masks: Optional[Masks] = None
+    batch_norms: Dict[Any, int] = attrs.Factory(dict)
+    """How often one run calls each batch norm."""
     runs: int = 0
     """Runs since ``num_batches_tracked`` was brought up to date."""
 
@@ -263,7 +266,7 @@ class GraphMode:
     def settle(self) -> None:
         """Bring up to date what compiled steps leave behind: batch norms' count of batches."""
         for compiled in self._steps.values():
-            for layer, calls in getattr(compiled.graph, "batch_norms", {}).items():
+            for layer, calls in compiled.batch_norms.items():
                 layer.num_batches_tracked.add_(calls * compiled.runs)
             compiled.runs = 0
 
@@ -273,20 +276,23 @@ class GraphMode:
 
     def _compile_step(self, structure: Structure, tensors: List[Any]) -> _Compiled:
         masks = self._probe_dropout(structure, tensors)
-        compiled = _Compiled(None, masks)
         drawn = masks.placeholders() if masks is not None else []
+        compiled = _Compiled(None, masks)
+        inputs: List[Any] = [tensors, drawn]
+        what, updates = "training_step", True
         if self.trainer.accumulate_grad_batches > 1:
-            compiled.graph = GradientGraph(self, structure)
-            inputs = [tensors, drawn, self.trainer.window_scale(1)]
-            self._compile(compiled.graph, inputs, "training_step", updates=False)
-            return compiled
-        self._structure = structure
-        graph = compiled.graph = self.task.build_graph()
-        if isinstance(graph, TrainGraph):
-            self._compile(graph, [tensors, drawn], "training_step", updates=True)
+            graph: Any = GradientGraph(self, structure)
+            inputs.append(self.trainer.window_scale(1))
+            updates = False
         else:
-            self._check_own_graph(graph)
-            self._compile(graph, tensors, f"{type(graph).__name__}.build", updates=True)
+            self._structure = structure
+            graph = self.task.build_graph()
+            if not isinstance(graph, TrainGraph):
+                self._check_own_graph(graph)
+                inputs, what = tensors, f"{type(graph).__name__}.build"
+        compiled.graph = graph
+        with counted_batch_norms(self.task, compiled.batch_norms):
+            self._compile(graph, inputs, what, updates)
         return compiled
 
     def _probe_dropout(self, structure: Structure, tensors: List[Any]) -> Optional[Masks]:
