@@ -129,7 +129,7 @@ def compile_quietly() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        text = f"{error}\n"
+        text = f"{error}\n" if str(error) else ""
         raise
     finally:
         sys.stderr = stderr

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from types import FrameType
+
 
 class OFEngineError(Exception):
     """The base of all errors of ofengine; ``except OFEngineError`` catches every one."""
@@ -33,3 +37,15 @@ class CheckpointError(OFEngineError):
 
 class OFEngineWarning(UserWarning):
     """Something that trains, but perhaps not what was meant."""
+
+
+def warn(message: str) -> None:
+    """Warn with an :class:`OFEngineWarning` at the line of the user's that led here."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _package(frame) in ("ofengine", "oneflow"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, OFEngineWarning, stacklevel=level)
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]

@@ -12,11 +12,10 @@ import linecache
 import os
 import sys
 import traceback
-import warnings
 from types import TracebackType
 from typing import Any, Iterator, List, NoReturn, Optional, Tuple
 
-from ofengine.errors import GraphModeError, OFEngineWarning
+from ofengine.errors import GraphModeError, warn
 
 _ENGINE_DIR = os.path.dirname(os.path.abspath(__file__))
 _active: Optional[Trace] = None
@@ -42,11 +41,9 @@ class Trace:
     def record(self, spec: Any, value: Any) -> None:
         """Keep one logged value; a plain number is frozen, so say so."""
         if not hasattr(value, "is_lazy"):
-            warnings.warn(
+            warn(
                 f"log({spec.name!r}, {value!r}) in a compiled step: a Python number is read once, "
                 "at the trace, and stays as it is; log a tensor, or log it in on_train_batch_end.",
-                OFEngineWarning,
-                stacklevel=4,
             )
         self.logs.append((spec, value))
 
@@ -84,11 +81,9 @@ class TracedIndex(int):
 def warn_of_assignments(step: str, names: List[str]) -> None:
     """Warn where a step that is compiled sets attributes: they are set at the trace only."""
     if names:
-        warnings.warn(
+        warn(
             f"{step} sets {', '.join(f'self.{name}' for name in names)} in a compiled step: that "
             "happens once, at the trace, and is forgotten; return or log the value instead.",
-            OFEngineWarning,
-            stacklevel=2,
         )
 
 

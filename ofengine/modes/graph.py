@@ -65,7 +65,7 @@ class _StepGraph(nn.Graph):
         task = _oneflow.instance_in_trace(self.task)
         with Trace() as trace:
             outputs = getattr(task, self.step)(*arguments)
-        warn_of_assignments(self.step, _oneflow.assignments_in_trace(task))
+        self.assigned = _oneflow.assignments_in_trace(task)
         tensor_logs = [(s, v) for s, v in trace.logs if isinstance(v, flow.Tensor)]
         self.specs = [spec for spec, _ in tensor_logs]
         self.constants = [(s, v) for s, v in trace.logs if not isinstance(v, flow.Tensor)]
@@ -73,6 +73,7 @@ class _StepGraph(nn.Graph):
 
     def put_out(self, outputs: Any, logged: List[Any], first: List[Any]) -> List[Any]:
         """The graph's outputs: ``first``, what was logged, the tensors in ``outputs``."""
+        warn_of_assignments(self.step, self.assigned)
         rest: List[Any] = []
         self.rest = flatten(outputs, rest)
         # One tensor may not be put out twice.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-import warnings
 from typing import Any, Dict, Iterable, List, Sequence, Set, Tuple
 
 import attrs
@@ -13,7 +12,7 @@ from oneflow import nn
 from oneflow.optim import Optimizer
 
 from ofengine._oneflow import default_options
-from ofengine.errors import OFEngineWarning, RateError
+from ofengine.errors import RateError, warn
 
 ENGINE_KEYS = ("name", "lr_scale", "lr_decay_scale")
 """The keys of a parameter group that are the engine's own."""
@@ -102,11 +101,9 @@ def _check_keys(group: str, given: Dict[str, Any], optimizer: Optimizer) -> None
                 f"group {group!r} has the key {key!r}, which nothing reads: "
                 f"did you mean {close[0]!r}?"
             )
-        warnings.warn(
+        warn(
             f"group {group!r} has the key {key!r}, which neither {type(optimizer).__name__} nor "
             "ofengine reads: it has no effect.",
-            OFEngineWarning,
-            stacklevel=2,
         )
 
 
@@ -124,19 +121,15 @@ def _check_membership(
     owner: Dict[int, str] = {}
     for group, parameters in members:
         if not parameters:
-            warnings.warn(
+            warn(
                 f"group {group!r} is empty: no parameter has its rate. Was the right module meant? "
                 "(Pooling and activation layers have no parameters.)",
-                OFEngineWarning,
-                stacklevel=2,
             )
         frozen = [names.get(id(p), "?") for p in parameters if not p.requires_grad]
         if frozen:
-            warnings.warn(
+            warn(
                 f"group {group!r} holds {len(frozen)} frozen parameter(s) (requires_grad=False), "
                 f"which will not train: {_some(frozen)}.",
-                OFEngineWarning,
-                stacklevel=2,
             )
         for parameter in parameters:
             if id(parameter) not in names:
