@@ -1,13 +1,75 @@
-"""What a OneFlow scheduler would write into the groups, without writing it."""
+"""What a scheduler would write into the groups, without writing it."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any, Dict, List
+from array import array
+from typing import Any, Callable, Dict, List, Sequence
 
 from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 
 from ofengine.errors import RateError
+
+_CHUNK = 4096
+"""Positions that are recorded together."""
+_CHUNKS_KEPT = 4
+
+
+class Schedule:
+    """The rate of each group, before ``lr_scale`` and decay, at each position of a schedule."""
+
+    def lr(self, group: int, position: int) -> float:
+        """The rate of ``group`` (its index) after ``position`` calls of ``step``."""
+        raise NotImplementedError
+
+
+class FunctionSchedule(Schedule):
+    """``lr`` of the group times ``factor(position)``, as in ``LambdaLR``."""
+
+    def __init__(self, lrs: Sequence[float], factor: Callable[[int], float]) -> None:
+        self._lrs = list(lrs)
+        self._factor = factor
+
+    def lr(self, group: int, position: int) -> float:
+        """See :class:`Schedule`."""
+        return self._lrs[group] * float(self._factor(position))
+
+
+class TableSchedule(Schedule):
+    """``lr`` of the group times ``factors[position]``; the last factor goes on for ever."""
+
+    def __init__(self, lrs: Sequence[float], factors: Sequence[float]) -> None:
+        self._lrs = list(lrs)
+        self._factors = [float(factor) for factor in factors]
+
+    def __len__(self) -> int:
+        return len(self._factors)
+
+    def lr(self, group: int, position: int) -> float:
+        """See :class:`Schedule`."""
+        return self._lrs[group] * self._factors[min(position, len(self._factors) - 1)]
+
+
+class PerGroupSchedule(Schedule):
+    """A schedule of its own for each group."""
+
+    def __init__(self, schedules: Sequence[Schedule]) -> None:
+        self.schedules = list(schedules)
+
+    def lr(self, group: int, position: int) -> float:
+        """See :class:`Schedule`."""
+        return self.schedules[group].lr(group, position)
+
+
+class ConstantSchedule(Schedule):
+    """``lr`` of the group for ever."""
+
+    def __init__(self, lrs: Sequence[float]) -> None:
+        self._lrs = list(lrs)
+
+    def lr(self, group: int, position: int) -> float:
+        """See :class:`Schedule`."""
+        return self._lrs[group]
 
 
 class _StandInGroup(Dict[str, Any]):
@@ -25,36 +87,71 @@ class _StandInOptimizer:
         self.param_groups = [_StandInGroup(group.options) for group in optimizer.param_groups]
 
 
-class RecordedSchedule:
-    """The rates of a scheduler at each of its positions, recorded from a twin of it.
+class RecordedSchedule(Schedule):
+    """The rates of a OneFlow scheduler at each of its positions, recorded from a twin of it.
 
     The twin is a deep copy of the scheduler over a stand-in of its optimizer. It is stepped
-    as far as somebody asks and every rate is kept, so that the original is left alone and any
-    deterministic scheduler works, a user's own subclass too.
+    as far as somebody asks, so that the original is left alone and any deterministic scheduler
+    works, a user's own subclass too. Only the rates around the positions asked for last are
+    kept; a copy of the twin at the start of each chunk leads back to earlier ones.
 
     Args:
         scheduler: a ``oneflow.optim.lr_scheduler`` object; position 0 is where it stands now.
     """
 
     def __init__(self, scheduler: LRScheduler) -> None:
+        self.scheduler = scheduler
         stand_in = _StandInOptimizer(scheduler.optimizer)
         try:
-            self._twin = copy.deepcopy(scheduler, {id(scheduler.optimizer): stand_in})
+            twin = copy.deepcopy(scheduler, {id(scheduler.optimizer): stand_in})
         except Exception as error:
             raise RateError(
                 f"{type(scheduler).__name__} cannot be copied ({error}): the engine steps a copy "
                 "of the scheduler ahead of training; keep open files, locks and tensors out of it."
             ) from error
-        self._twin.verbose = False
-        self._groups = stand_in.param_groups
-        self._recorded: List[List[float]] = [self._read()]
+        twin.verbose = False
+        self._starts: List[LRScheduler] = [twin]
+        self._chunks: Dict[int, _Chunk] = {}
 
     def lr(self, group: int, position: int) -> float:
-        """The scheduler's rate of ``group`` after ``position`` calls of its ``step``."""
-        while len(self._recorded) <= position:
-            self._twin.step()
-            self._recorded.append(self._read())
-        return self._recorded[position][group]
+        """See :class:`Schedule`."""
+        number, within = divmod(position, _CHUNK)
+        chunk = self._chunks.get(number)
+        if chunk is None:
+            chunk = self._open(number)
+        return chunk.lr(group, within)
 
-    def _read(self) -> List[float]:
-        return [float(group["lr"]) for group in self._groups]
+    def _open(self, number: int) -> _Chunk:
+        while len(self._starts) <= number:
+            twin = self._open(len(self._starts) - 1).end()
+            twin.step()
+            self._starts.append(twin)
+        while len(self._chunks) >= _CHUNKS_KEPT:
+            self._chunks.pop(next(iter(self._chunks)))
+        chunk = self._chunks[number] = _Chunk(copy.deepcopy(self._starts[number]))
+        return chunk
+
+
+class _Chunk:
+    """The rates from where ``twin`` stands, recorded no further than somebody asks."""
+
+    def __init__(self, twin: LRScheduler) -> None:
+        self._twin = twin
+        self._rates: List[array[float]] = [array("d") for _ in twin.optimizer.param_groups]
+        self._record()
+
+    def lr(self, group: int, within: int) -> float:
+        rates = self._rates[group]
+        while len(rates) <= within:
+            self._twin.step()
+            self._record()
+        return rates[within]
+
+    def end(self) -> LRScheduler:
+        """A copy of the twin at the chunk's last position."""
+        self.lr(0, _CHUNK - 1)
+        return copy.deepcopy(self._twin)
+
+    def _record(self) -> None:
+        for rates, group in zip(self._rates, self._twin.optimizer.param_groups):
+            rates.append(float(group["lr"]))
