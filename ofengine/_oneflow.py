@@ -6,10 +6,16 @@ If a new version of OneFlow breaks ofengine, the place to mend is here.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
+import glob
 import io
+import mmap
+import os
+import platform
+import struct
 import sys
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import oneflow as flow
 from oneflow import nn
@@ -224,3 +230,118 @@ def restore_exit_code() -> None:
         owner = getattr(sys.excepthook, "__closure__", None)
         original = getattr(owner[0].cell_contents, "_orig_excepthook", None) if owner else None
         sys.excepthook = original or sys.__excepthook__
+
+
+# ---------------------------------------------------------------------- the launch race
+
+
+# OneFlow 0.9.0 notes that a graph's run is in flight (EnqueueNNGraph) after it has started the
+# run. Where the run ends before that, DequeueNNGraph pops from an empty std::queue, and the
+# process dies of it sooner or later. Below, the run is counted before it is started instead:
+# the three functions of the queue are replaced in memory by the same logic over a counter.
+_QUEUE = "_ZN7oneflow2vm19LazyJobStreamPolicy"
+_WAIT = _QUEUE + "42WaitUntilQueueEmptyIfFrontNNGraphNotEqualsERKSt10shared_ptrINS_9NNGraphIfEE"
+_ENQUEUE = _QUEUE + "14EnqueueNNGraphERKSt10shared_ptrINS_9NNGraphIfEE"
+_DEQUEUE = _QUEUE + "14DequeueNNGraphEv"
+_EXPECTED = {  # how each begins in the wheels that were looked at
+    _WAIT: bytes.fromhex("41574156415541544989f555534889fb4883c7584883ec18"),
+    _ENQUEUE: bytes.fromhex("41574156415541544c8d6f5855534989f44889fb4883ec18"),
+    _DEQUEUE: bytes.fromhex("4154554c8d6758488b2d"),
+}
+_PAGE = mmap.PAGESIZE
+_DEQUEUE_AT = 0x80
+_launch_race: Optional[str] = None
+_launch_page: Optional[mmap.mmap] = None
+
+
+def mend_launch_race() -> str:
+    """Mend the race of OneFlow 0.9.0 at the start of a graph's run; "mended", or why not.
+
+    Done once a process, and only to the very binary it was written for: Linux on x86-64,
+    OneFlow 0.9.0, functions that begin as expected. ``OFENGINE_MEND_LAUNCH=0`` leaves it out.
+    """
+    global _launch_race
+    if _launch_race is None:
+        if os.environ.get("OFENGINE_MEND_LAUNCH") == "0":
+            _launch_race = "left out by OFENGINE_MEND_LAUNCH=0"
+        elif flow.__version__ != "0.9.0" or (sys.platform, platform.machine()) != (
+            "linux",
+            "x86_64",
+        ):
+            _launch_race = "not for this version of OneFlow or this machine"
+        else:
+            try:
+                _launch_race = _mend_launch_race()
+            except (OSError, AttributeError) as error:
+                _launch_race = f"not possible here: {error}"
+    return _launch_race
+
+
+def _mend_launch_race() -> str:
+    global _launch_page
+    folder = os.path.join(os.path.dirname(flow.__file__), os.pardir, "oneflow.libs")
+    paths = glob.glob(os.path.join(glob.escape(folder), "liboneflow-*.so"))
+    if len(paths) != 1:
+        return "not possible here: liboneflow was not found"
+    library = ctypes.CDLL(paths[0])
+    at: Dict[str, int] = {}
+    for name, expected in _EXPECTED.items():
+        at[name] = ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
+        if ctypes.string_at(at[name], len(expected)) != expected:
+            return "not possible here: liboneflow is not the one this was written for"
+    synchronize()  # no run may be in flight
+    page = mmap.mmap(-1, 2 * _PAGE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    wait, dequeue = _queue_code()
+    page[: len(wait)] = wait
+    page[_DEQUEUE_AT : _DEQUEUE_AT + len(dequeue)] = dequeue
+    _protect(base, _PAGE, mmap.PROT_READ | mmap.PROT_EXEC)
+    _launch_page = page  # lives as long as the process
+    _overwrite(at[_WAIT], _jump_to(base))
+    _overwrite(at[_DEQUEUE], _jump_to(base + _DEQUEUE_AT))
+    _overwrite(at[_ENQUEUE], b"\xc3")  # ret
+    return "mended"
+
+
+def _queue_code() -> Tuple[bytes, bytes]:
+    """x86-64 code of "wait for the other graph's runs, then count mine" and "count it off".
+
+    The second page holds the graph launched last (8 bytes) and the runs in flight (4 bytes).
+    """
+
+    def data_from(offset: int) -> bytes:
+        return struct.pack("<i", _PAGE - offset)
+
+    wait = bytearray()
+    wait += b"\x48\x8b\x06"  # mov rax, [rsi]          the graph to launch
+    wait += b"\x48\x8d\x15" + data_from(len(wait) + 7)  # lea rdx, [data]
+    loop = len(wait)
+    wait += b"\x48\x3b\x02\x74\x11"  # cmp rax, [rdx]; je ready    launched last as well
+    wait += b"\x83\x7a\x08\x00\x7e\x0b"  # cmp dword [rdx+8], 0; jle ready    none in flight
+    wait += b"\x50\x52\x6a\x18\x58\x0f\x05\x5a\x58"  # push; sched_yield(); pop
+    wait += b"\xeb" + struct.pack("b", loop - len(wait) - 2)  # jmp loop
+    ready = len(wait)
+    assert ready == loop + 5 + 0x11 == loop + 11 + 0x0B  # the two jumps above
+    wait += b"\x48\x89\x02"  # mov [rdx], rax
+    wait += b"\xf0\xff\x42\x08\xc3"  # lock inc dword [rdx+8]; ret
+    dequeue = b"\x48\x8d\x15" + data_from(_DEQUEUE_AT + 7)  # lea rdx, [data]
+    dequeue += b"\xf0\xff\x4a\x08\xc3"  # lock dec dword [rdx+8]; ret
+    return bytes(wait), dequeue
+
+
+def _jump_to(address: int) -> bytes:
+    return b"\x48\xb8" + struct.pack("<Q", address) + b"\xff\xe0"  # mov rax, address; jmp rax
+
+
+def _overwrite(address: int, code: bytes) -> None:
+    start = address // _PAGE * _PAGE
+    length = address + len(code) - start
+    _protect(start, length, mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    ctypes.memmove(address, code, len(code))
+    _protect(start, length, mmap.PROT_READ | mmap.PROT_EXEC)
+
+
+def _protect(start: int, length: int, protection: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(start), ctypes.c_size_t(length), protection):
+        raise OSError(ctypes.get_errno(), "memory protection cannot be changed")

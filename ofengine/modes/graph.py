@@ -195,6 +195,7 @@ class GraphMode:
     name = "graph"
 
     def __init__(self, trainer: Trainer, task: TaskModule, hooks: HookRunner) -> None:
+        _oneflow.mend_launch_race()
         self.trainer = trainer
         self.task = task
         self._hooks = hooks
