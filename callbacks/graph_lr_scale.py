@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
 from oneflow import nn
 
@@ -47,6 +47,18 @@ class GraphLRScaleCallback(Callback):
         """Tell the plan when decay happens, where this callback was given arguments."""
         if stage == "fit" and self._decay is not None:
             trainer.rates.set_decay(self._decay, type(self).__name__)
+
+    def on_train_start(self, trainer: Trainer, task: TaskModule) -> None:
+        """Remember the groups' rates, to notice where somebody changes them."""
+        if trainer.mode == "graph":
+            trainer.rates.watch(trainer.optimizer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Refuse a rate written into a group by hand, which the graph would not see."""
+        if trainer.mode == "graph":
+            trainer.rates.check_untouched(trainer.optimizer)
 
     def on_before_graph_compile(self, trainer: Trainer, task: TaskModule, graph: nn.Graph) -> None:
         """Lower the rates from this step on into ``graph``."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, List, Optional
+from typing import Any
 
-from ofengine.errors import ConfigurationError, RateError
+from ofengine.errors import ConfigurationError
 from ofengine.hooks import Callback
 from ofengine.rates.plan import DecayEvents
 from ofengine.task import TaskModule
@@ -34,7 +34,6 @@ class LRDecayCallback(Callback):
         self, every_n_batches: int = 10, per_epoch: bool = True, key: str = "lr_decay_scale"
     ) -> None:
         self._decay = checked_decay(type(self).__name__, every_n_batches, per_epoch, key)
-        self._written: Optional[List[float]] = None
 
     def setup(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
         """Tell the plan when decay happens."""
@@ -43,38 +42,21 @@ class LRDecayCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, task: TaskModule) -> None:
         """Write the first step's rates."""
-        self._written = None
         if trainer.mode == "eager":
-            self._write(trainer)
+            trainer.rates.watch(trainer.optimizer)
+            trainer.rates.write(trainer.optimizer, trainer.global_step)
 
     def on_train_epoch_start(self, trainer: Trainer, task: TaskModule) -> None:
-        """Write again: the length of the epoch before may have been a surprise."""
+        """Write again: the epoch before may have had another length than was expected."""
         if trainer.mode == "eager":
-            self._write(trainer)
+            trainer.rates.write(trainer.optimizer, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write the next step's rates."""
         if trainer.mode == "eager":
-            self._write(trainer)
-
-    def _write(self, trainer: Trainer) -> None:
-        groups = trainer.optimizer.param_groups
-        rates = trainer.rates.rates(trainer.global_step)
-        if self._written is not None:
-            for name, group, written in zip(trainer.rates.names, groups, self._written):
-                if group["lr"] != written:
-                    raise RateError(
-                        f"the lr of group {name!r} was changed by hand from {written:g} to "
-                        f"{group['lr']:g} during training: the plan decides the rates, in both "
-                        "modes alike. Declare the change as lr_decay_scale or as a scheduler."
-                    )
-            if rates == self._written:
-                return
-        for group, rate in zip(groups, rates):
-            group["lr"] = rate
-        self._written = rates
+            trainer.rates.write(trainer.optimizer, trainer.global_step)
 
 
 def checked_decay(owner: str, every_n_batches: int, per_epoch: bool, key: str) -> DecayEvents:

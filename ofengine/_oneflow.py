@@ -10,6 +10,7 @@ import ctypes
 import functools
 import glob
 import io
+import math
 import mmap
 import os
 import platform
@@ -19,9 +20,12 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import oneflow as flow
 from oneflow import nn
+from oneflow.framework import session_context
 from oneflow.framework.graph_build_util import lazy_mode
 from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 from oneflow.optim import Optimizer
+
+from ofengine._startup import without_known_noise
 
 # ---------------------------------------------------------------------- devices and waiting
 
@@ -29,6 +33,19 @@ from oneflow.optim import Optimizer
 def synchronize() -> None:
     """Wait until everything that was handed to OneFlow has been computed."""
     flow._oneflow_internal.eager.Sync()
+
+
+_session_started = False
+
+
+def start_session() -> None:
+    """Start what the first graph would start, without the line it prints where there is no GPU."""
+    global _session_started
+    if _session_started:
+        return
+    _session_started = True
+    with without_known_noise():
+        session_context.GetDefaultSession().TryInit()
 
 
 # ---------------------------------------------------------------------- tracing
@@ -65,6 +82,9 @@ class _LazyStates(Dict[str, Any]):
 class _Traced:
     """What a module does differently while it stands in for its proxy."""
 
+    _origin: nn.Module
+    _proxy: Any
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)  # type: ignore[attr-defined]
 
@@ -85,7 +105,7 @@ def instance_in_trace(proxy: Any) -> Any:
     """
     origin = module_of(proxy)
     cls = type(origin)
-    traced = object.__new__(type(cls.__name__, (_Traced, cls), {"__module__": cls.__module__}))
+    traced: Any = object.__new__(type(cls.__name__, (_Traced, cls), {"__module__": cls.__module__}))
     traced.__dict__.update(origin.__dict__)
     traced.__dict__.update(
         _origin=origin,
@@ -184,6 +204,7 @@ def schedulers_of(graph: nn.Graph) -> List[LRScheduler]:
 # ---------------------------------------------------------------------- rates
 
 
+_LONG_TABLE = 1024
 RateTable = Tuple[List[int], List[float]]
 """The steps at which a rate takes a new value (the first is 0 or less), and the values."""
 
@@ -204,11 +225,29 @@ class _TableLR(LRScheduler):
     def _generate_conf_for_graph(self, lr_conf: Any) -> None:
         group, ((starts, values), scale) = next(self._rates)
         self._train_conf.optimizer_conf[group].lr_scale = scale
+        _fill(lr_conf, starts, values)
+
+
+def _fill(lr_conf: Any, starts: Sequence[int], values: Sequence[float]) -> None:
+    """Write a table into ``lr_conf``; a long one as a table of tables.
+
+    The kernel searches a table from its start at every step.
+    """
+    if len(values) <= _LONG_TABLE:
         conf = lr_conf.piecewise_constant_conf
         conf.SetInParent()
         conf.values.extend(values)
         # The kernel takes the first value whose boundary is not below the step.
         conf.boundaries.extend(start - 1 for start in starts[1:])
+        return
+    conf = lr_conf.sequential_scheduler_conf
+    size = math.isqrt(len(values))
+    for first in range(0, len(values), size):
+        part = slice(first, first + size)
+        _fill(conf.schedulers.add(), starts[part], values[part])
+        if first:
+            conf.milestones.append(starts[first])
+            conf.interval_rescaling.append(False)
 
 
 def lower_rates(graph: nn.Graph, tables: Sequence[RateTable], scales: Sequence[float]) -> None:

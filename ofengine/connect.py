@@ -9,11 +9,10 @@ from ofengine.errors import ConfigurationError, DataError
 from ofengine.hooks import Callback, overrides, refuse_eager_only_hooks
 from ofengine.loggers import CSVLogger, Logger
 from ofengine.modes.graph import has_own_graph
-from ofengine.optimizers import Optimization
+from ofengine.optimizers import Optimization, make_schedule, writes_initial_lr
 from ofengine.rates.calendar import Calendar
 from ofengine.rates.groups import check_groups
 from ofengine.rates.plan import RatePlan
-from ofengine.rates.schedule import RecordedSchedule
 from ofengine.task import TaskModule
 
 if TYPE_CHECKING:
@@ -152,10 +151,7 @@ def make_plan(
     task: TaskModule, made: Optimization, batches: Optional[int], accumulate: int
 ) -> RatePlan:
     """Check the parameter groups and plan their rates."""
-    return RatePlan(
-        check_groups(task, made.optimizer, scheduled=made.scheduler is not None),
-        Calendar(batches, accumulate),
-        None if made.scheduler is None else RecordedSchedule(made.scheduler),
-        made.interval,
-        made.frequency,
-    )
+    scheduled = writes_initial_lr(made.scheduler)
+    groups = check_groups(task, made.optimizer, scheduled)
+    schedule = make_schedule(made, [group.name for group in groups], [group.lr for group in groups])
+    return RatePlan(groups, Calendar(batches, accumulate), schedule, made.interval, made.frequency)

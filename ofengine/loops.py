@@ -24,10 +24,12 @@ def fit_loop(trainer: Trainer, train: Batches, validation: List[Batches]) -> Non
     while not trainer.is_done():
         trainer.reseed(train)
         hooks.fire("on_train_epoch_start")
+        trainer.refresh_parameters()
         _train_epoch(trainer, train, validation)
         trainer.mode_runner.settle()
         hooks.fire("on_train_epoch_end")
         trainer.log_metrics(trainer.metrics.close_epoch())
+        trainer.observe_metric("epoch", trainer.current_epoch + 1)
         trainer.current_epoch += 1
     hooks.fire("on_train_end")
     trainer.metrics.end()
@@ -39,6 +41,7 @@ def _train_epoch(trainer: Trainer, train: Batches, validation: List[Batches]) ->
     batch_start, batch_end = calls["on_train_batch_start"], calls["on_train_batch_end"]
     step, commit = trainer.mode_runner.train_step, trainer.metrics.commit
     log_every = trainer.log_every_n_steps
+    observes_steps = trainer.observes_steps
     waiting: Any = None
     batch_idx = -1
     for batch_idx, batch, window, closes, is_last in train.steps(trainer.accumulate_grad_batches):
@@ -53,6 +56,8 @@ def _train_epoch(trainer: Trainer, train: Batches, validation: List[Batches]) ->
         commit(batch, outputs["loss"])
         if closes and trainer.global_step % log_every == 0:
             trainer.log_metrics(trainer.metrics.flush())
+        if closes and observes_steps:
+            trainer.observe_metric("step", trainer.global_step)
         if batch_idx % _RUN_AHEAD == 0:
             if waiting is not None:
                 waiting.numpy()

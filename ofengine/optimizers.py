@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Optional
+import math
+from typing import Any, Dict, Optional, Sequence
 
 import attrs
 from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 from oneflow.optim import Optimizer
+from oneflow.optim.lr_scheduler import ReduceLROnPlateau
 
 from ofengine.errors import ConfigurationError, RateError
+from ofengine.rates.schedule import (
+    ConstantSchedule,
+    FunctionSchedule,
+    PerGroupSchedule,
+    PlateauSchedule,
+    RecordedSchedule,
+    Schedule,
+    TableSchedule,
+)
 
 
 @attrs.frozen
@@ -16,9 +27,13 @@ class Optimization:
     """An optimizer and how its rates move."""
 
     optimizer: Optimizer
-    scheduler: Optional[LRScheduler] = None
+    scheduler: Any = None
+    """A OneFlow scheduler, a function of the position that returns a factor, a list of factors,
+    a dict of these by group name, or None."""
     interval: str = "step"
     frequency: int = 1
+    monitor: Optional[str] = None
+    """The metric of ReduceLROnPlateau."""
 
 
 _OPTIMIZER_KEYS = {"optimizer", "lr_scheduler"}
@@ -52,35 +67,94 @@ def read_optimizers(returned: Any, task_name: str) -> Optimization:
     if scheduler is None:
         return Optimization(optimizer)
     options: Dict[str, Any] = {}
-    if isinstance(scheduler, dict):
+    if isinstance(scheduler, dict) and "scheduler" in scheduler:
         _check_keys(scheduler, _SCHEDULER_KEYS, f"lr_scheduler of {where}")
-        options, scheduler = scheduler, scheduler.get("scheduler")
+        options, scheduler = scheduler, scheduler["scheduler"]
     return _with_scheduler(optimizer, scheduler, options, where)
 
 
 def _with_scheduler(
     optimizer: Optimizer, scheduler: Any, options: Dict[str, Any], where: str
 ) -> Optimization:
-    if type(scheduler).__name__ == "ReduceLROnPlateau":
+    parts = list(scheduler.values()) if isinstance(scheduler, dict) else [scheduler]
+    for part in parts:
+        _check_scheduler(optimizer, part, where)
+    plateau = isinstance(scheduler, ReduceLROnPlateau)
+    if not plateau and any(isinstance(part, ReduceLROnPlateau) for part in parts):
         raise RateError(
-            f"{where} returned ReduceLROnPlateau, whose rates depend on metrics: the rate plan "
-            "does not know such schedules yet. Use a schedule of steps or epochs."
+            f"{where} gave one group a ReduceLROnPlateau of its own: it can only move all groups."
         )
-    if not isinstance(scheduler, LRScheduler):
-        raise ConfigurationError(
-            f"{where} returned {_kind(scheduler)} for the scheduler: return a "
-            "oneflow.optim.lr_scheduler object, or a dict with it under 'scheduler'."
+    monitor = options.get("monitor")
+    if plateau and (not isinstance(monitor, str) or not monitor):
+        raise RateError(
+            f"{where} returned ReduceLROnPlateau without a metric: add 'monitor', for example "
+            "{'scheduler': ..., 'monitor': 'val_loss'}."
         )
-    if scheduler.optimizer is not optimizer:
-        raise ConfigurationError(
-            f"the scheduler of {where} was made for another optimizer than the one beside it."
-        )
-    interval, frequency = options.get("interval", "step"), options.get("frequency", 1)
+    interval = options.get("interval", "epoch" if plateau else "step")
+    frequency = options.get("frequency", 1)
     if interval not in ("step", "epoch"):
         raise RateError(f"interval={interval!r} in {where}: use 'step' or 'epoch'.")
     if isinstance(frequency, bool) or not isinstance(frequency, int) or frequency < 1:
         raise RateError(f"frequency={frequency!r} in {where}: use a whole number from 1 on.")
-    return Optimization(optimizer, scheduler, interval, frequency)
+    return Optimization(optimizer, scheduler, interval, frequency, monitor if plateau else None)
+
+
+def _check_scheduler(optimizer: Optimizer, scheduler: Any, where: str) -> None:
+    if isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)):
+        if scheduler.optimizer is not optimizer:
+            raise ConfigurationError(
+                f"the scheduler of {where} was made for another optimizer than the one beside it."
+            )
+    elif isinstance(scheduler, (list, tuple)):
+        numbers = [isinstance(f, (int, float)) and math.isfinite(f) and f >= 0 for f in scheduler]
+        if not numbers or not all(numbers):
+            raise RateError(
+                f"the table of factors in {where} must hold finite numbers that are not negative."
+            )
+    elif not callable(scheduler) or isinstance(scheduler, type):
+        raise ConfigurationError(
+            f"{where} returned {_kind(scheduler)} for the scheduler: return a "
+            "oneflow.optim.lr_scheduler object, a function of the step that returns a factor, a "
+            "list of factors, or a dict of these by group name."
+        )
+
+
+def make_schedule(made: Optimization, names: Sequence[str], lrs: Sequence[float]) -> Any:
+    """The :class:`Schedule` of what ``configure_optimizers`` returned, or None.
+
+    ``names`` and ``lrs`` are the groups' names and base rates.
+    """
+    if not isinstance(made.scheduler, dict):
+        return None if made.scheduler is None else _schedule_of(made.scheduler, lrs)
+    unknown = sorted(set(made.scheduler) - set(names))
+    if unknown:
+        raise RateError(
+            f"schedulers were given for the groups {unknown}, but the groups are {list(names)}."
+        )
+    return PerGroupSchedule(
+        [
+            _schedule_of(made.scheduler[name], lrs)
+            if name in made.scheduler
+            else ConstantSchedule(lrs)
+            for name in names
+        ]
+    )
+
+
+def _schedule_of(scheduler: Any, lrs: Sequence[float]) -> Schedule:
+    if isinstance(scheduler, ReduceLROnPlateau):
+        return PlateauSchedule(scheduler)
+    if isinstance(scheduler, LRScheduler):
+        return RecordedSchedule(scheduler)
+    if isinstance(scheduler, (list, tuple)):
+        return TableSchedule(lrs, scheduler)
+    return FunctionSchedule(lrs, scheduler)
+
+
+def writes_initial_lr(scheduler: Any) -> bool:
+    """True where a OneFlow scheduler has written its own rate into ``lr`` already."""
+    parts = scheduler.values() if isinstance(scheduler, dict) else [scheduler]
+    return any(isinstance(part, LRScheduler) for part in parts)
 
 
 def _check_keys(given: Dict[str, Any], known: Any, where: str) -> None:

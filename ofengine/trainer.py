@@ -11,6 +11,7 @@ from typing import Any, Dict, List, Optional, Sequence, Union
 
 import oneflow as flow
 from oneflow import nn
+from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 from oneflow.optim import Optimizer
 
 from ofengine import arguments, connect
@@ -233,13 +234,7 @@ class Trainer:
         made = read_optimizers(task.configure_optimizers(), type(task).__name__)
         self._optimization = made
         self.rates = connect.make_plan(task, made, train.count, self.accumulate_grad_batches)
-        self.parameters = [
-            parameter
-            for group in made.optimizer.param_groups
-            for parameter in group.parameters
-            if parameter.requires_grad
-        ]
-        if not self.parameters:
+        if not any(group.tensors for group in self.rates.groups):
             raise RateError(f"{type(task).__name__} has no trainable parameter in any group.")
         connect.add_rate_callback(self.callbacks, self.mode)
         if self.mode == "graph":
@@ -379,7 +374,53 @@ class Trainer:
             raise DataError("train_dataloader gave no batch in this epoch.")
         surprise = self.rates.calendar.epoch_ended(self.current_epoch, batches)
         if surprise and self.rates.depends_on_epochs():
-            self.mode_runner.rates_changed()
+            self.mode_runner.rebuild("the epoch had another length than was expected")
+
+    def refresh_parameters(self) -> None:
+        """Look which parameters train now; hooks may have frozen or unfrozen some."""
+        parameters = [
+            parameter
+            for group in self.optimizer.param_groups
+            for parameter in group.parameters
+            if parameter.requires_grad
+        ]
+        if [id(p) for p in parameters] != [id(p) for p in self.parameters]:
+            first = not self.parameters
+            self.parameters = parameters
+            if not first:
+                self.mode_runner.rebuild("other parameters train from here on")
+
+    @property
+    def observes_steps(self) -> bool:
+        """True where ReduceLROnPlateau is to see its metric between epochs."""
+        made = self._optimization
+        return made is not None and made.monitor is not None and made.interval == "step"
+
+    def observe_metric(self, interval: str, count: int) -> None:
+        """Let ReduceLROnPlateau see its metric, where that is due after ``count`` intervals."""
+        made = self._optimization
+        if made is None or made.monitor is None or made.interval != interval:
+            return
+        if count % made.frequency:
+            return
+        metrics = self.callback_metrics
+        if made.monitor not in metrics:
+            raise RateError(
+                f"ReduceLROnPlateau monitors {made.monitor!r}, which nothing has logged: there are "
+                f"{sorted(metrics)}."
+            )
+        if self.rates.observe(metrics[made.monitor]):
+            self.mode_runner.rebuild(f"ReduceLROnPlateau lowered the rates on {made.monitor}")
+
+    def set_lr(self, group: str, lr: float) -> None:
+        """Give the parameter group called ``group`` another base rate from the next step on.
+
+        A schedule goes on over the new rate; ``lr_scale`` and decay keep multiplying. In graph
+        mode the graph is compiled anew. Raises :class:`RateError` for an unknown group or a
+        rate that is negative or not finite.
+        """
+        self.rates.set_lr(group, lr, self.global_step)
+        self.mode_runner.rebuild(f"set_lr({group!r}, {lr:g})")
 
     def reseed(self, train: Batches) -> None:
         """Make the epoch's randomness a function of (seed, epoch), where there is a seed."""
@@ -417,8 +458,8 @@ class Trainer:
         task = self.task
         self.hooks = HookRunner(self, task, self.callbacks)
         runners: Dict[str, Runner] = {
-            "eager": EagerMode(self, task, self.hooks),
-            "graph": GraphMode(self, task, self.hooks),
+            name: (GraphMode if name == "graph" else EagerMode)(self, task, self.hooks)
+            for name in {self.mode, self.eval_mode}
         }
         self.mode_runner = runners[self.mode]
         self.eval_runner = runners[self.eval_mode]
@@ -465,7 +506,7 @@ class Trainer:
         """Leave scheduler and groups as a loop written by hand would have left them."""
         made = self._optimization
         assert made is not None
-        if made.scheduler is not None:
+        if isinstance(made.scheduler, LRScheduler):
             for _ in range(self.rates.position(self.global_step)):
                 made.scheduler.step()
         if self.mode == "eager":

@@ -56,8 +56,9 @@ class EagerMode:
         with flow.no_grad():
             return self._call(step, batch, batch_idx, dataloader_idx)
 
-    def rates_changed(self) -> None:
-        """Nothing to do: the groups are written at every step."""
+    def rebuild(self, reason: str) -> None:
+        """Write the rates into the groups now; all else is made anew at every step anyway."""
+        self._trainer.rates.write(self._trainer.optimizer, self._trainer.global_step)
 
     def settle(self) -> None:
         """Nothing to bring up to date."""

@@ -195,6 +195,7 @@ class GraphMode:
     name = "graph"
 
     def __init__(self, trainer: Trainer, task: TaskModule, hooks: HookRunner) -> None:
+        _oneflow.start_session()
         _oneflow.mend_launch_race()
         self.trainer = trainer
         self.task = task
@@ -202,13 +203,15 @@ class GraphMode:
         self._steps: Dict[Hashable, _Compiled] = {}
         self._applies: Dict[Tuple[int, ...], _Compiled] = {}
         self._evals: Dict[Hashable, _Compiled] = {}
-        self._states: Optional[nn.Graph] = None
+        self._states: Dict[str, Any] = {}
         self._structure: Structure = flatten(None, [])
         self._gradients: Dict[int, Any] = {}
         self.rates_until: Optional[int] = None
         """The first step whose rates are not compiled in, or None where all are."""
         self.compilations = 0
         """How many graphs were compiled so far."""
+        self.rebuilds = 0
+        """How often training graphs were compiled anew, for other rates or parameters."""
 
     # ------------------------------------------------------------------ training
 
@@ -216,7 +219,7 @@ class GraphMode:
         """Forward and backward of one batch; the update where it ``closes`` its window."""
         trainer = self.trainer
         if self.rates_until is not None and trainer.global_step >= self.rates_until:
-            self.rates_changed()
+            self.rebuild("the rates compiled in are used up")
         tensors: List[Any] = []
         structure = flatten(batch, tensors)
         key = (structure, *[(tensor.shape, tensor.dtype) for tensor in tensors])
@@ -353,30 +356,27 @@ class GraphMode:
 
     # ------------------------------------------------------------------ compiling
 
-    def rates_changed(self) -> None:
-        """Compile the graphs that update anew, with the rates of the plan as it is now."""
-        if self._states is None:
+    def rebuild(self, reason: str) -> None:
+        """Compile the training graphs anew at the next step, over the same optimizer state."""
+        if not self._states:
             return
-        log.info(
-            "step %d: compiling again, for the learning rates from here on",
-            self.trainer.global_step,
-        )
+        log.info("step %d: compiling again: %s", self.trainer.global_step, reason)
         self.settle()
+        self.rebuilds += 1
+        self._steps.clear()
         self._applies.clear()
-        if self.trainer.accumulate_grad_batches == 1:
-            self._steps.clear()
 
     def _compile(self, graph: nn.Graph, inputs: Sequence[Any], what: str, updates: bool) -> None:
         """Compile ``graph`` for ``inputs``; where it ``updates``, over the shared state."""
         if updates:
             self._hooks.fire("on_before_graph_compile", graph)
-            if self._states is not None:
-                states = _oneflow.optimizer_states(self._states)
-                _oneflow.share_optimizer_states(graph, states)
+            if self._states:
+                _oneflow.share_optimizer_states(graph, self._states)
         self._trace(graph, _oneflow.trace_and_compile, inputs, what)
         self.compilations += 1
         if updates:
-            self._states = graph
+            # Kept where a graph has them no more: what is frozen now may train again later.
+            self._states.update(_oneflow.optimizer_states(graph))
 
     def _trace(
         self, graph: nn.Graph, run: Callable[..., None], inputs: Sequence[Any], what: str
@@ -408,7 +408,7 @@ class GraphMode:
         self._steps.clear()
         self._applies.clear()
         self._evals.clear()
-        self._states = None
+        self._states.clear()
 
 
 def _loss_of(outputs: Any) -> Any:

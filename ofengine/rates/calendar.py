@@ -55,6 +55,29 @@ class Calendar:
         epoch, _, _ = self._locate(step)
         return epoch
 
+    def next_epoch(self, step: int) -> Optional[int]:
+        """The first step of the epoch after that of ``step``; None where that never comes."""
+        epoch, _, within = self._locate(step)
+        length = self._length(epoch)
+        return None if length is None else step - within + ceil_div(length, self.accumulate)
+
+    def next_event(self, step: int, every_n_batches: int, per_epoch: bool, stop: int) -> int:
+        """The first step after ``step`` with more events before it; ``stop`` if none is earlier."""
+        now = self.events_before(step, every_n_batches, per_epoch)
+        low, reach = step, 1
+        while self.events_before(min(low + reach, stop), every_n_batches, per_epoch) == now:
+            if low + reach >= stop:
+                return stop
+            low, reach = low + reach, 2 * reach
+        high = min(low + reach, stop)
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.events_before(middle, every_n_batches, per_epoch) == now:
+                low = middle
+            else:
+                high = middle
+        return high
+
     def events_before(self, step: int, every_n_batches: int, per_epoch: bool) -> int:
         """The decay events that happened before ``step``.
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import Dict, List, Optional, Sequence, Tuple
 
 import attrs
 import numpy as np
 from oneflow import nn
+from oneflow.optim import Optimizer
 
 from ofengine._oneflow import lower_rates
 from ofengine.errors import RateError
 from ofengine.rates.calendar import Calendar
 from ofengine.rates.groups import Group
-from ofengine.rates.schedule import RecordedSchedule
+from ofengine.rates.schedule import PlateauSchedule, Schedule
+
+_MOST_ENTRIES = 1_000_000
+"""Rates that are compiled into a graph at most; more are compiled in when these are used up."""
 
 
 @attrs.frozen
@@ -44,7 +49,7 @@ class RatePlan:
     Args:
         groups: the groups, in the optimizer's order.
         calendar: where the steps lie.
-        schedule: the recorded scheduler, or None for constant rates.
+        schedule: what moves the rates, or None for constant ones.
         interval: what moves the schedule on, "step" or "epoch".
         frequency: how many of them move it on by one.
     """
@@ -53,7 +58,7 @@ class RatePlan:
         self,
         groups: Sequence[Group],
         calendar: Calendar,
-        schedule: Optional[RecordedSchedule] = None,
+        schedule: Optional[Schedule] = None,
         interval: str = "step",
         frequency: int = 1,
     ) -> None:
@@ -66,6 +71,7 @@ class RatePlan:
         self._frequency = frequency
         self._decayed: Dict[int, List[float]] = {}
         self._constant: Optional[List[float]] = None
+        self._standing: List[float] = []
 
     # ------------------------------------------------------------------ setting up
 
@@ -78,8 +84,7 @@ class RatePlan:
             )
         self.decay = decay
         self._decay_owner = owner
-        self._decayed.clear()
-        self._constant = None
+        self._forget()
 
     # ------------------------------------------------------------------ asking
 
@@ -142,36 +147,111 @@ class RatePlan:
         return (self.calendar.epoch_of(step) if self._by_epoch else step) // self._frequency
 
     def is_constant(self) -> bool:
-        """True where no group's rate ever changes."""
-        return self._schedule is None and all(
-            self.decay_scale(index) == 1.0 for index in range(len(self.groups))
-        )
-
-    def table(self, index: int, start: int, stop: int) -> Tuple[List[int], List[float]]:
-        """``unscaled`` of a group for the steps in [start, stop), runs of equal values merged.
-
-        Returns the steps at which a new value begins, and the values.
-        """
-        starts: List[int] = []
-        values: List[float] = []
-        for step in range(start, stop):
-            value = self.unscaled(index, step)
-            if not values or value != values[-1]:
-                starts.append(step)
-                values.append(value)
-        return starts, values
+        """True where no group's rate changes any more, unless somebody changes it."""
+        steady = self._schedule is None or isinstance(self._schedule, PlateauSchedule)
+        return steady and not self._decays()
 
     def depends_on_epochs(self) -> bool:
         """True where the length of epochs matters to a rate."""
-        return self._by_epoch or any(self.decay_scale(i) != 1.0 for i in range(len(self.groups)))
+        return self._by_epoch or self._decays()
+
+    def _decays(self) -> bool:
+        return any(self.decay_scale(index) != 1.0 for index in range(len(self.groups)))
+
+    # ------------------------------------------------------------------ changing
+
+    def set_lr(self, group: str, lr: float, step: int) -> None:
+        """Let ``lr`` be the base rate of ``group`` from ``step`` on; the schedule goes on over it.
+
+        Raises :class:`RateError` for a rate that is negative or not finite.
+        """
+        index = self.index(group)
+        if not math.isfinite(lr) or lr < 0:
+            raise RateError(f"set_lr({group!r}, {lr!r}): a rate is finite and not negative.")
+        if self._schedule is not None:
+            self._schedule.rebase(index, float(lr), self.position(step))
+        groups = list(self.groups)
+        groups[index] = attrs.evolve(groups[index], lr=float(lr))
+        self.groups = tuple(groups)
+        self._forget()
+
+    def observe(self, metric: float) -> bool:
+        """Show ``ReduceLROnPlateau`` the metric's new value; True where a rate changed."""
+        changed = isinstance(self._schedule, PlateauSchedule) and self._schedule.observe(metric)
+        if changed:
+            self._forget()
+        return changed
+
+    # ------------------------------------------------------------------ live groups
+
+    def watch(self, optimizer: Optimizer) -> None:
+        """Remember the rates that stand in the groups now."""
+        self._standing = [group["lr"] for group in optimizer.param_groups]
+
+    def check_untouched(self, optimizer: Optimizer) -> None:
+        """Raise :class:`RateError` where somebody else wrote a rate into a group since."""
+        for name, group, standing in zip(self.names, optimizer.param_groups, self._standing):
+            if group["lr"] != standing:
+                raise RateError(
+                    f"the lr of group {name!r} was changed by hand from {standing:g} to "
+                    f"{group['lr']:g} during training: the plan decides the rates, in both modes "
+                    f"alike. Call trainer.set_lr({name!r}, {group['lr']:g}), or declare the change "
+                    "as lr_decay_scale or as a scheduler."
+                )
+
+    def write(self, optimizer: Optimizer, step: int) -> None:
+        """Write the rates of ``step`` into the groups, for eager mode."""
+        self.check_untouched(optimizer)
+        rates = self.rates(step)
+        if rates != self._standing:
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = rate
+            self._standing = rates
+
+    def _forget(self) -> None:
+        self._decayed.clear()
+        self._constant = None
+
+    # ------------------------------------------------------------------ lowering
+
+    def tables(
+        self, start: int, stop: int, most: int
+    ) -> Tuple[List[Tuple[List[int], List[float]]], int]:
+        """``unscaled`` of every group for the steps from ``start``, runs of equal values merged.
+
+        Ends before ``stop``, or earlier once there are ``most`` values in all. Returns for each
+        group the steps at which a new value begins and the values, and the step of the end.
+        """
+        tables: List[Tuple[List[int], List[float]]] = [([], []) for _ in self.groups]
+        step, entries = start, 0
+        while step < stop and entries < most:
+            for index, (starts, values) in enumerate(tables):
+                value = self.unscaled(index, step)
+                if not values or value != values[-1]:
+                    starts.append(step)
+                    values.append(value)
+                    entries += 1
+            step = self._next_moment(step, stop)
+        return tables, min(step, stop)
+
+    def _next_moment(self, step: int, stop: int) -> int:
+        """The first step after ``step`` at which some rate may be another."""
+        moments = [stop]
+        if self._by_epoch:
+            moments.append(self.calendar.next_epoch(step) or stop)
+        elif self._schedule is not None:
+            moments.append((step // self._frequency + 1) * self._frequency)
+        if self._decays():
+            every, per_epoch = self.decay.every_n_batches, self.decay.per_epoch
+            moments.append(self.calendar.next_event(step, every, per_epoch, stop))
+        return min(moments)
 
     def lower_into(self, graph: nn.Graph, start: int, stop: int) -> Optional[int]:
         """Make ``graph``, not compiled yet, use the rates of the steps in [start, stop).
 
         Returns the first step whose rate is not in the graph; None where all are.
         """
-        indices = range(len(self.groups))
         constant = self.is_constant()
-        tables = [self.table(index, start, start + 1 if constant else stop) for index in indices]
-        lower_rates(graph, tables, [self.scale(index) for index in indices])
-        return None if constant else stop
+        tables, end = self.tables(start, start + 1 if constant else stop, _MOST_ENTRIES)
+        lower_rates(graph, tables, [self.scale(index) for index in range(len(self.groups))])
+        return None if constant else end

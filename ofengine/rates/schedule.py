@@ -22,32 +22,48 @@ class Schedule:
         """The rate of ``group`` (its index) after ``position`` calls of ``step``."""
         raise NotImplementedError
 
+    def rebase(self, group: int, lr: float, position: int) -> None:
+        """Let ``lr`` be the base rate of ``group`` from ``position`` on."""
+        raise NotImplementedError
 
-class FunctionSchedule(Schedule):
+
+class ConstantSchedule(Schedule):
+    """``lr`` of the group for ever."""
+
+    def __init__(self, lrs: Sequence[float]) -> None:
+        self.lrs = list(lrs)
+
+    def lr(self, group: int, position: int) -> float:
+        """See :class:`Schedule`."""
+        return self.lrs[group]
+
+    def rebase(self, group: int, lr: float, position: int) -> None:
+        """See :class:`Schedule`."""
+        self.lrs[group] = lr
+
+
+class FunctionSchedule(ConstantSchedule):
     """``lr`` of the group times ``factor(position)``, as in ``LambdaLR``."""
 
     def __init__(self, lrs: Sequence[float], factor: Callable[[int], float]) -> None:
-        self._lrs = list(lrs)
+        super().__init__(lrs)
         self._factor = factor
 
     def lr(self, group: int, position: int) -> float:
         """See :class:`Schedule`."""
-        return self._lrs[group] * float(self._factor(position))
+        return self.lrs[group] * float(self._factor(position))
 
 
-class TableSchedule(Schedule):
+class TableSchedule(ConstantSchedule):
     """``lr`` of the group times ``factors[position]``; the last factor goes on for ever."""
 
     def __init__(self, lrs: Sequence[float], factors: Sequence[float]) -> None:
-        self._lrs = list(lrs)
-        self._factors = [float(factor) for factor in factors]
-
-    def __len__(self) -> int:
-        return len(self._factors)
+        super().__init__(lrs)
+        self.factors = [float(factor) for factor in factors]
 
     def lr(self, group: int, position: int) -> float:
         """See :class:`Schedule`."""
-        return self._lrs[group] * self._factors[min(position, len(self._factors) - 1)]
+        return self.lrs[group] * self.factors[min(position, len(self.factors) - 1)]
 
 
 class PerGroupSchedule(Schedule):
@@ -60,16 +76,31 @@ class PerGroupSchedule(Schedule):
         """See :class:`Schedule`."""
         return self.schedules[group].lr(group, position)
 
+    def rebase(self, group: int, lr: float, position: int) -> None:
+        """See :class:`Schedule`."""
+        self.schedules[group].rebase(group, lr, position)
 
-class ConstantSchedule(Schedule):
-    """``lr`` of the group for ever."""
 
-    def __init__(self, lrs: Sequence[float]) -> None:
-        self._lrs = list(lrs)
+class PlateauSchedule(Schedule):
+    """Rates that ``ReduceLROnPlateau`` lowers when a metric stops getting better."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._twin = _twin_of(scheduler)
+
+    def observe(self, metric: float) -> bool:
+        """Show the scheduler the metric's new value; True where a rate changed."""
+        groups = self._twin.optimizer.param_groups
+        before = [group["lr"] for group in groups]
+        self._twin.step(metric)
+        return before != [group["lr"] for group in groups]
 
     def lr(self, group: int, position: int) -> float:
+        """See :class:`Schedule`: the rate from now on, whatever the position."""
+        return float(self._twin.optimizer.param_groups[group]["lr"])
+
+    def rebase(self, group: int, lr: float, position: int) -> None:
         """See :class:`Schedule`."""
-        return self._lrs[group]
+        self._twin.optimizer.param_groups[group]["lr"] = lr
 
 
 class _StandInGroup(Dict[str, Any]):
@@ -87,6 +118,20 @@ class _StandInOptimizer:
         self.param_groups = [_StandInGroup(group.options) for group in optimizer.param_groups]
 
 
+def _twin_of(scheduler: Any) -> Any:
+    """A deep copy of ``scheduler`` over a stand-in of its optimizer."""
+    stand_in = _StandInOptimizer(scheduler.optimizer)
+    try:
+        twin = copy.deepcopy(scheduler, {id(scheduler.optimizer): stand_in})
+    except Exception as error:
+        raise RateError(
+            f"{type(scheduler).__name__} cannot be copied ({error}): the engine steps a copy "
+            "of the scheduler ahead of training; keep open files, locks and tensors out of it."
+        ) from error
+    twin.verbose = False
+    return twin
+
+
 class RecordedSchedule(Schedule):
     """The rates of a OneFlow scheduler at each of its positions, recorded from a twin of it.
 
@@ -101,21 +146,29 @@ class RecordedSchedule(Schedule):
 
     def __init__(self, scheduler: LRScheduler) -> None:
         self.scheduler = scheduler
-        stand_in = _StandInOptimizer(scheduler.optimizer)
-        try:
-            twin = copy.deepcopy(scheduler, {id(scheduler.optimizer): stand_in})
-        except Exception as error:
-            raise RateError(
-                f"{type(scheduler).__name__} cannot be copied ({error}): the engine steps a copy "
-                "of the scheduler ahead of training; keep open files, locks and tensors out of it."
-            ) from error
-        twin.verbose = False
+        self._start_over(_twin_of(scheduler), 0)
+
+    def _start_over(self, twin: LRScheduler, position: int) -> None:
+        self._first = position
         self._starts: List[LRScheduler] = [twin]
         self._chunks: Dict[int, _Chunk] = {}
 
+    def rebase(self, group: int, lr: float, position: int) -> None:
+        """See :class:`Schedule`. Earlier positions cannot be asked for any more."""
+        number, within = divmod(position - self._first, _CHUNK)
+        self._open(number)
+        twin = copy.deepcopy(self._starts[number])
+        for _ in range(within):
+            twin.step()
+        _set_base_lr(twin, group, lr)
+        twin.optimizer.param_groups[group]["initial_lr"] = lr
+        twin.last_step -= 1  # and forward again, now from the new base rate
+        twin.step()
+        self._start_over(twin, position)
+
     def lr(self, group: int, position: int) -> float:
         """See :class:`Schedule`."""
-        number, within = divmod(position, _CHUNK)
+        number, within = divmod(position - self._first, _CHUNK)
         chunk = self._chunks.get(number)
         if chunk is None:
             chunk = self._open(number)
@@ -130,6 +183,13 @@ class RecordedSchedule(Schedule):
             self._chunks.pop(next(iter(self._chunks)))
         chunk = self._chunks[number] = _Chunk(copy.deepcopy(self._starts[number]))
         return chunk
+
+
+def _set_base_lr(scheduler: Any, group: int, lr: float) -> None:
+    """Set a base rate in ``scheduler`` and in the schedulers that it is made of."""
+    scheduler.base_lrs = [lr if i == group else base for i, base in enumerate(scheduler.base_lrs)]
+    for part in getattr(scheduler, "schedulers", ()):
+        _set_base_lr(part, group, lr)
 
 
 class _Chunk:

@@ -1,0 +1,61 @@
+# `make demo` and `make test` do all set-up by themselves: they find a Python that OneFlow has
+# a wheel for and build .venv with it, once. Nothing outside this folder is changed.
+
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+PYTEST_WORKERS ?= 2
+
+PYTHON := .venv/bin/python
+READY := .venv/.ready
+
+.PHONY: help demo test test-slow lint types wheel doctor clean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: $(READY)  ## fine-tune on digits, in graph mode (DEMO_ARGS="--epochs 1")
+	@$(PYTHON) examples/digits_finetune.py --mode graph $(DEMO_ARGS)
+
+test: $(READY)  ## run the tests but the slow ones (PYTEST_ARGS="-k rates")
+	@$(PYTHON) -m pytest -m "not slow" -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+test-slow: $(READY)  ## run the slow tests
+	@$(PYTHON) -m pytest -m slow -n $(PYTEST_WORKERS) $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: none
+
+lint: $(READY)  ## check style and layout with ruff
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+
+# The folder callbacks/ is ofengine.callbacks only once it is installed, and mypy does not
+# follow an editable install, so this one is installed into a folder of its own.
+types: $(READY)  ## check types with mypy
+	@rm -rf build
+	@$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --target build/types .
+	@cd build/types && ../../$(PYTHON) -m mypy --config-file ../../pyproject.toml \
+		--cache-dir ../../.mypy_cache -p ofengine
+
+wheel: $(READY)  ## build dist/ofengine-*.whl
+	@rm -rf build dist
+	@$(PYTHON) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
+
+doctor: $(READY)  ## say whether training can run here
+	@$(PYTHON) -m ofengine doctor
+
+clean:  ## remove .venv and everything that was built
+	@rm -rf .venv build dist ./*.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+# .venv holds this folder's path: one that came along with a copied or moved folder is not
+# ready. One of a fitting Python is kept, and only brought up to date. flowvision comes as
+# source whose setup.py needs pkg_resources: newer setuptools do not have it.
+ifneq "$(shell cat $(READY) 2>/dev/null)" "$(CURDIR)"
+.PHONY: $(READY)
+endif
+$(READY): setup.cfg setup.py pyproject.toml ofengine/_pth.py
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 8) <= sys.version_info[:2] <= (3, 10))' 2>/dev/null || \
+		{ python=$$(.ci/find-python) && echo "Making .venv with $$python, once. OneFlow is large." && \
+		"$$python" -m venv --clear .venv; }
+	@$(PYTHON) -m pip install --quiet 'setuptools>=64,<81' wheel
+	@$(PYTHON) -m pip install --quiet --no-build-isolation --editable '.[test,examples]'
+	@pwd -P >$@
