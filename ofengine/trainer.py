@@ -30,6 +30,7 @@ from ofengine.modes.graph import GraphMode
 from ofengine.modes.steps import clip_gradients
 from ofengine.optimizers import Optimization, read_optimizers
 from ofengine.rates.calendar import ceil_div
+from ofengine.rates.checks import check_rates
 from ofengine.rates.plan import RatePlan
 from ofengine.seeding import seed_epoch, seed_everything
 from ofengine.task import TaskModule
@@ -431,6 +432,8 @@ class Trainer:
 
     def _fit(self, train: Batches, validation: List[Batches]) -> None:
         self._deadline = None if self._seconds is None else time.monotonic() + self._seconds
+        assert self._optimization is not None
+        check_rates(self.rates, self._optimization, self.total_steps, self.max_epochs)
         self.hooks.fire("on_fit_start")
         fit_loop(self, train, validation)
         synchronize()
