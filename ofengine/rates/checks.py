@@ -44,6 +44,8 @@ def check_rates(
                 "never ends. Shorten it, or train longer."
             )
             continue
+        if is_warmup:
+            continue
         if unit == "step" and per_epoch and per_epoch > 1 and 1 < length <= max_epochs:
             warn(
                 f"{name} has a length of {length} and moves on at every step, so it is over in the "
@@ -54,7 +56,7 @@ def check_rates(
                 f"{name} has a length of {length} and moves on once an epoch, but the run has "
                 f"{positions} epochs of {per_epoch:g} steps: did you mean 'interval': 'step'?"
             )
-        elif not is_warmup and length < positions - 1:
+        elif length < positions - 1:
             warn(
                 f"{name} is over after {length} {unit}s, but the run has {positions}: from there "
                 "on its rate is no longer what it was made for. Lengthen it, or train shorter."
