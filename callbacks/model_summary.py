@@ -1,0 +1,169 @@
+"""ModelSummary: what is about to be trained, at which rates, before the first step."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from typing import Dict, Iterable, List, Sequence, Tuple
+
+from oneflow import nn
+
+from ofengine.errors import ConfigurationError
+from ofengine.hooks import Callback
+from ofengine.task import TaskModule
+from ofengine.trainer import Trainer
+
+_MOST_GROUPS = 2
+"""A module with parameters in more groups than these shows their number and range instead."""
+
+
+class ModelSummary(Callback):
+    """Prints the task's modules and its parameter groups to stdout when ``fit`` starts.
+
+    The modules' table shows name, type, number of parameters, how many of them train, and the
+    groups they are in with the group's rate at step 0, as ``trainer.rates`` has it. The groups'
+    table shows what that rate is made of. Parameters that several modules share count once.
+    Nothing is run through the model.
+
+    Args:
+        max_depth: how deep modules within modules are shown; -1 for all, 0 for no summary.
+
+    Raises:
+        ConfigurationError: ``max_depth`` is no whole number from -1 on.
+    """
+
+    def __init__(self, max_depth: int = 1) -> None:
+        if isinstance(max_depth, bool) or not isinstance(max_depth, int) or max_depth < -1:
+            raise ConfigurationError(
+                f"ModelSummary(max_depth={max_depth!r}): give a whole number, -1 for all depths."
+            )
+        self.max_depth = max_depth
+
+    def on_fit_start(self, trainer: Trainer, task: TaskModule) -> None:
+        """Print it."""
+        if self.max_depth:
+            print(self.text(trainer, task), flush=True)
+
+    def text(self, trainer: Trainer, task: TaskModule) -> str:
+        """The summary. ``trainer`` must be one that fits, or has fitted, ``task``."""
+        parameters = list(task.parameters())
+        total = sum(parameter.numel() for parameter in parameters)
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        device = "cpu" if trainer.device.type == "cpu" else str(trainer.device)
+        return "\n".join(
+            [
+                "",
+                f"{type(task).__name__}, {trainer.mode} mode on {device}",
+                "",
+                *self._modules(trainer, task),
+                "",
+                f"{total:,} parameters, {total * 4 / 1e6:,.2f} MB in float32:",
+                f"{trained:,} trainable, {total - trained:,} frozen",
+                "",
+                *_groups(trainer),
+                "",
+            ]
+        )
+
+    def _modules(self, trainer: Trainer, task: TaskModule) -> List[str]:
+        group_of: Dict[int, int] = {
+            id(parameter): index
+            for index, group in enumerate(trainer.optimizer.param_groups)
+            for parameter in group.parameters
+        }
+        names, rates = trainer.rates.names, trainer.rates.rates(0)
+
+        def row(name: str, kind: str, parameters: Iterable[nn.Parameter]) -> Tuple[str, ...]:
+            members = list(parameters)
+            numbers = sum(parameter.numel() for parameter in members)
+            trained = sum(parameter.numel() for parameter in members if parameter.requires_grad)
+            within = sorted({group_of[id(p)] for p in members if id(p) in group_of})
+            return (
+                name,
+                kind,
+                f"{numbers:,}",
+                _share(trained, numbers),
+                _group_names([(names[index], rates[index]) for index in within]),
+            )
+
+        rows = [
+            row(indented, type(module).__name__, module.parameters())
+            for indented, module in _tree(task, self.max_depth)
+        ]
+        own = list(task.parameters(recurse=False))
+        if own:
+            rows.append(row("(the task's own)", "Parameter", own))
+        header = ("module", "type", "parameters", "trainable", "group (rate at step 0)")
+        return _table(header, rows, "<<><<", droppable=(1, 3))
+
+
+def _tree(module: nn.Module, depth: int, level: int = 0) -> List[Tuple[str, nn.Module]]:
+    """The modules within ``module``, down to ``depth``, each with its name, indented."""
+    lines: List[Tuple[str, nn.Module]] = []
+    for name, child in module.named_children():
+        lines.append(("  " * level + name, child))
+        if depth != 1:
+            lines.extend(_tree(child, depth - 1, level + 1))
+    return lines
+
+
+def _share(trained: int, numbers: int) -> str:
+    if not numbers:
+        return "-"
+    if trained == numbers:
+        return "all"
+    return f"{trained:,}" if trained else "frozen"
+
+
+def _group_names(groups: Sequence[Tuple[str, float]]) -> str:
+    if len(groups) <= _MOST_GROUPS:
+        return ", ".join(f"{name} ({_rate(rate)})" for name, rate in groups) or "-"
+    rates = [rate for _, rate in groups]
+    return f"{len(groups)} groups ({_rate(min(rates))} to {_rate(max(rates))})"
+
+
+def _groups(trainer: Trainer) -> List[str]:
+    plan = trainer.rates
+    rates = plan.rates(0)
+    header = ["group", "tensors", "parameters", "lr", "lr_scale", "lr_decay_scale"]
+    rows = [
+        [group.name, f"{group.tensors:,}", f"{group.numbers:,}"]
+        + [f"{number:g}" for number in (group.lr, group.lr_scale, group.lr_decay_scale)]
+        for group in plan.groups
+    ]
+    if plan.decay.key == "lr_scale":  # the cookbook's code: the key has the other one's meaning
+        header[4:] = ["lr_scale (decay)"]
+        rows = [row[:5] for row in rows]
+    header.append("rate at step 0")
+    for row, rate in zip(rows, rates):
+        row.append(_rate(rate))
+    lines = _table(header, rows, "<" + ">" * (len(header) - 1), droppable=(1, 2))
+    if any(plan.decay_scale(index) != 1.0 for index in range(len(rows))):
+        each, every = (
+            "each epoch" if plan.decay.per_epoch else "the run",
+            plan.decay.every_n_batches,
+        )
+        lines += ["", f"Decay: after batches 0, {every}, {2 * every}, ... of {each}."]
+    return lines
+
+
+def _rate(rate: float) -> str:
+    """A rate in few digits: it is a float32, so that more would be noise."""
+    return f"{rate:.4g}"
+
+
+def _table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], align: str, droppable: Sequence[int]
+) -> List[str]:
+    """Columns side by side; on a narrow terminal some of the ``droppable`` ones are left out."""
+    widths = [max(map(len, cells)) for cells in zip(header, *rows)]
+    shown = list(range(len(header)))
+    limit = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for column in droppable:
+        if limit is not None and sum(widths[i] + 2 for i in shown) - 2 > limit:
+            shown.remove(column)
+    rule = ["-" * width for width in widths]
+    return [
+        "  ".join(f"{cells[i]:{align[i]}{widths[i]}}" for i in shown).rstrip()
+        for cells in (header, rule, *rows)
+    ]
