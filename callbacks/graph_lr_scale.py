@@ -43,9 +43,9 @@ class GraphLRScaleCallback(Callback):
                 default.key if key is None else key,
             )
 
-    def setup(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
+    def on_fit_start(self, trainer: Trainer, task: TaskModule) -> None:
         """Tell the plan when decay happens, where this callback was given arguments."""
-        if stage == "fit" and self._decay is not None:
+        if self._decay is not None:
             trainer.rates.set_decay(self._decay, type(self).__name__)
 
     def on_train_start(self, trainer: Trainer, task: TaskModule) -> None:

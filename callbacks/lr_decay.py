@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Optional
 
+from ofengine.arguments import is_whole
 from ofengine.errors import ConfigurationError
 from ofengine.hooks import Callback
 from ofengine.rates.plan import DecayEvents
@@ -21,7 +22,8 @@ class LRDecayCallback(Callback):
     :class:`GraphLRScaleCallback` carries it out there. Both may be listed.
 
     Args:
-        every_n_batches: batches between decay events.
+        every_n_batches: batches between decay events. None leaves all to a
+            :class:`GraphLRScaleCallback` in the list, or to the defaults.
         per_epoch: count batch indices anew in each epoch; False counts over the whole run.
         key: the groups' key with the factor. ``"lr_scale"`` runs the cookbook's code to the
             letter, where that key is the decay factor and no constant multiplier.
@@ -31,13 +33,18 @@ class LRDecayCallback(Callback):
     """
 
     def __init__(
-        self, every_n_batches: int = 10, per_epoch: bool = True, key: str = "lr_decay_scale"
+        self,
+        every_n_batches: Optional[int] = 10,
+        per_epoch: bool = True,
+        key: str = "lr_decay_scale",
     ) -> None:
-        self._decay = checked_decay(type(self).__name__, every_n_batches, per_epoch, key)
+        self._decay: Optional[DecayEvents] = None
+        if every_n_batches is not None:
+            self._decay = checked_decay(type(self).__name__, every_n_batches, per_epoch, key)
 
-    def setup(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
+    def on_fit_start(self, trainer: Trainer, task: TaskModule) -> None:
         """Tell the plan when decay happens."""
-        if stage == "fit":
+        if self._decay is not None:
             trainer.rates.set_decay(self._decay, type(self).__name__)
 
     def on_train_start(self, trainer: Trainer, task: TaskModule) -> None:
@@ -61,8 +68,7 @@ class LRDecayCallback(Callback):
 
 def checked_decay(owner: str, every_n_batches: int, per_epoch: bool, key: str) -> DecayEvents:
     """The arguments of a rate callback as :class:`DecayEvents`, or an error that names them."""
-    whole = isinstance(every_n_batches, int) and not isinstance(every_n_batches, bool)
-    if not whole or every_n_batches < 1:
+    if not is_whole(every_n_batches) or every_n_batches < 1:
         raise ConfigurationError(
             f"{owner}(every_n_batches={every_n_batches!r}): give a whole number from 1 on."
         )
@@ -71,4 +77,6 @@ def checked_decay(owner: str, every_n_batches: int, per_epoch: bool, key: str) -
             f"{owner}(key={key!r}): the key of the factor is 'lr_decay_scale', or 'lr_scale' for "
             "the cookbook's code to the letter."
         )
-    return DecayEvents(every_n_batches, bool(per_epoch), key)
+    if not isinstance(per_epoch, bool):
+        raise ConfigurationError(f"{owner}(per_epoch={per_epoch!r}): give True or False.")
+    return DecayEvents(int(every_n_batches), per_epoch, key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import re
 from datetime import timedelta
 from typing import Any, Dict, Optional, Union
@@ -20,17 +21,46 @@ def check_choice(name: str, value: Any, choices: Any) -> Any:
 
 
 def check_count(name: str, value: Any, least: int, what: str) -> int:
-    """``value`` where it is an int from ``least`` on."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    """``value`` where it is a whole number from ``least`` on."""
+    if not is_whole(value) or value < least:
         raise ConfigurationError(f"{name}={value!r}: give {what}.")
+    return int(value)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """``value`` where it is True or False."""
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{name}={value!r}: give True or False.")
     return value
+
+
+def is_whole(value: Any) -> bool:
+    """True for an int, numpy's included, and not for a bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def check_limit(name: str, limit: Any) -> Union[int, float, None]:
+    """A limit of batches: None, a whole number, or a share between 0.0 and 1.0."""
+    if limit is None:
+        return None
+    if is_whole(limit) and limit >= 0:
+        return int(limit)
+    if isinstance(limit, float) and 0.0 <= limit <= 1.0:
+        return limit
+    hint = ""
+    if isinstance(limit, float) and math.isfinite(limit) and limit > 1.0:
+        hint = f" (for {limit:g} batches write {int(limit)})"
+    raise ConfigurationError(
+        f"{name}={limit!r}: give a number of batches (an int), a share of them between 0.0 and 1.0 "
+        f"(a float), or None for all{hint}."
+    )
 
 
 def check_clip(value: Any) -> Optional[float]:
     """``gradient_clip_val`` as a float; None and 0 mean no clipping."""
     if value is None:
         return None
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value < 0:
         raise ConfigurationError(
             f"gradient_clip_val={value!r}: give a positive number, or None for no clipping."
@@ -45,8 +75,11 @@ def seconds_of(max_time: MaxTime) -> Optional[float]:
     if isinstance(max_time, dict):
         try:
             max_time = timedelta(**max_time)
-        except TypeError as error:
-            raise ConfigurationError(f"max_time={max_time!r}: {error}.") from None
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ConfigurationError(
+                f"max_time={max_time!r}: {error}: write the arguments of datetime.timedelta, such "
+                "as {'hours': 2}."
+            ) from None
     if isinstance(max_time, timedelta):
         return max_time.total_seconds()
     match = isinstance(max_time, str) and re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", max_time)
@@ -65,7 +98,8 @@ def batches_between_validations(
     """``val_check_interval`` in batches; None stands for "at the end of the epoch"."""
     if interval is None or (isinstance(interval, float) and interval == 1.0):
         return None
-    if isinstance(interval, bool) or not isinstance(interval, (int, float)) or interval <= 0:
+    valid = is_whole(interval) or (isinstance(interval, float) and math.isfinite(interval))
+    if not valid or interval <= 0:
         raise ConfigurationError(
             f"val_check_interval={interval!r}: give a number of batches (an int) or a share of the "
             "epoch between 0.0 and 1.0 (a float)."
@@ -87,4 +121,4 @@ def batches_between_validations(
             f"val_check_interval={interval} is more than the {batches} batches of an epoch: "
             "validation would never run. Give a smaller number, or use check_val_every_n_epoch."
         )
-    return interval
+    return int(interval)

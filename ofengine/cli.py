@@ -14,6 +14,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument("--version", action="version", version=f"ofengine {ofengine.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     _add_doctor(commands)
+    _add_rates(commands)
     arguments = parser.parse_args(argv)
     return int(arguments.run(arguments))
 
@@ -30,3 +31,35 @@ def _add_doctor(commands: Any) -> None:
 
     text = "say whether training can run on this machine, and how to mend what is missing"
     commands.add_parser("doctor", help=text, description=text).set_defaults(run=run)
+
+
+def _add_rates(commands: Any) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        from ofengine.rates_cli import rates
+
+        return rates(arguments)
+
+    text = "show every parameter group's learning rate over a run, without training"
+    parser = commands.add_parser("rates", help=text, description=text)
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("task", metavar="FILE.py:TASK", help="the file and the TaskModule in it")
+    add(
+        "--mode", choices=("eager", "graph"), default="eager", help="the rates are the same in both"
+    )
+    add("--steps-per-epoch", type=_count, metavar="N", help="optimizer steps in an epoch; "
+        "default: the length of the task's train_dataloader")  # fmt: skip
+    add("--max-epochs", type=_count, metavar="N", help="default: 1, or any with --max-steps")
+    add("--max-steps", type=_count, metavar="N", help="optimizer steps in all")
+    add("--at", type=int, nargs="+", default=[], action="extend", metavar="STEP",
+        help="show the rates at these steps too, counted from 0")  # fmt: skip
+    add("--plot", metavar="FILE", help="write the picture as .png, .svg or .pdf")
+    add("--arg", default=[], action="append", metavar="KEY=VALUE",
+        help="an argument of the task; the value is read as Python, else as a text")  # fmt: skip
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return number

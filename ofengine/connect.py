@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Iterable, List, Optional, Sequence, Union
 
+from oneflow import nn
+
 from ofengine.data import Batches, Limit, stage_loaders
 from ofengine.errors import ConfigurationError, DataError
 from ofengine.hooks import Callback, overrides, refuse_eager_only_hooks
@@ -30,6 +32,12 @@ LOADER_OF_STAGE = {
     "test": "test_dataloader",
     "predict": "predict_dataloader",
 }
+LIMIT_OF_STAGE = {
+    "train": "limit_train_batches",
+    "validation": "limit_val_batches",
+    "test": "limit_test_batches",
+    "predict": "limit_predict_batches",
+}
 VERB_OF_STAGE = {"train": "fit", "validation": "validate", "test": "test", "predict": "predict"}
 
 
@@ -37,14 +45,27 @@ def make_loggers(logger: Union[bool, Logger, Sequence[Logger]], root: str) -> Li
     """The Trainer's ``logger`` argument as a list."""
     if isinstance(logger, bool):
         return [CSVLogger(root)] if logger else []
-    loggers = [logger] if isinstance(logger, Logger) else list(logger)
-    for each in loggers:
-        if not isinstance(each, Logger):
+    return _as_list("logger", logger, Logger)
+
+
+def _as_list(argument: str, given: Any, kind: type) -> List[Any]:
+    """One object of ``kind``, or a list of them, as a list; None only for no callbacks."""
+    if given is None and kind is Callback:
+        return []
+    listed = list(given) if isinstance(given, (list, tuple)) else [given]
+    for each in listed:
+        if not isinstance(each, kind):
+            called = isinstance(each, type) and issubclass(each, kind)
             raise ConfigurationError(
-                f"logger holds a {type(each).__name__}: give True, False, or "
-                "ofengine.loggers.Logger objects."
+                f"{argument}={given!r}: "
+                + (
+                    f"call the class first, as in {each.__name__}()."
+                    if called
+                    else f"give ofengine {kind.__name__} objects, one or a list of them"
+                    + (", or True or False." if kind is Logger else ".")
+                )
             )
-    return loggers
+    return listed
 
 
 def make_callbacks(
@@ -57,13 +78,7 @@ def make_callbacks(
     """The Trainer's ``callbacks`` argument as a list, and those that are on by default."""
     from ofengine.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
 
-    listed = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
-    for callback in listed:
-        if not isinstance(callback, Callback):
-            raise ConfigurationError(
-                f"callbacks holds {callback!r}, which is no ofengine.Callback object"
-                + (": call the class first." if isinstance(callback, type) else ".")
-            )
+    listed = _as_list("callbacks", callbacks, Callback)
     if drop_checkpoints:
         listed = [each for each in listed if not isinstance(each, ModelCheckpoint)]
     for wanted, add in (
@@ -82,7 +97,7 @@ def add_rate_callback(callbacks: List[Callback], mode: str) -> None:
 
     wanted = GraphLRScaleCallback if mode == "graph" else LRDecayCallback
     if not any(isinstance(callback, wanted) for callback in callbacks):
-        callbacks.insert(0, wanted())
+        callbacks.insert(0, wanted(every_n_batches=None))
 
 
 def check_graph_mode(trainer: Trainer, task: TaskModule) -> None:
@@ -99,7 +114,14 @@ def check_graph_mode(trainer: Trainer, task: TaskModule) -> None:
 def check_step(task: TaskModule, stage: str) -> None:
     """Raise where ``task`` lacks the step that ``stage`` runs."""
     step = STEP_OF_STAGE[stage]
-    if stage == "predict" or overrides(task, step, TaskModule):
+    if overrides(task, step, TaskModule):
+        return
+    if stage == "predict":
+        if type(task).forward is nn.Module.forward:
+            raise ConfigurationError(
+                f"{type(task).__name__} has neither predict_step nor forward: write "
+                "`def predict_step(self, batch, batch_idx)` that returns the prediction."
+            )
         return
     if stage == "train" and has_own_graph(task):
         return
@@ -113,7 +135,8 @@ def training_batches(
     source = given if given is not None else task.train_dataloader()
     if source is None:
         raise _no_data(task, "train")
-    return Batches(source, limit, trainer.device, "train_dataloader", keep)
+    name = "overfit_batches" if keep else LIMIT_OF_STAGE["train"]
+    return Batches(source, limit, trainer.device, "train_dataloader", name, keep)
 
 
 def evaluation_batches(
@@ -129,9 +152,8 @@ def evaluation_batches(
             )
         return []
     loaders = given if given is not None else getattr(task, LOADER_OF_STAGE[stage])()
-    if limit is not None and limit == 0:
-        return []
-    return stage_loaders(loaders, limit, trainer.device, LOADER_OF_STAGE[stage], keep)
+    name = "overfit_batches" if keep else LIMIT_OF_STAGE[stage]
+    return stage_loaders(loaders, limit, trainer.device, LOADER_OF_STAGE[stage], name, keep)
 
 
 def require_data(task: TaskModule, stage: str, loaders: List[Batches]) -> None:

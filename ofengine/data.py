@@ -34,6 +34,7 @@ class Batches:
     Args:
         source: any iterable of batches.
         limit: None for all; an int for so many batches; a float in [0, 1] for that share.
+        limit_name: the Trainer's argument that ``limit`` comes from.
         device: where the tensors go.
         what: how errors call it, e.g. ``"train_dataloader"``.
         keep: hold the batches of the first pass and repeat them (``overfit_batches``).
@@ -45,11 +46,12 @@ class Batches:
         limit: Limit,
         device: flow.device,
         what: str,
+        limit_name: str = "limit",
         keep: bool = False,
     ) -> None:
-        if not hasattr(source, "__iter__"):
+        if not hasattr(source, "__iter__") or isinstance(source, (str, bytes, dict, type)):
             raise DataError(
-                f"{what} is a {type(source).__name__}, which cannot be iterated: give a "
+                f"{what} is {describe(source)}, which holds no batches: give a "
                 "oneflow.utils.data.DataLoader or a list of batches."
             )
         self.source = source
@@ -64,16 +66,17 @@ class Batches:
         if total == 0:
             raise DataError(f"{what} is empty: it has no batch (is batch_size larger than the "
                             "dataset, with drop_last=True?).")  # fmt: skip
-        self.count = count_batches(total, limit, what)
+        self.count = count_batches(total, limit, what, limit_name)
         """How many batches a pass has, or None where that shows only at its end."""
-        self.limit = self.count if total is None or limit is not None else None
+        self.once = iter(source) is source if total is None else False
+        """True for a generator or iterator, which can be gone through only once."""
 
     def __iter__(self) -> Iterator[Any]:
         """The batches of one pass, on the device."""
         source = self.source if self._kept is None else self._kept
         batches = iter(source)
-        if self.limit is not None:
-            batches = itertools.islice(batches, self.limit)
+        if self.count is not None:
+            batches = itertools.islice(batches, self.count)
         if self.keep and self._kept is None:
             self._kept = list(batches)
             batches = iter(self._kept)
@@ -90,10 +93,16 @@ class Batches:
         batches = iter(self)
         if self.count is not None:
             last = self.count - 1
+            batch_idx = -1
             for batch_idx, batch in enumerate(batches):
                 place = batch_idx % accumulate
                 window = min(accumulate, self.count - (batch_idx - place))
                 yield Step(batch_idx, batch, window, place == window - 1, batch_idx == last)
+            if batch_idx < last:
+                raise DataError(
+                    f"{self.what} gave {batch_idx + 1} batches, though its length is "
+                    f"{self.count}: correct its __len__, or remove it."
+                )
             return
         batch_idx = 0
         window_batches = list(itertools.islice(batches, accumulate))
@@ -117,33 +126,33 @@ class Batches:
                 sampler.generator = generator
 
 
-def count_batches(total: Optional[int], limit: Limit, what: str) -> Optional[int]:
+def count_batches(total: Optional[int], limit: Limit, what: str, limit_name: str) -> Optional[int]:
     """How many of ``total`` batches ``limit`` lets through (see :class:`Batches`)."""
     if limit is None or (isinstance(limit, float) and limit == 1.0):
         return total
-    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or limit < 0:
-        raise ConfigurationError(
-            f"the limit of {what} is {limit!r}: give a number of batches (an int), a share "
-            "between 0.0 and 1.0 (a float), or None for all."
-        )
     if isinstance(limit, int):
         return limit if total is None else min(limit, total)
-    if limit > 1.0:
-        raise ConfigurationError(
-            f"the limit of {what} is {limit!r}: a float is a share between 0.0 and 1.0; for "
-            f"{limit:g} batches write {int(limit)}."
-        )
     if total is None:
         raise ConfigurationError(
-            f"the limit of {what} is the share {limit!r}, but its length is not known: give a "
+            f"{limit_name}={limit!r} is a share of {what}, whose length is not known: give a "
             "number of batches (an int)."
         )
     count = int(total * limit)
     if count == 0 and limit > 0:
         raise ConfigurationError(
-            f"the limit of {what} is {limit!r} of {total} batches, which is less than one batch."
+            f"{limit_name}={limit!r} of the {total} batches of {what} is less than one batch: give "
+            "a larger share, or a number of batches (an int)."
         )
     return count
+
+
+def describe(value: Any) -> str:
+    """``value`` in an error: "None", "the class X" or "a X"."""
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return f"a {type(value).__name__}"
 
 
 def to_device(batch: Any, device: flow.device) -> Any:
@@ -160,18 +169,18 @@ def to_device(batch: Any, device: flow.device) -> Any:
 
 
 def batch_size_of(batch: Any) -> int:
-    """The first dimension of the first tensor in ``batch``; 1 where there is none."""
+    """The first dimension of the first tensor in ``batch`` that has one; 1 where none has."""
+    return _first_dimension(batch) or 1
+
+
+def _first_dimension(batch: Any) -> int:
     if isinstance(batch, flow.Tensor):
-        return int(batch.shape[0]) if batch.ndim else 1
+        return int(batch.shape[0]) if batch.ndim else 0
     if isinstance(batch, dict):
         batch = batch.values()
     elif not isinstance(batch, (list, tuple)):
         return 0
-    for value in batch:
-        size = batch_size_of(value)
-        if size:
-            return size
-    return 1
+    return next((size for size in map(_first_dimension, batch) if size), 0)
 
 
 class Structure(NamedTuple):
@@ -186,25 +195,25 @@ class Structure(NamedTuple):
 _LEAF = Structure(flow.Tensor, (), ())
 
 
-def flatten(batch: Any, tensors: List[Any]) -> Structure:
+def flatten(batch: Any, tensors: List[Any], what: str = "a batch holds") -> Structure:
     """Append the tensors in ``batch`` to ``tensors``, depth first; return their structure."""
     if isinstance(batch, flow.Tensor):
         tensors.append(batch)
         return _LEAF
     if isinstance(batch, dict):
-        children = tuple(flatten(value, tensors) for value in batch.values())
+        children = tuple(flatten(value, tensors, what) for value in batch.values())
         return Structure(type(batch), tuple(batch), children)
     if isinstance(batch, (list, tuple)):
-        return Structure(type(batch), (), tuple(flatten(value, tensors) for value in batch))
+        return Structure(type(batch), (), tuple(flatten(value, tensors, what) for value in batch))
     if batch is None or isinstance(batch, (bool, int, float, str)):
         return Structure(None, (batch, type(batch)), ())  # 1 == True, but they trace differently
     if isinstance(batch, (np.ndarray, np.generic)):
         raise DataError(
-            "a batch holds a numpy array, which a static graph cannot take: turn it into a tensor "
+            f"{what} a numpy array, which a static graph cannot take: turn it into a tensor "
             "with oneflow.from_numpy in the dataset or in collate_fn."
         )
     raise DataError(
-        f"a batch holds a {type(batch).__name__}, which a static graph cannot take: use tensors, "
+        f"{what} {describe(batch)}, which a static graph cannot take: use tensors, "
         "numbers, strings and None in tuples, lists and dicts."
     )
 
@@ -225,16 +234,20 @@ def unflatten(structure: Structure, tensors: Iterator[Any]) -> Any:
 
 
 def stage_loaders(
-    loaders: Any, limit: Limit, device: flow.device, what: str, keep: bool = False
+    loaders: Any, limit: Limit, device: flow.device, what: str, limit_name: str, keep: bool
 ) -> List[Batches]:
     """One :class:`Batches` for each dataloader of an evaluation stage (one or a list)."""
     if loaders is None:
         return []
-    if isinstance(loaders, dict):
-        raise DataError(f"{what} is a dict: give one dataloader or a list of dataloaders.")
-    several = isinstance(loaders, (list, tuple)) and all(
+    several = isinstance(loaders, (list, tuple)) and any(
         isinstance(loader, DataLoader) for loader in loaders
     )
+    if several and not all(isinstance(loader, DataLoader) for loader in loaders):
+        raise DataError(
+            f"{what} mixes DataLoaders with other things: give one dataloader, or a list of "
+            "oneflow.utils.data.DataLoader objects."
+        )
     return [
-        Batches(loader, limit, device, what, keep) for loader in (loaders if several else [loaders])
+        Batches(loader, limit, device, what, limit_name, keep)
+        for loader in (loaders if several else [loaders])
     ]

@@ -26,17 +26,18 @@ One ``fit`` fires them in this order (tested by equality in ``tests/test_hooks.p
 (``on_test_start`` ...), and ``teardown``. ``on_before_graph_compile`` fires in graph mode
 before each compilation.
 
-Within one hook, callbacks fire in the order in which they are listed (those with
-``fires_last = True``, the checkpointing ones, after all others), then the task.
+Within one hook, callbacks fire in the order in which they are listed, then the task, then
+the callbacks with ``fires_last = True``, the checkpointing ones.
 """
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from functools import partial
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, List, Sequence, Tuple
 
-from ofengine.errors import ConfigurationError
+from ofengine.errors import ConfigurationError, warn
 
 if TYPE_CHECKING:
     from oneflow import nn
@@ -54,7 +55,7 @@ class Callback:
     """
 
     fires_last: bool = False
-    """True puts this callback behind all others in every hook (checkpointing callbacks)."""
+    """True puts this callback behind all others and the task (checkpointing callbacks)."""
 
     def setup(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
         """First of all. ``stage`` is "fit", "validate", "test" or "predict"."""
@@ -224,25 +225,41 @@ def overrides(owner: object, hook: str, base: type) -> bool:
 class HookRunner:
     """For every hook the bound functions that override it: a hook of nobody costs nothing."""
 
-    def __init__(self, trainer: Trainer, task: TaskModule, callbacks: Iterable[Callback]) -> None:
+    def __init__(self, trainer: Trainer, task: TaskModule, callbacks: Sequence[Callback]) -> None:
         from ofengine.task import TaskModule
 
-        ordered = sorted(callbacks, key=lambda callback: callback.fires_last)
+        first = [callback for callback in callbacks if not callback.fires_last]
+        last = [callback for callback in callbacks if callback.fires_last]
         self.calls: Dict[str, List[Callable[..., None]]] = {}
         for hook in HOOKS:
-            calls: List[Callable[..., None]] = [
-                partial(getattr(callback, hook), trainer, task)
-                for callback in ordered
-                if overrides(callback, hook, Callback)
-            ]
-            if overrides(task, hook, TaskModule):
-                calls.append(getattr(task, hook))
-            self.calls[hook] = calls
+            own = [getattr(task, hook)] if overrides(task, hook, TaskModule) else []
+            before, after = (
+                [
+                    partial(getattr(callback, hook), trainer, task)
+                    for callback in group
+                    if overrides(callback, hook, Callback)
+                ]
+                for group in (first, last)
+            )
+            self.calls[hook] = [*before, *own, *after]
 
     def fire(self, hook: str, *args: Any) -> None:
         """Call every override of ``hook``, in order."""
         for call in self.calls[hook]:
             call(*args)
+
+
+def warn_of_misspelt_hooks(task: TaskModule, callbacks: Iterable[Callback]) -> None:
+    """Warn of methods that are called almost like a hook, which nothing would ever call."""
+    for owner in (*callbacks, task):
+        for name in dir(type(owner)):
+            if name.startswith("on_") and name not in HOOKS:
+                close = difflib.get_close_matches(name, HOOKS, n=1, cutoff=0.85)
+                if close:
+                    warn(
+                        f"{type(owner).__name__}.{name} is no hook, so nothing calls it: did you "
+                        f"mean {close[0]}?"
+                    )
 
 
 def refuse_eager_only_hooks(task: TaskModule, callbacks: Iterable[Callback]) -> None:

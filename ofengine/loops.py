@@ -18,7 +18,7 @@ def fit_loop(trainer: Trainer, train: Batches, validation: List[Batches]) -> Non
     """Train ``trainer.task``: epochs, batches, validation where it is due."""
     hooks = trainer.hooks
     _sanity_check(trainer, validation)
-    trainer.metrics.begin(per_step=True)
+    trainer.metrics.begin(per_step=False)
     trainer.task.train()
     hooks.fire("on_train_start")
     while not trainer.is_done():
@@ -27,8 +27,10 @@ def fit_loop(trainer: Trainer, train: Batches, validation: List[Batches]) -> Non
         trainer.refresh_parameters()
         _train_epoch(trainer, train, validation)
         trainer.mode_runner.settle()
-        hooks.fire("on_train_epoch_end")
         trainer.log_metrics(trainer.metrics.close_epoch())
+        hooks.fire("on_train_epoch_end")
+        trainer.log_metrics(trainer.metrics.close_epoch())  # what that hook logged
+        trainer.save_logs()
         trainer.observe_metric("epoch", trainer.current_epoch + 1)
         trainer.current_epoch += 1
     hooks.fire("on_train_end")
@@ -42,18 +44,23 @@ def _train_epoch(trainer: Trainer, train: Batches, validation: List[Batches]) ->
     step, commit = trainer.mode_runner.train_step, trainer.metrics.commit
     log_every = trainer.log_every_n_steps
     observes_steps = trainer.observes_steps
+    expected = trainer.rates.calendar.batches_per_epoch
+    trainer.metrics.set_per_step(True)
     waiting: Any = None
     batch_idx = -1
     for batch_idx, batch, window, closes, is_last in train.steps(trainer.accumulate_grad_batches):
         trainer.batch_idx = batch_idx
+        if batch_idx + 1 == expected and not is_last:
+            trainer.epoch_outgrew()
         for call in batch_start:
             call(batch, batch_idx)
         outputs = step(batch, batch_idx, window, closes)
         trainer.global_step += closes
         trainer.batches_seen += 1
+        commit(batch, outputs["loss"])
         for call in batch_end:
             call(outputs, batch, batch_idx)
-        commit(batch, outputs["loss"])
+        commit(batch)  # what those hooks logged
         if closes and trainer.global_step % log_every == 0:
             trainer.log_metrics(trainer.metrics.flush())
         if closes and observes_steps:
@@ -68,7 +75,18 @@ def _train_epoch(trainer: Trainer, train: Batches, validation: List[Batches]) ->
         if trainer.should_stop or (closes and trainer.is_out_of_time_or_steps()):
             break
     else:
-        trainer.epoch_ended(batch_idx + 1)
+        trainer.epoch_ended(batch_idx + 1, train.once)
+    trainer.metrics.set_per_step(False)
+
+
+def _total(loaders: List[Batches], most: Optional[int]) -> Optional[int]:
+    """The batches of all ``loaders``, ``most`` of each, or None where that is not known."""
+    total = 0
+    for loader in loaders:
+        if loader.count is None:
+            return None
+        total += loader.count if most is None else min(loader.count, most)
+    return total
 
 
 def _sanity_check(trainer: Trainer, validation: List[Batches]) -> None:
@@ -101,6 +119,7 @@ def evaluation_loop(
     trainer.mode_runner.settle()
     training = [module for module in trainer.task.modules() if module.training]
     trainer.task.eval()
+    trainer.num_evaluation_batches = _total(loaders, most)
     metrics.begin(per_step=False)
     hooks.fire(f"on_{stage}_start")
     hooks.fire(f"on_{stage}_epoch_start")
@@ -114,6 +133,7 @@ def evaluation_loop(
             for call in batch_start:
                 call(batch, batch_idx, loader_idx)
             outputs = step(step_name, batch, batch_idx, loader_idx)
+            metrics.commit(batch)
             for call in batch_end:
                 call(outputs, batch, batch_idx, loader_idx)
             metrics.commit(batch)

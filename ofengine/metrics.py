@@ -12,7 +12,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import attrs
 import oneflow as flow
 
-from ofengine.data import batch_size_of
+from ofengine.data import batch_size_of, describe
 from ofengine.errors import ConfigurationError
 from ofengine.tracing import active_trace
 
@@ -27,16 +27,23 @@ class LogSpec:
     on_step: bool
     on_epoch: bool
     batch_size: Optional[int]
+    suffix: str = ""
+    """Which of several dataloaders it belongs to."""
+
+    @property
+    def full_name(self) -> str:
+        """The name that stands for the newest of its values."""
+        return self.name + self.suffix
 
     @property
     def step_name(self) -> str:
         """The name of single batches' values."""
-        return f"{self.name}_step" if self.on_epoch else self.name
+        return (f"{self.name}_step" if self.on_epoch else self.name) + self.suffix
 
     @property
     def epoch_name(self) -> str:
         """The name of the epoch's mean."""
-        return f"{self.name}_epoch" if self.on_step else self.name
+        return (f"{self.name}_epoch" if self.on_step else self.name) + self.suffix
 
 
 _LOSS = LogSpec("loss", prog_bar=True, logger=True, on_step=True, on_epoch=False, batch_size=None)
@@ -76,13 +83,18 @@ class Metrics:
         """Leave the stage entered last."""
         self._stages.pop()
 
+    def set_per_step(self, per_step: bool) -> None:
+        """Change the default of ``on_step`` in the stage: batches have begun, or are over."""
+        self._stages[-1].per_step = per_step
+
     def reset(self) -> None:
         """Leave all stages: the run is over. The latest values stay readable."""
         self._stages.clear()
 
     def forget(self) -> None:
-        """Forget all values, those of the sanity check."""
+        """Forget all values: those of the sanity check, or of the run before."""
         self._known.clear()
+        self.progress_bar_names.clear()
 
     @property
     def _stage(self) -> _Stage:
@@ -112,13 +124,15 @@ class Metrics:
         spec = self._specs.get(key)
         if spec is None:
             spec = self._specs[key] = LogSpec(
-                name=name + stage.suffix,
+                name=name,
                 prog_bar=prog_bar,
                 logger=logger,
                 on_step=stage.per_step if on_step is None else on_step,
                 on_epoch=not stage.per_step if on_epoch is None else on_epoch,
                 batch_size=batch_size,
+                suffix=stage.suffix,
             )
+            _check_spec(spec)
         value = _scalar(name, value)
         trace = active_trace()
         if trace is not None:
@@ -140,7 +154,7 @@ class Metrics:
         batch_size = 1 if batch is None else batch_size_of(batch)
         for spec, value in stage.current:
             if spec.on_step:
-                stage.last[spec.name] = (spec, value)
+                stage.last[spec.full_name] = (spec, value)
             if spec.on_epoch:
                 weight = batch_size if spec.batch_size is None else spec.batch_size
                 stage.pending.append((spec, value, float(weight)))
@@ -151,26 +165,33 @@ class Metrics:
     # ------------------------------------------------------------------ reading
 
     def flush(self) -> Dict[str, float]:
-        """Read what is pending, in one go. Returns the last step's values for the loggers."""
-        rows: Dict[str, float] = {}
+        """The last step's values for the loggers, read in one go; then start anew."""
         if not self._stages:
-            return rows
+            return {}
         stage = self._stages[-1]
-        last = list(stage.last.values())
-        numbers = self._fold_pending(stage, [value for _, value in last])
-        for (spec, _), number in zip(last, numbers):
-            self._publish(spec, spec.step_name, number)
-            if spec.logger:
-                rows[spec.step_name] = number
+        self.peek()
+        rows = {spec.step_name: value for spec, value in stage.last.values() if spec.logger}
         stage.last.clear()
         return rows
+
+    def peek(self) -> None:
+        """Read what is pending, in one go, and publish it; the loggers get it all the same."""
+        if not self._stages:
+            return
+        stage = self._stages[-1]
+        names = list(stage.last)
+        numbers = self._fold_pending(stage, [value for _, value in stage.last.values()])
+        for name, number in zip(names, numbers):
+            spec, _ = stage.last[name]
+            stage.last[name] = (spec, number)
+            self._publish(spec, spec.step_name, number)
 
     def _fold_pending(self, stage: _Stage, others: Sequence[Any] = ()) -> List[float]:
         """Add the pending values to their sums; ``others`` are read along and returned."""
         numbers = _read([*others, *(value for _, value, _ in stage.pending)])
         for (spec, _, weight), number in zip(stage.pending, numbers[len(others) :]):
-            _, total, weights = stage.sums.get(spec.name, (spec, 0.0, 0.0))
-            stage.sums[spec.name] = (spec, total + number * weight, weights + weight)
+            _, total, weights = stage.sums.get(spec.full_name, (spec, 0.0, 0.0))
+            stage.sums[spec.full_name] = (spec, total + number * weight, weights + weight)
         stage.pending.clear()
         return numbers[: len(others)]
 
@@ -183,7 +204,7 @@ class Metrics:
         for spec, total, weights in stage.sums.values():
             mean = total / weights if weights else float("nan")
             self._publish(spec, spec.epoch_name, mean)
-            self._known[spec.name] = mean
+            self._known[spec.full_name] = mean
             if spec.logger:
                 means[spec.epoch_name] = mean
         stage.sums.clear()
@@ -192,7 +213,7 @@ class Metrics:
     @property
     def values(self) -> Dict[str, float]:
         """The latest value of every metric, by name. Waits for the device where one is pending."""
-        self.flush()
+        self.peek()
         return dict(self._known)
 
     @property
@@ -210,6 +231,16 @@ class Metrics:
             self.progress_bar_names[name] = None
 
 
+def _check_spec(spec: LogSpec) -> None:
+    if not isinstance(spec.name, str) or not spec.name:
+        raise ConfigurationError(f"log({spec.name!r}, ...): a metric's name is a text.")
+    if not spec.on_step and not spec.on_epoch:
+        raise ConfigurationError(
+            f"log({spec.name!r}, ...) with on_step=False and on_epoch=False would report nothing: "
+            "set one of them to True."
+        )
+
+
 def _scalar(name: str, value: Any) -> Any:
     """``value`` as a detached tensor of no dimension, or as a float."""
     if isinstance(value, flow.Tensor):
@@ -224,8 +255,8 @@ def _scalar(name: str, value: Any) -> Any:
         return float(value)
     except (TypeError, ValueError):
         raise ConfigurationError(
-            f"log({name!r}, ...) got a {type(value).__name__}: log a tensor of one element or a "
-            "number; use log_dict for a dict."
+            f"log({name!r}, ...) got {describe(value)}: log a tensor of one element or a number; "
+            "use log_dict for a dict."
         ) from None
 
 

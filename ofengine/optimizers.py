@@ -10,6 +10,7 @@ from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 from oneflow.optim import Optimizer
 from oneflow.optim.lr_scheduler import ReduceLROnPlateau
 
+from ofengine.data import describe
 from ofengine.errors import ConfigurationError, RateError
 from ofengine.rates.schedule import (
     ConstantSchedule,
@@ -55,7 +56,8 @@ def read_optimizers(returned: Any, task_name: str) -> Optimization:
         if len(optimizers) != 1 or len(schedulers) > 1:
             raise ConfigurationError(
                 f"{where} returned {len(optimizers)} optimizers and {len(schedulers)} schedulers: "
-                "one optimizer, with several param_groups, and at most one scheduler can train."
+                "return one optimizer, with several param_groups, and at most one scheduler, as "
+                "{'optimizer': ..., 'lr_scheduler': ...} or [optimizer], [scheduler]."
             )
         optimizer = optimizers[0]
         scheduler = schedulers[0] if schedulers else None
@@ -164,4 +166,4 @@ def _check_keys(given: Dict[str, Any], known: Any, where: str) -> None:
 
 
 def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"
+    return "nothing" if value is None else describe(value)

@@ -52,11 +52,17 @@ class TaskModule(nn.Module):
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
         """Compute and ``log`` what validation should report. Runs without gradients."""
-        raise ConfigurationError(f"{type(self).__name__} has no validation_step.")
+        raise ConfigurationError(
+            f"{type(self).__name__} has no validation_step: write "
+            "`def validation_step(self, batch, batch_idx)` that logs what validation reports."
+        )
 
     def test_step(self, batch: Any, batch_idx: int) -> Any:
         """As ``validation_step``, for ``Trainer.test``."""
-        raise ConfigurationError(f"{type(self).__name__} has no test_step.")
+        raise ConfigurationError(
+            f"{type(self).__name__} has no test_step: write "
+            "`def test_step(self, batch, batch_idx)` that logs what testing reports."
+        )
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         """What ``Trainer.predict`` collects. Default: ``self(batch)``.
@@ -150,6 +156,11 @@ class TaskModule(nn.Module):
 
     def log_dict(self, metrics: Mapping[str, Any], **options: Any) -> None:
         """``log`` each entry of ``metrics`` with the same ``options``."""
+        if not isinstance(metrics, Mapping):
+            raise ConfigurationError(
+                f"log_dict() got a {type(metrics).__name__}: give a dict of names and values, or "
+                "use log(name, value)."
+            )
         for name, value in metrics.items():
             self.log(name, value, **options)
 

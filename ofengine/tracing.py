@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import linecache
 import os
+import re
 import sys
 import traceback
 from types import TracebackType
@@ -56,26 +57,38 @@ def active_trace() -> Optional[Trace]:
 def forbid_in_trace(what: str) -> None:
     """Raise where ``what``, a value that changes from batch to batch, is read in a trace."""
     if _active is not None:
-        raise GraphModeError(
-            f"{what} cannot be used inside a compiled step: the step is traced once and would "
-            "keep the value of its first batch for ever. Use it in a hook such as "
-            'on_train_batch_end, put it into the batch as a tensor, or use Trainer(mode="eager")'
-        )
+        raise _would_freeze(what)
 
 
-class TracedIndex(int):
-    """The ``batch_idx`` that a traced step is given: any use of it is an error."""
+def _would_freeze(what: str) -> GraphModeError:
+    return GraphModeError(
+        f"{what} cannot be used inside a compiled step: the step is traced once and would keep the "
+        "value of its first batch for ever. Use it in a hook such as on_train_batch_end, put it "
+        'into the batch as a tensor, or use Trainer(mode="eager")'
+    )
+
+
+class TracedIndex:
+    """The ``batch_idx`` that a traced step is given: it may be passed on, but not used.
+
+    No subclass of int: C code would read the number past every method of the class.
+    """
+
+    used = False
+    """True once something tried; kept because C code may swallow the error."""
 
     def _refuse(self, *_: Any) -> NoReturn:
-        forbid_in_trace("batch_idx")
-        raise AssertionError("a TracedIndex outlived its trace")
+        self.used = True
+        raise _would_freeze("batch_idx")
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
     __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = __truediv__ = __rtruediv__ = _refuse
-    __divmod__ = __pow__ = __neg__ = __and__ = __or__ = __xor__ = __lshift__ = __rshift__ = _refuse
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
-    __bool__ = __int__ = __float__ = __index__ = _refuse
-    __str__ = __repr__ = __format__ = __hash__ = _refuse
+    __divmod__ = __rdivmod__ = __pow__ = __rpow__ = __neg__ = __pos__ = __abs__ = _refuse
+    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = __invert__ = _refuse
+    __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = __round__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _refuse  # type: ignore[assignment]
+    __bool__ = __int__ = __float__ = __index__ = __complex__ = __array__ = _refuse
+    __str__ = __repr__ = __format__ = __hash__ = _refuse  # type: ignore[assignment]
 
 
 def warn_of_assignments(step: str, names: List[str]) -> None:
@@ -87,37 +100,50 @@ def warn_of_assignments(step: str, names: List[str]) -> None:
         )
 
 
-_REASONS: Tuple[Tuple[str, str], ...] = (
-    (
-        "tensor.numpy() is not allowed",
-        "reads a tensor's value (`.numpy()`, `float()`, `int()`, `bool()`, `if tensor`, an "
-        "f-string)",
-    ),
-    ("Only eager scalar tensor support GetItem", "reads a tensor's value (`.item()` or nonzero)"),
-    ("Advanced indexing by boolean(mask)", "indexes with a boolean mask, whose result has no "
-     "fixed shape"),
-    ("only support types: Tensor/None", "returns or logs something that is no tensor"),
-)  # fmt: skip
+# What the text of an exception tells about the step it comes from.
+_READS_VALUES = {
+    "tensor.numpy() is not allowed": "reads a tensor's value (`.numpy()`, `float()`, `int()`, "
+    "`bool()`, `if tensor`, an f-string)",
+    "Only eager scalar tensor support GetItem": "reads a tensor's value (`.item()` or nonzero)",
+    "Advanced indexing by boolean(mask)": "indexes with a boolean mask, whose result has no fixed "
+    "shape",
+}
+_OTHERWISE_WRONG = {
+    "only support types: Tensor/None": "returns something that is no tensor: return the loss, a "
+    "tuple or a dict of tensors",
+    "Loss blob not found": "never calls backward(): call it on the loss",
+    "must be a variable created in nn.Graph": "returns no tensor: return the loss",
+}
 
 
-def explain(error: BaseException, step: str) -> GraphModeError:
+def explain(error: BaseException, step: str, index: Optional[TracedIndex] = None) -> GraphModeError:
     """One sentence for an error raised while ``step`` was traced, with the user's own line."""
-    text = str(error)
     line = _user_line(error.__traceback__)
     at = f" at {line}" if line else ""
+    if index is not None and (index.used or "TracedIndex" in str(error)):
+        error = _would_freeze("batch_idx")
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()  # OneFlow colours its messages
     if isinstance(error, GraphModeError):
         return GraphModeError(f"{text} ({step}{at})." if line else text)
-    for needle, reason in _REASONS:
+    for needle, reason in _READS_VALUES.items():
         if needle in text:
             return GraphModeError(
                 f"{step} {reason}{at}. A static graph has no values while it is traced: use tensor "
                 "operations (flow.where instead of if, self.log instead of .item()), move it into "
-                'a hook, or use Trainer(mode="eager").'
+                f"a hook, or use {_way_out(step)}."
             )
-    first = text.strip().splitlines()[0] if text.strip() else ""
+    for needle, reason in _OTHERWISE_WRONG.items():
+        if needle in text:
+            return GraphModeError(f"{step} {reason}{at}.")
+    first = text.splitlines()[0] if text else ""
     return GraphModeError(
         f"{step} cannot be compiled into a static graph{at}: {type(error).__name__}: {first}"
     )
+
+
+def _way_out(step: str) -> str:
+    argument = "eval_mode" if step in ("validation_step", "test_step", "predict_step") else "mode"
+    return f'Trainer({argument}="eager")'
 
 
 def _user_line(trace: Optional[TracebackType]) -> str:

@@ -17,10 +17,10 @@ from oneflow.optim import Optimizer
 from ofengine import arguments, connect
 from ofengine._oneflow import synchronize
 from ofengine.checkpoint import load_weights, save_weights
-from ofengine.data import Batches, Limit, count_batches
+from ofengine.data import Batches, Limit, describe
 from ofengine.devices import resolve_device
 from ofengine.errors import ConfigurationError, DataError, RateError
-from ofengine.hooks import Callback, HookRunner
+from ofengine.hooks import Callback, HookRunner, warn_of_misspelt_hooks
 from ofengine.interrupts import InterruptGuard
 from ofengine.loggers import Logger
 from ofengine.loops import evaluation_loop, fit_loop
@@ -34,6 +34,7 @@ from ofengine.rates.checks import check_rates
 from ofengine.rates.plan import RatePlan
 from ofengine.seeding import seed_epoch, seed_everything
 from ofengine.task import TaskModule
+from ofengine.tracing import forbid_in_trace
 
 log = logging.getLogger("ofengine")
 
@@ -93,11 +94,14 @@ class Trainer:
     mode_runner: Runner
     eval_runner: Runner
     # Set by fit.
-    rates: RatePlan
     parameters: List[Any]
     """The trainable parameters of all groups."""
     num_training_batches: Optional[int]
     """Batches in an epoch, or None where that is not known ahead."""
+    num_evaluation_batches: Optional[int] = None
+    """Batches in the evaluation going on, over all its dataloaders; None where not known."""
+    has_validation: bool = False
+    """True where ``fit`` was given validation data, and the task has a ``validation_step``."""
     _deadline: Optional[float]
 
     def __init__(
@@ -145,14 +149,11 @@ class Trainer:
         )  # fmt: skip
         if max_epochs is None and not unlimited and not fast_dev_run:
             log.info("max_epochs was not given: training up to 1000 epochs.")
+        limits = (limit_train_batches, limit_val_batches, limit_test_batches, limit_predict_batches)
         self._limits: Dict[str, Limit] = {
-            "train": limit_train_batches,
-            "validation": limit_val_batches,
-            "test": limit_test_batches,
-            "predict": limit_predict_batches,
+            stage: arguments.check_limit(name, limit)
+            for (stage, name), limit in zip(connect.LIMIT_OF_STAGE.items(), limits)
         }
-        for name, limit in self._limits.items():
-            count_batches(10**9, limit, f"{name} batches")
         self._val_check_interval = val_check_interval
         arguments.batches_between_validations(val_check_interval, 10**9)
         self._check_val_every_n_epoch = arguments.check_count(
@@ -172,15 +173,22 @@ class Trainer:
             "gradient_clip_algorithm", gradient_clip_algorithm, ("norm", "value")
         )
         if seed is not None:
-            arguments.check_count("seed", seed, 0, "a whole number from 0 on, or None")
+            seed = arguments.check_count("seed", seed, 0, "a whole number from 0 on, or None")
         self.seed = seed
         self.default_root_dir = str(default_root_dir or os.getcwd())
-        count_batches(10**9, overfit_batches, "overfit_batches")
-        self._overfit = overfit_batches or None
+        self._overfit = arguments.check_limit("overfit_batches", overfit_batches) or None
+        for name, flag in (
+            ("enable_checkpointing", enable_checkpointing),
+            ("enable_progress_bar", enable_progress_bar),
+            ("enable_model_summary", enable_model_summary),
+        ):
+            arguments.check_flag(name, flag)
         self.fast_dev_run = fast_dev_run
-        if fast_dev_run:
+        if fast_dev_run is not False:
             batches = 1 if fast_dev_run is True else fast_dev_run
-            arguments.check_count("fast_dev_run", batches, 1, "True or a number of batches")
+            batches = arguments.check_count(
+                "fast_dev_run", batches, 1, "True, False or a number of batches"
+            )
             self._limits = dict.fromkeys(self._limits, batches)
             self.max_epochs, self.max_steps, self.num_sanity_val_steps = 1, -1, 0
             self._val_check_interval, self._check_val_every_n_epoch = None, 1
@@ -192,12 +200,13 @@ class Trainer:
             enable_progress_bar,
             enable_model_summary,
             enable_checkpointing,
-            drop_checkpoints=bool(fast_dev_run),
+            drop_checkpoints=fast_dev_run is not False,
         )
         self.metrics = Metrics()
         self.interrupts = InterruptGuard()
         self.predictions: List[List[Any]] = []
         self._optimization: Optional[Optimization] = None
+        self._rates: Optional[RatePlan] = None
         self._reset_progress()
 
     # ------------------------------------------------------------------ verbs
@@ -219,28 +228,10 @@ class Trainer:
         self._attach(task)
         self._reset_progress()
         connect.check_step(task, "train")
-        keep = self._overfit is not None
-        limits = dict.fromkeys(self._limits, self._overfit) if keep else self._limits
-        train = connect.training_batches(self, task, train_dataloaders, limits["train"], keep)
-        validation = connect.evaluation_batches(
-            self, task, "validation", val_dataloaders, limits["validation"], keep
-        )
-        self.num_training_batches = train.count
-        self._val_every = arguments.batches_between_validations(
-            self._val_check_interval, train.count
-        )
-        task.to(self.device)
-        if self.seed is not None:
-            seed_everything(self.seed)
-        made = read_optimizers(task.configure_optimizers(), type(task).__name__)
-        self._optimization = made
-        self.rates = connect.make_plan(task, made, train.count, self.accumulate_grad_batches)
-        if not any(group.tensors for group in self.rates.groups):
-            raise RateError(f"{type(task).__name__} has no trainable parameter in any group.")
         connect.add_rate_callback(self.callbacks, self.mode)
         if self.mode == "graph":
             connect.check_graph_mode(self, task)
-        self._run("fit", lambda: self._fit(train, validation))
+        self._run("fit", lambda: self._fit(task, train_dataloaders, val_dataloaders))
 
     def validate(
         self, task: TaskModule, dataloaders: Any = None, ckpt_path: Union[str, Path, None] = None
@@ -266,6 +257,10 @@ class Trainer:
 
     def save_checkpoint(self, path: Union[str, Path]) -> Path:
         """Write the task's weights to ``path`` (safetensors), with epoch and step beside them."""
+        if not hasattr(self, "mode_runner"):
+            raise ConfigurationError(
+                "save_checkpoint() has nothing to save before fit, validate, test or predict."
+            )
         self.mode_runner.settle()
         progress = {"epoch": self.current_epoch, "global_step": self.global_step}
         return save_weights(self.task, path, progress)
@@ -278,6 +273,33 @@ class Trainer:
         if self._optimization is None:
             raise ConfigurationError("there is no optimizer before fit.")
         return self._optimization.optimizer
+
+    @property
+    def rates(self) -> RatePlan:
+        """The plan of all rates, of the running or last ``fit``."""
+        if self._rates is None:
+            raise ConfigurationError("there is no rate plan before fit.")
+        return self._rates
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps done so far. Not readable inside a compiled step."""
+        forbid_in_trace("trainer.global_step")
+        return self._global_step
+
+    @global_step.setter
+    def global_step(self, step: int) -> None:
+        self._global_step = step
+
+    @property
+    def current_epoch(self) -> int:
+        """The epoch being run, from 0. Not readable inside a compiled step."""
+        forbid_in_trace("trainer.current_epoch")
+        return self._current_epoch
+
+    @current_epoch.setter
+    def current_epoch(self, epoch: int) -> None:
+        self._current_epoch = epoch
 
     @property
     def lr_scheduler(self) -> Any:
@@ -329,6 +351,11 @@ class Trainer:
         if isinstance(runner, GraphMode):
             runner.rates_until = until
 
+    def save_logs(self) -> None:
+        """Let the loggers store what they were sent."""
+        for each in self.loggers:
+            each.save()
+
     def log_metrics(self, metrics: Dict[str, float]) -> None:
         """Send ``metrics`` to the loggers and to ``callback_metrics``."""
         if not metrics:
@@ -361,7 +388,11 @@ class Trainer:
         """True where ``max_steps`` or ``max_time`` is used up."""
         if self.max_steps != -1 and self.global_step >= self.max_steps:
             return True
-        return self._deadline is not None and time.monotonic() >= self._deadline
+        return (
+            self._deadline is not None
+            and self.global_step > 0
+            and time.monotonic() >= self._deadline
+        )
 
     def validation_is_due(self, batch_idx: int, is_last: bool) -> bool:
         """True where validation follows this batch."""
@@ -369,10 +400,20 @@ class Trainer:
             return False
         return is_last if self._val_every is None else (batch_idx + 1) % self._val_every == 0
 
-    def epoch_ended(self, batches: int) -> None:
-        """Take note of an epoch's true length."""
+    def epoch_outgrew(self) -> None:
+        """Take note that the epoch has more batches than was expected."""
+        self.rates.calendar.outgrown(self.current_epoch)
+        if self.rates.depends_on_epochs():
+            self.mode_runner.rebuild("the epoch is longer than was expected")
+
+    def epoch_ended(self, batches: int, once: bool) -> None:
+        """Take note of an epoch's true length; ``once`` tells of data that cannot be repeated."""
         if batches == 0:
-            raise DataError("train_dataloader gave no batch in this epoch.")
+            raise DataError(
+                f"train_dataloader gave no batch in epoch {self.current_epoch}"
+                + (": it is a generator, which can be gone through only once; give a list, a "
+                   "DataLoader, or an object whose __iter__ starts anew." if once else ".")
+            )  # fmt: skip
         surprise = self.rates.calendar.epoch_ended(self.current_epoch, batches)
         if surprise and self.rates.depends_on_epochs():
             self.mode_runner.rebuild("the epoch had another length than was expected")
@@ -430,12 +471,33 @@ class Trainer:
 
     # ------------------------------------------------------------------ inside
 
-    def _fit(self, train: Batches, validation: List[Batches]) -> None:
-        self._deadline = None if self._seconds is None else time.monotonic() + self._seconds
-        assert self._optimization is not None
-        check_rates(self.rates, self._optimization, self.total_steps, self.max_epochs)
+    def _fit(self, task: TaskModule, train_dataloaders: Any, val_dataloaders: Any) -> None:
+        keep = self._overfit is not None
+        limits = dict.fromkeys(self._limits, self._overfit) if keep else self._limits
+        train = connect.training_batches(self, task, train_dataloaders, limits["train"], keep)
+        validation = connect.evaluation_batches(
+            self, task, "validation", val_dataloaders, limits["validation"], keep
+        )
+        self.has_validation = bool(validation)
+        self.num_training_batches = train.count
+        self._val_every = arguments.batches_between_validations(
+            self._val_check_interval, train.count or None
+        )
+        task.to(self.device)
+        if self.seed is not None:
+            seed_everything(self.seed)
+        made = read_optimizers(task.configure_optimizers(), type(task).__name__)
+        self._optimization = made
+        self._rates = connect.make_plan(task, made, train.count, self.accumulate_grad_batches)
+        if not any(group.tensors for group in self.rates.groups):
+            raise RateError(f"{type(task).__name__} has no trainable parameter in any group.")
         self.hooks.fire("on_fit_start")
-        fit_loop(self, train, validation)
+        check_rates(self.rates, made, self.total_steps, self.max_epochs)
+        self._deadline = None if self._seconds is None else time.monotonic() + self._seconds
+        if train.count == 0:
+            log.info("limit_train_batches is 0: nothing is trained.")
+        else:
+            fit_loop(self, train, validation)
         synchronize()
         self._leave_rates_behind()
         self.hooks.fire("on_fit_end")
@@ -445,20 +507,26 @@ class Trainer:
     ) -> List[Dict[str, float]]:
         self._attach(task)
         connect.check_step(task, stage)
-        loaders = connect.evaluation_batches(self, task, stage, dataloaders, self._limits[stage])
-        connect.require_data(task, stage, loaders)
-        task.to(self.device)
-        if ckpt_path is not None:
-            load_weights(task, ckpt_path)
         self.predictions = []
         results: List[Dict[str, float]] = []
-        verb = connect.VERB_OF_STAGE[stage]
-        self._run(verb, lambda: results.extend(evaluation_loop(self, stage, loaders)))
+
+        def body() -> None:
+            limit = self._limits[stage]
+            loaders = connect.evaluation_batches(self, task, stage, dataloaders, limit)
+            if limit is None or limit > 0:
+                connect.require_data(task, stage, loaders)
+            task.to(self.device)
+            if ckpt_path is not None:
+                load_weights(task, ckpt_path)
+            results.extend(evaluation_loop(self, stage, loaders))
+
+        self._run(connect.VERB_OF_STAGE[stage], body)
         return results
 
     def _run(self, stage: str, body: Any) -> None:
         """``setup``, ``body``, ``teardown``; ``on_exception`` where something is raised."""
         task = self.task
+        warn_of_misspelt_hooks(task, self.callbacks)
         self.hooks = HookRunner(self, task, self.callbacks)
         runners: Dict[str, Runner] = {
             name: (GraphMode if name == "graph" else EagerMode)(self, task, self.hooks)
@@ -486,12 +554,17 @@ class Trainer:
 
     def _attach(self, task: TaskModule) -> None:
         if not isinstance(task, TaskModule):
+            mend = "give an object of a TaskModule subclass"
+            if isinstance(task, type) and issubclass(task, TaskModule):
+                mend = f"call it first, as in {task.__name__}()"
+            raise ConfigurationError(f"the first argument is {describe(task)}: {mend}.")
+        if "_modules" not in vars(task):
             raise ConfigurationError(
-                f"the first argument is a {type(task).__name__}: give an instance of a TaskModule "
-                "subclass (the class itself has to be called first)."
+                f"{type(task).__name__}.__init__ must call super().__init__() first."
             )
         self.task = task
         task._trainer = self
+        self.metrics.forget()
 
     def _reset_progress(self) -> None:
         self.global_step = 0

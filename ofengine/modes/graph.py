@@ -16,8 +16,8 @@ import oneflow as flow
 from oneflow import nn
 
 from ofengine import _oneflow
-from ofengine.data import Structure, flatten, unflatten
-from ofengine.errors import ConfigurationError, OFEngineError
+from ofengine.data import Structure, describe, flatten, unflatten
+from ofengine.errors import ConfigurationError, DataError, GraphModeError, OFEngineError, warn
 from ofengine.hooks import HookRunner
 from ofengine.metrics import LogSpec
 from ofengine.modes.layers import (
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from ofengine.trainer import Trainer
 
 log = logging.getLogger("ofengine")
+
+
+_MANY_GRAPHS = 8
 
 
 def has_own_graph(task: TaskModule) -> bool:
@@ -55,13 +58,14 @@ class _StepGraph(nn.Graph):
         self.arity = step_arity(task, step)
         self.structure = structure
         self.extra = tuple(extra)
+        self.index = TracedIndex()
         self.specs: List[LogSpec] = []
         self.rest: Structure = flatten(None, [])
 
     def call_step(self, tensors: Sequence[Any]) -> Any:
         """Trace the task's step; keep the specs of what it logs, return (outputs, logged)."""
         batch = unflatten(self.structure, iter(tensors))
-        arguments = (batch, TracedIndex(), *self.extra)[: self.arity]
+        arguments = (batch, self.index, *self.extra)[: self.arity]
         task = _oneflow.instance_in_trace(self.task)
         with Trace() as trace:
             outputs = getattr(task, self.step)(*arguments)
@@ -75,7 +79,10 @@ class _StepGraph(nn.Graph):
         """The graph's outputs: ``first``, what was logged, the tensors in ``outputs``."""
         warn_of_assignments(self.step, self.assigned)
         rest: List[Any] = []
-        self.rest = flatten(outputs, rest)
+        try:
+            self.rest = flatten(outputs, rest, f"{self.step} returns")
+        except DataError as error:
+            raise GraphModeError(str(error)) from None
         # One tensor may not be put out twice.
         return [*first, *(_oneflow.identity(tensor) for tensor in [*logged, *rest])]
 
@@ -226,6 +233,12 @@ class GraphMode:
         compiled = self._steps.get(key)
         if compiled is None:
             compiled = self._steps[key] = self._compile_step(structure, tensors)
+            if len(self._steps) == _MANY_GRAPHS:
+                warn(
+                    f"{_MANY_GRAPHS} graphs were compiled for training so far, one for each shape "
+                    "of batch and each constant in it (a number or text): each takes seconds and "
+                    "memory. Pad the batches to few shapes, and keep constants out of them."
+                )
         compiled.runs += 1
         graph = compiled.graph
         if trainer.accumulate_grad_batches > 1:
@@ -234,7 +247,13 @@ class GraphMode:
             masks = compiled.masks.draw() if compiled.masks is not None else []
             outputs = graph(tensors, masks)
             return self._outputs(graph, outputs[0], outputs[1:])
-        return {"loss": _loss_of(graph(*tensors))}
+        loss = _loss_of(graph(*tensors))
+        if loss.numel() != 1:
+            raise ConfigurationError(
+                f"{type(graph).__name__}.build returned a loss of shape {tuple(loss.shape)}: reduce "
+                "it to one element, for example with .mean()."
+            )
+        return {"loss": loss}
 
     def _accumulate(
         self, compiled: _Compiled, tensors: List[Any], window: int, closes: bool
@@ -312,8 +331,13 @@ class GraphMode:
         name = type(graph).__name__
         if not isinstance(graph, nn.Graph):
             raise ConfigurationError(
-                f"build_graph() returned a {name}: return an instance of a "
+                f"build_graph() returned {describe(graph)}: return an instance of a "
                 "oneflow.nn.Graph subclass."
+            )
+        if _oneflow.is_compiled(graph) or any(graph is c.graph for c in self._steps.values()):
+            raise ConfigurationError(
+                f"build_graph() returned a {name} that was compiled before: it is called once for "
+                "each shape of batch, and must make a new graph each time."
             )
         optimizers = _oneflow.optimizers_of(graph)
         if optimizers != [self.trainer.optimizer]:
@@ -391,9 +415,9 @@ class GraphMode:
         except OFEngineError as error:
             if isinstance(error, ConfigurationError):
                 raise
-            raise explain(error, what) from None
+            raise explain(error, what, getattr(graph, "index", None)) from None
         except Exception as error:
-            raise explain(error, what) from error
+            raise explain(error, what, getattr(graph, "index", None)) from error
         finally:
             self._forget_gradients()
 
@@ -419,7 +443,7 @@ def _loss_of(outputs: Any) -> Any:
         return outputs[0]
     if not isinstance(outputs, flow.Tensor):
         raise ConfigurationError(
-            "the graph of build_graph() returned no loss: let build return the loss, a tuple with "
-            "the loss first, or a dict with it under 'loss'."
+            f"the graph of build_graph() returned {describe(outputs)}, which holds no loss: let "
+            "build return the loss, a tuple with the loss first, or a dict with it under 'loss'."
         )
     return outputs

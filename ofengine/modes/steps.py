@@ -8,6 +8,7 @@ from typing import Any, Dict, Iterable, Tuple
 import oneflow as flow
 from oneflow import nn
 
+from ofengine.data import describe
 from ofengine.errors import ConfigurationError
 
 
@@ -57,7 +58,7 @@ def split_outputs(outputs: Any, task_name: str) -> Tuple[Any, Dict[str, Any]]:
 
 
 def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"
+    return "nothing" if value is None else describe(value)
 
 
 def clip_gradients(parameters: Iterable[Any], clip_val: float, algorithm: str) -> None:

@@ -32,6 +32,11 @@ class Calendar:
         self._lengths: List[int] = []
         self._events: Dict[int, List[int]] = {}
 
+    def outgrown(self, epoch: int) -> None:
+        """``epoch``, going on, has more batches than was expected: expect nothing any more."""
+        self._record_regular(epoch)
+        self.batches_per_epoch = None
+
     def epoch_ended(self, epoch: int, batches: int) -> bool:
         """Record how long ``epoch`` was; True where that was not expected.
 
@@ -40,15 +45,21 @@ class Calendar:
         expected = self.batches_per_epoch
         if batches == expected and not self._lengths:
             return False
-        while len(self._lengths) <= epoch:
-            length = batches if len(self._lengths) == epoch else expected
-            assert length is not None
-            step, batch = self._starts[-1]
-            self._lengths.append(length)
-            self._starts.append((step + ceil_div(length, self.accumulate), batch + length))
+        self._record_regular(epoch)
+        self._record(batches)
         if expected is None:
             self.batches_per_epoch = batches
         return batches != expected
+
+    def _record_regular(self, epoch: int) -> None:
+        """Write down the epochs before ``epoch`` that were as long as expected."""
+        while len(self._lengths) < epoch and self.batches_per_epoch is not None:
+            self._record(self.batches_per_epoch)
+
+    def _record(self, batches: int) -> None:
+        step, batch = self._starts[-1]
+        self._lengths.append(batches)
+        self._starts.append((step + ceil_div(batches, self.accumulate), batch + batches))
 
     def epoch_of(self, step: int) -> int:
         """The epoch, from 0, that ``step`` belongs to."""

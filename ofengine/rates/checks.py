@@ -38,15 +38,13 @@ def check_rates(
     unit = "epoch" if made.interval == "epoch" else "step"
     per_epoch = total_steps / max_epochs if max_epochs > 0 else None
     for name, length, is_warmup in _lengths(made.scheduler):
-        if is_warmup and length >= positions:
-            warn(
-                f"the warm-up of {name} takes {length} {unit}s, but the run has {positions}: it "
-                "never ends. Shorten it, or train longer."
-            )
-            continue
         if is_warmup:
-            continue
-        if unit == "step" and per_epoch and per_epoch > 1 and 1 < length <= max_epochs:
+            if length >= positions:
+                warn(
+                    f"the warm-up of {name} takes {length} {unit}s, but the run has {positions}: "
+                    "it never ends. Shorten it, or train longer."
+                )
+        elif unit == "step" and per_epoch and per_epoch > 1 and 1 < length <= max_epochs:
             warn(
                 f"{name} has a length of {length} and moves on at every step, so it is over in the "
                 f"first {length} of {positions} steps: did you mean 'interval': 'epoch'?"

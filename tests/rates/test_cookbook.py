@@ -1,0 +1,299 @@
+"""OneFlow's cookbook on layerwise rates, written out by hand, against the engine.
+
+The two loops of https://docs.oneflow.org/master/cookies/lr_scale.html: MobileNetV2, three
+groups, SGD. In the eager one each group has its own rate, which is multiplied with the group's
+``lr_scale`` after every tenth batch; in the graph one ``lr_scale`` is a constant multiplier.
+Nothing of the engine is used in the hand-written loops.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Tuple
+
+import numpy as np
+import oneflow as flow
+import pytest
+from flowvision.models import mobilenet_v2
+from helpers import quiet_trainer, weights_of
+from oneflow import nn
+
+from ofengine import RateError, TaskModule
+from ofengine.callbacks import GraphLRScaleCallback, LRDecayCallback
+from ofengine.errors import OFEngineWarning
+
+pytestmark = pytest.mark.filterwarnings("ignore:ReLU6 module do not support inplace now")
+
+EPOCHS = 2
+BATCHES = 12
+"""So that decay happens after the batches 0 and 10 of both epochs."""
+
+
+def cifar_like_batches(sizes: List[int]) -> List[Tuple[Any, Any]]:
+    """Random images and labels of CIFAR-10's shape and range."""
+    generator = np.random.RandomState(7)
+    return [
+        (
+            flow.tensor(generator.rand(size, 3, 32, 32).astype("float32")),
+            flow.tensor(generator.randint(0, 10, size)),
+        )
+        for size in sizes
+    ]
+
+
+@pytest.fixture(scope="module")
+def batches() -> List[Tuple[Any, Any]]:
+    """An epoch as the graph loop needs it: all batches alike."""
+    return cifar_like_batches([2] * BATCHES)
+
+
+@pytest.fixture(scope="module")
+def uneven_batches() -> List[Tuple[Any, Any]]:
+    """An epoch whose last batch is of another size."""
+    return cifar_like_batches([2] * (BATCHES - 1) + [3])
+
+
+def pretrained_model() -> Any:
+    """The same weights every time."""
+    flow.manual_seed(0)
+    model = mobilenet_v2()
+    model.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(model.last_channel, 10))
+    model.train()
+    return model
+
+
+def eager_groups(model: Any) -> List[Dict[str, Any]]:
+    return [
+        {"params": model.features.parameters(), "lr": 1e-3, "lr_scale": 0.9},
+        {"params": model.adaptive_avg_pool2d.parameters(), "lr": 1e-4, "lr_scale": 0.8},
+        {"params": model.classifier.parameters(), "lr": 1e-5, "lr_scale": 0.7},
+    ]
+
+
+def graph_groups(model: Any) -> List[Dict[str, Any]]:
+    return [
+        {"params": model.features.parameters(), "lr_scale": 0.9},
+        {"params": model.adaptive_avg_pool2d.parameters(), "lr_scale": 0.8},
+        {"params": model.classifier.parameters(), "lr_scale": 0.7},
+    ]
+
+
+# ---------------------------------------------------------------------- the loops by hand
+
+
+def cookbook_eager_loop(batches: List[Tuple[Any, Any]]) -> Dict[str, np.ndarray]:
+    model = pretrained_model()
+    loss_fn = nn.CrossEntropyLoss()
+    optimizer = flow.optim.SGD(eager_groups(model))
+    for _ in range(EPOCHS):
+        for batch, (x, y) in enumerate(batches):
+            loss = loss_fn(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if batch % 10 == 0:
+                for param_group in optimizer.param_groups:
+                    param_group["lr"] *= param_group["lr_scale"]
+    return weights_of(model)
+
+
+def cookbook_graph_loop(batches: List[Tuple[Any, Any]]) -> Dict[str, np.ndarray]:
+    model = pretrained_model()
+    loss_fn = nn.CrossEntropyLoss()
+    optimizer = flow.optim.SGD(graph_groups(model), lr=1e-3)
+
+    class GraphMobileNetV2(nn.Graph):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+            self.loss_fn = loss_fn
+            self.add_optimizer(optimizer)
+
+        def build(self, x: Any, y: Any) -> Any:
+            y_pred = self.model(x)
+            loss = self.loss_fn(y_pred, y)
+            loss.backward()
+            return loss
+
+    graph_mobile_net_v2 = GraphMobileNetV2()
+    for _ in range(EPOCHS):
+        for x, y in batches:
+            loss = graph_mobile_net_v2(x, y)
+    loss.numpy()
+    return weights_of(model)
+
+
+@pytest.fixture(scope="module")
+def eager_weights(batches: List[Any]) -> Dict[str, np.ndarray]:
+    return cookbook_eager_loop(batches)
+
+
+@pytest.fixture(scope="module")
+def uneven_eager_weights(uneven_batches: List[Any]) -> Dict[str, np.ndarray]:
+    return cookbook_eager_loop(uneven_batches)
+
+
+@pytest.fixture(scope="module")
+def graph_weights(batches: List[Any]) -> Dict[str, np.ndarray]:
+    return cookbook_graph_loop(batches)
+
+
+# ---------------------------------------------------------------------- the task
+
+
+class Cookbook(TaskModule):
+    """What both loops train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = pretrained_model()
+        self.loss_fn = nn.CrossEntropyLoss()
+        self.steps_called: List[int] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.steps_called.append(1)
+        images, labels = batch
+        return self.loss_fn(self.model(images), labels)
+
+
+class CookbookEager(Cookbook):
+    def param_groups(self) -> List[Dict[str, Any]]:
+        return eager_groups(self.model)
+
+
+class CookbookGraph(Cookbook):
+    def param_groups(self) -> List[Dict[str, Any]]:
+        return graph_groups(self.model)
+
+    def configure_optimizers(self) -> Any:
+        return flow.optim.SGD(self.param_groups(), lr=1e-3)
+
+
+class CookbookOwnGraph(CookbookGraph):
+    """With the cookbook's nn.Graph subclass, not a letter of it changed."""
+
+    def build_graph(self) -> nn.Graph:
+        model, loss_fn, optimizer = self.model, self.loss_fn, self.optimizer
+
+        class GraphMobileNetV2(nn.Graph):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = model
+                self.loss_fn = loss_fn
+                self.add_optimizer(optimizer)
+
+            def build(self, x: Any, y: Any) -> Any:
+                y_pred = self.model(x)
+                loss = self.loss_fn(y_pred, y)
+                loss.backward()
+                return loss
+
+        return GraphMobileNetV2()
+
+
+class CookbookWithTypo(CookbookEager):
+    """The new head is assigned to ``classifer``, as in the cookbook: nothing trains it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model.classifer = nn.Sequential(
+            nn.Dropout(0.2), nn.Linear(self.model.last_channel, 10)
+        )
+
+
+def train(task: Cookbook, batches: List[Any], mode: str, *callbacks: Any) -> Dict[str, np.ndarray]:
+    trainer = quiet_trainer(mode=mode, max_epochs=EPOCHS, callbacks=list(callbacks))
+    with pytest.warns(OFEngineWarning, match="'group_1' is empty"):  # pooling has no parameters
+        trainer.fit(task, batches)
+    return weights_of(task.model)
+
+
+def assert_equal(ours: Dict[str, np.ndarray], theirs: Dict[str, np.ndarray]) -> None:
+    assert list(ours) == list(theirs)
+    unequal = [name for name in ours if ours[name].tobytes() != theirs[name].tobytes()]
+    largest = max((float(np.abs(ours[n] - theirs[n]).max()) for n in unequal), default=0.0)
+    assert not unequal, f"{len(unequal)} of {len(ours)} differ, by up to {largest:.3g}"
+
+
+def but_for_counts(
+    weights: Dict[str, np.ndarray], by_hand: Dict[str, np.ndarray]
+) -> Tuple[Dict[str, np.ndarray], Dict[str, np.ndarray]]:
+    """A graph by hand leaves batch norm's batches uncounted; the engine counts them."""
+    counts = [name for name in by_hand if name.endswith("num_batches_tracked")]
+    assert counts
+    for name in counts:
+        assert int(by_hand[name]) == 0
+        assert int(weights[name]) == EPOCHS * BATCHES
+    weights, by_hand = dict(weights), dict(by_hand)
+    for name in counts:
+        del weights[name], by_hand[name]
+    return weights, by_hand
+
+
+# ---------------------------------------------------------------------- the proof
+
+
+def test_the_eager_loop_bit_for_bit(
+    uneven_batches: List[Any], uneven_eager_weights: Dict[str, np.ndarray]
+) -> None:
+    """``LRDecayCallback(key="lr_scale")`` is the cookbook's eager code to the letter."""
+    decay = LRDecayCallback(every_n_batches=10, key="lr_scale")
+    weights = train(CookbookEager(), uneven_batches, "eager", decay)
+    assert_equal(weights, uneven_eager_weights)
+
+
+def test_the_eager_loop_in_graph_mode(
+    uneven_batches: List[Any], uneven_eager_weights: Dict[str, np.ndarray]
+) -> None:
+    """The same task compiled: layerwise decay and a last batch of another size, bit for bit."""
+    pair = [LRDecayCallback(key="lr_scale"), GraphLRScaleCallback()]
+    weights = train(CookbookEager(), uneven_batches, "graph", *pair)
+    for name, array in uneven_eager_weights.items():
+        if name.endswith("num_batches_tracked"):
+            assert int(array) == int(weights[name]) == EPOCHS * BATCHES
+    assert_equal(weights, uneven_eager_weights)
+
+
+def test_the_graph_loop_bit_for_bit(
+    batches: List[Any], graph_weights: Dict[str, np.ndarray]
+) -> None:
+    """``lr_scale`` through the engine's own graph is the cookbook's graph loop."""
+    assert_equal(*but_for_counts(train(CookbookGraph(), batches, "graph"), graph_weights))
+
+
+def test_the_cookbook_s_graph_class_as_it_stands(
+    batches: List[Any], graph_weights: Dict[str, np.ndarray]
+) -> None:
+    """``build_graph`` returns the cookbook's GraphMobileNetV2, and the weights are its own."""
+    assert_equal(*but_for_counts(train(CookbookOwnGraph(), batches, "graph"), graph_weights))
+
+
+def test_the_graph_loop_in_eager_mode(
+    batches: List[Any], graph_weights: Dict[str, np.ndarray]
+) -> None:
+    """Eager mode, where OneFlow ignores ``lr_scale``, trains as the cookbook's graph does."""
+    assert_equal(*but_for_counts(train(CookbookGraph(), batches, "eager"), graph_weights))
+
+
+def test_the_loops_differ_from_each_other(
+    eager_weights: Dict[str, np.ndarray], graph_weights: Dict[str, np.ndarray]
+) -> None:
+    """The proofs above are not void: other rates give other weights."""
+    assert np.abs(eager_weights["classifier.1.weight"] - graph_weights["classifier.1.weight"]).max()
+    untrained = weights_of(pretrained_model())["classifier.1.weight"]
+    assert np.abs(eager_weights["classifier.1.weight"] - untrained).max() > 0
+
+
+def test_the_cookbook_s_typo_is_caught(mode: str, batches: List[Any]) -> None:
+    """``model.classifer = ...`` makes parameters that no group has: an error, before training."""
+    task = CookbookWithTypo()
+    before = weights_of(task)
+    with pytest.warns(OFEngineWarning), pytest.raises(RateError) as caught:
+        quiet_trainer(mode=mode, max_epochs=1).fit(task, batches)
+    for part in (
+        "'model.classifer.1.weight'",
+        "'model.classifer.1.bias'",
+        "'model.classifer' stands beside 'model.classifier'",
+    ):
+        assert part in str(caught.value)
+    assert not task.steps_called
+    assert_equal(weights_of(task), before)

@@ -1,0 +1,179 @@
+"""A steady step is short: few frames, few files, few calls, and it waits for nothing."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import FrameType
+from typing import Any, Callable, Iterator, List, Optional, Set, Tuple
+
+import oneflow as flow
+import pytest
+from helpers import quiet_trainer
+from oneflow import nn
+
+import ofengine
+from ofengine import TaskModule
+from ofengine.callbacks import LRDecayCallback
+
+# Found through the modules, for the callbacks' folder may lie beside the package's.
+ENGINE = os.path.dirname(os.path.abspath(ofengine.__file__)) + os.sep
+CALLBACKS = os.path.dirname(os.path.abspath(sys.modules[LRDecayCallback.__module__].__file__ or ""))
+FIRST, LAST, COUNT = 20, 52, 60
+"""The steps from FIRST up to LAST are looked at: by then everything is compiled."""
+
+
+def path_of(frame: FrameType) -> str:
+    return os.path.abspath(frame.f_code.co_filename)
+
+
+def is_ours(frame: FrameType) -> bool:
+    return path_of(frame).startswith((ENGINE, CALLBACKS + os.sep))
+
+
+def is_hook(frame: FrameType) -> bool:
+    return path_of(frame).startswith(CALLBACKS + os.sep)
+
+
+def stack_below_the_loop(frame: FrameType) -> List[FrameType]:
+    """The project's frames from the loop over the batches, itself included, to ``frame``."""
+    frames: List[FrameType] = []
+    at: Optional[FrameType] = frame
+    while at is not None:
+        if is_ours(at):
+            frames.append(at)
+        if path_of(at) == os.path.join(ENGINE, "loops.py"):
+            return frames[::-1]
+        at = at.f_back
+    return []
+
+
+def callers(frame: FrameType) -> Iterator[FrameType]:
+    at = frame.f_back
+    while at is not None:
+        yield at
+        at = at.f_back
+
+
+class Line(TaskModule):
+    def __init__(self, logs: int = 0) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+        self.logs = logs
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        for index in range(self.logs):
+            self.log(f"metric{index}", batch.mean(), on_epoch=True)
+        return self.layer(batch).mean()
+
+
+class Watched:
+    """Batches that have ``profile`` called for every Python call of the steady steps."""
+
+    def __init__(self, profile: Callable[[FrameType, str, Any], None]) -> None:
+        self.profile = profile
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def __iter__(self) -> Iterator[Any]:
+        for index in range(COUNT):
+            if index == FIRST:
+                sys.setprofile(self.profile)
+            if index == LAST:
+                sys.setprofile(None)
+            yield flow.ones(2, 2)
+
+
+def watch(profile: Callable[[FrameType, str, Any], None], logs: int = 0, **arguments: Any) -> None:
+    trainer = quiet_trainer(max_epochs=1, log_every_n_steps=1000, **arguments)
+    try:
+        trainer.fit(Line(logs), Watched(profile))
+    finally:
+        sys.setprofile(None)
+
+
+def names(frames: List[FrameType]) -> List[str]:
+    return [f"{os.path.basename(path_of(f))}:{f.f_code.co_name}" for f in frames]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_from_the_loop_to_training_step_at_most_6_frames_in_3_files(accumulate: int) -> None:
+    stacks: List[List[FrameType]] = []
+
+    def profile(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code is Line.training_step.__code__:
+            stacks.append(stack_below_the_loop(frame))
+
+    watch(profile, mode="eager", accumulate_grad_batches=accumulate)
+    assert len(stacks) == LAST - FIRST
+    for stack in stacks:
+        assert 2 <= len(stack) <= 6, names(stack)
+        files = {os.path.relpath(path_of(frame), ENGINE) for frame in stack}
+        assert files == {"loops.py", os.path.join("modes", "eager.py")}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("logs", [0, 1])
+def test_nowhere_in_a_step_is_the_project_more_than_6_frames_in_3_files_deep(
+    mode: str, accumulate: int, logs: int
+) -> None:
+    deepest: List[Tuple[int, int, List[str]]] = []
+
+    def profile(frame: FrameType, event: str, _: Any) -> None:
+        if event != "call" or not is_ours(frame):
+            return
+        stack = stack_below_the_loop(frame)
+        # What the user's step calls by itself, such as log(), comes on top.
+        users = any(each.f_code is Line.training_step.__code__ for each in callers(frame))
+        if not users and not any(map(is_hook, stack)):
+            deepest.append((len(stack), len({path_of(f) for f in stack}), names(stack)))
+
+    watch(profile, mode=mode, logs=logs, accumulate_grad_batches=accumulate)
+    assert deepest
+    frames, _, where = max(deepest)
+    assert frames <= 6, where
+    _, files, where = max(deepest, key=lambda each: each[1])
+    assert files <= 3, where
+
+
+@pytest.mark.parametrize(
+    ("mode", "accumulate", "logs", "most"),
+    # Measured: 16, 16, 15, 18; each log() adds 7 in eager mode and next to nothing in a graph.
+    [
+        ("eager", 1, 0, 19),
+        ("graph", 1, 0, 19),
+        ("eager", 2, 0, 19),
+        ("graph", 2, 0, 21),
+        ("eager", 1, 2, 33),
+        ("graph", 1, 2, 22),
+    ],
+)
+def test_a_step_makes_few_calls_into_the_project(
+    mode: str, accumulate: int, logs: int, most: int
+) -> None:
+    calls: List[str] = []
+
+    def profile(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and is_ours(frame):
+            calls.extend(names([frame]))
+
+    watch(profile, mode=mode, logs=logs, accumulate_grad_batches=accumulate)
+    steps = LAST - FIRST
+    often: Set[str] = {name for name in calls if calls.count(name) >= steps}
+    assert 0 < len(calls) / steps <= most, sorted(often)
+
+
+@pytest.mark.parametrize("logs", [0, 3])
+def test_between_two_logged_steps_nothing_waits_for_the_device(mode: str, logs: int) -> None:
+    numpy = flow.Tensor.numpy.__code__
+    waits: List[int] = []
+
+    def profile(frame: FrameType, event: str, argument: Any) -> None:
+        reads = event == "call" and frame.f_code is numpy
+        if reads or (event == "c_call" and getattr(argument, "__name__", "") == "item"):
+            waits.append(1)
+
+    watch(profile, mode=mode, logs=logs)
+    # Only the bound on how far Python runs ahead waits, for a loss of many steps ago.
+    assert len(waits) <= (LAST - FIRST) / 8

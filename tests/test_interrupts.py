@@ -1,0 +1,491 @@
+"""Ctrl-C, SIGTERM and exceptions end a run in order: callbacks told, the right exit code, no crash.
+
+What kills a process, or may crash it, runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any, Dict, Iterator, List
+
+import oneflow as flow
+import pytest
+from helpers import quiet_trainer
+from oneflow import nn
+
+from ofengine import Callback, TaskModule
+from ofengine.loggers import Logger
+
+START = """
+import signal, sys, threading, time
+from ofengine import Callback, TaskModule, Trainer
+import oneflow as flow
+from oneflow import nn
+
+MODE = sys.argv[1]
+
+def say(*words):
+    print(*words, flush=True)
+
+class Line(TaskModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).mean()
+    def validation_step(self, batch, batch_idx):
+        self.log("mean", self.layer(batch).mean())
+
+class Tells(Callback):
+    def on_exception(self, trainer, task, exception):
+        say("on_exception", type(exception).__name__, exception)
+    def teardown(self, trainer, task, stage):
+        say("teardown", stage)
+
+class Slow(Tells):  # so that a test of a tiny model is not over before the signal comes
+    def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+        if batch_idx == 2:
+            say("ready")
+        time.sleep(0.05)
+    def on_validation_batch_end(self, trainer, task, outputs, batch, batch_idx, loader):
+        self.on_train_batch_end(trainer, task, outputs, batch, batch_idx)
+
+def trainer(*callbacks, mode=MODE, **arguments):
+    return Trainer(mode=mode, device="cpu", logger=False, enable_progress_bar=False,
+                   enable_model_summary=False, enable_checkpointing=False,
+                   callbacks=list(callbacks), **{"max_epochs": 1, **arguments})
+
+def batches(count):
+    return [flow.ones(2, 2)] * count
+"""
+
+
+class Child:
+    """A Python process that runs ``START`` and a script."""
+
+    def __init__(self, folder: Path, script: str, mode: str) -> None:
+        path = folder / "script.py"
+        path.write_text(START + script)
+        self.lines: List[str] = []
+        self.errors = folder / "stderr"
+        with open(self.errors, "w") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, str(path), mode],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                cwd=str(folder),
+                universal_newlines=True,
+            )
+        # Nothing here is timed; this only ends a test that hangs.
+        self.alarm = threading.Timer(120.0, self.process.kill)
+        self.alarm.start()
+
+    def until(self, line: str, times: int = 1) -> None:
+        """Wait until the process has said ``line`` that many times more."""
+        assert self.process.stdout is not None
+        for said in self.process.stdout:
+            self.lines.append(said.rstrip("\n"))
+            times -= self.lines[-1] == line
+            if times == 0:
+                return
+        raise AssertionError(f"never said {line!r}, but {self.lines}\n{self.errors.read_text()}")
+
+    def send(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def end(self) -> int:
+        """Wait for the end; the exit code, negative for the signal that ended it."""
+        assert self.process.stdout is not None
+        self.lines += self.process.stdout.read().splitlines()
+        code = self.process.wait()
+        self.alarm.cancel()
+        return code
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Any]:
+    children: List[Child] = []
+
+    def start(script: str, mode: str = "graph") -> Child:
+        children.append(Child(tmp_path, script, mode))
+        return children[-1]
+
+    yield start
+    for child in children:
+        child.alarm.cancel()
+        child.process.kill()
+        child.process.communicate()
+
+
+# ---------------------------------------------------------------------- signals
+
+TRAIN = """
+trainer(Slow()).fit(Line(), batches(400))
+say("finished")
+"""
+BY_CTRL_C = (130, -signal.SIGINT)
+
+
+def test_ctrl_c_tells_the_callbacks_and_ends_as_an_interrupt(run: Any, mode: str) -> None:
+    child = run(TRAIN, mode)
+    child.until("ready")
+    child.send(signal.SIGINT)
+    assert child.end() in BY_CTRL_C
+    assert child.lines == ["ready", "on_exception KeyboardInterrupt ", "teardown fit"]
+    assert "KeyboardInterrupt" in child.errors.read_text()
+
+
+def test_sigterm_tells_the_callbacks_and_ends_with_143(run: Any, mode: str) -> None:
+    child = run(TRAIN, mode)
+    child.until("ready")
+    child.send(signal.SIGTERM)
+    assert child.end() == 143
+    assert child.lines == ["ready", "on_exception SystemExit 143", "teardown fit"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_work_in_the_other_verbs_too(run: Any, number: int) -> None:
+    child = run("trainer(Slow()).validate(Line(), batches(400))")
+    child.until("ready")
+    child.send(number)
+    assert child.end() in ((143,) if number == signal.SIGTERM else BY_CTRL_C)
+    assert child.lines[-1] == "teardown validate"
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(run: Any, mode: str) -> None:
+    child = run(
+        """
+class Hangs(Tells):
+    def on_train_batch_start(self, *_):
+        for _ in range(1000):
+            say("tick")
+            time.sleep(0.05)
+        say("woke up")
+trainer(Hangs()).fit(Line(), batches(1))
+""",
+        mode,
+    )
+    child.until("tick")
+    child.send(signal.SIGINT)
+    child.until("tick", times=3)  # it lives on: the step may finish
+    child.send(signal.SIGINT)
+    assert child.end() in BY_CTRL_C
+    assert "woke up" not in child.lines
+    assert child.lines[-2:] == ["on_exception KeyboardInterrupt ", "teardown fit"]
+
+
+def test_ctrl_c_lets_the_step_finish_and_keeps_the_trainer_usable(run: Any) -> None:
+    child = run(
+        """
+class Counts(Tells):
+    def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+        say("step", trainer.global_step)
+        if batch_idx == 2:
+            signal.raise_signal(signal.SIGINT)
+            say("end of step", trainer.global_step)
+task, run = Line(), trainer(Counts())
+try:
+    run.fit(task, batches(50))
+except KeyboardInterrupt:
+    say("caught at", run.global_step)
+run.validate(task, batches(1))
+"""
+    )
+    assert child.end() == 0
+    assert child.lines == [
+        "step 1", "step 2", "step 3", "end of step 3",
+        "on_exception KeyboardInterrupt ", "teardown fit", "caught at 3", "teardown validate",
+    ]  # fmt: skip
+
+
+def test_ctrl_c_after_fit_is_a_plain_keyboard_interrupt(run: Any) -> None:
+    child = run(
+        """
+trainer().fit(Line(), batches(3))
+try:
+    say("ready")
+    time.sleep(60)
+except KeyboardInterrupt:
+    say("caught")
+    raise
+"""
+    )
+    child.until("ready")
+    child.send(signal.SIGINT)
+    assert child.end() in BY_CTRL_C
+    assert child.lines == ["ready", "caught"]
+
+
+def test_handlers_are_as_they_were_after_fit(run: Any) -> None:
+    child = run(
+        """
+def own(number, frame):
+    pass
+def handlers():
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+class Fails(Line):
+    def on_train_start(self):
+        raise ValueError("mine")
+for before in ([own, own], [signal.default_int_handler, signal.SIG_DFL],
+               [signal.SIG_IGN, signal.SIG_IGN], [signal.SIG_DFL, own]):
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+        signal.signal(number, handler)
+    for mode in ("eager", "graph"):
+        trainer(mode=mode).fit(Line(), batches(1))
+        say(handlers() == before)
+    try:
+        trainer().fit(Fails(), batches(1))
+    except ValueError:
+        say(handlers() == before)
+"""
+    )
+    assert child.end() == 0, child.errors.read_text()
+    assert child.lines == ["True"] * 12
+
+
+def test_a_signal_that_is_ignored_stays_ignored(run: Any) -> None:
+    # As in `nohup` and in shell scripts that start a training in the background.
+    child = run(
+        """
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+class Interrupts(Tells):
+    def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+        signal.raise_signal(signal.SIGINT)
+trainer(Interrupts()).fit(Line(), batches(3))
+say("finished")
+"""
+    )
+    assert child.end() == 0, child.errors.read_text()
+    assert child.lines == ["teardown fit", "finished"]
+
+
+# ---------------------------------------------------------------------- exceptions
+
+
+def test_an_exception_after_a_graph_was_compiled_ends_with_1_and_its_traceback(
+    run: Any, mode: str
+) -> None:
+    child = run(
+        """
+class Fails(Tells):
+    def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+        if batch_idx == 2:
+            raise ValueError("my own mistake")
+trainer(Fails()).fit(Line(), batches(5))
+""",
+        mode,
+    )
+    assert child.end() == 1
+    assert child.lines == ["on_exception ValueError my own mistake", "teardown fit"]
+    errors = child.errors.read_text()
+    assert errors.startswith("Traceback (most recent call last):")
+    assert errors.rstrip().endswith("ValueError: my own mistake")
+    assert 'raise ValueError("my own mistake")' in errors
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"), [("", 0), ("1 / 0", 1), ("sys.exit(3)", 3), ("sys.exit('no')", 1)]
+)
+def test_the_exit_code_after_a_graph_run_is_the_script_s(run: Any, ending: str, code: int) -> None:
+    child = run(f"trainer().fit(Line(), batches(3), batches(1))\n{ending}\n")
+    assert child.end() == code
+    errors = child.errors.read_text()
+    assert ("ZeroDivisionError" in errors) == (ending == "1 / 0")
+
+
+def test_an_error_of_the_engine_ends_with_1(run: Any, mode: str) -> None:
+    child = run(
+        """
+class Wrong(Line):
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch)
+trainer(Tells()).fit(Wrong(), batches(3))
+""",
+        mode,
+    )
+    assert child.end() == 1
+    assert child.lines[-1] == "teardown fit"
+    assert "ofengine.errors.ConfigurationError: Wrong.training_step" in child.errors.read_text()
+
+
+def test_a_users_own_excepthook_is_kept(run: Any) -> None:
+    child = run(
+        """
+def own(kind, error, trace):
+    say("own hook", kind.__name__)
+sys.excepthook = own
+trainer().fit(Line(), batches(2))
+raise ValueError
+"""
+    )
+    assert child.end() == 1
+    assert child.lines == ["own hook ValueError"]
+
+
+def test_eager_fit_works_outside_of_the_main_thread(run: Any) -> None:
+    child = run(
+        """
+def work():
+    one = trainer(Tells(), mode="eager")
+    one.fit(Line(), batches(3), batches(1))
+    say("steps", one.global_step)
+def handlers():
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+before = handlers()
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+say(handlers() == before)
+"""
+    )
+    assert child.end() == 0, child.errors.read_text()
+    assert child.lines == ["teardown fit", "steps 3", "True"]
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate"])
+def test_graph_mode_outside_of_the_main_thread_is_refused_in_one_sentence(
+    run: Any, verb: str
+) -> None:
+    # OneFlow compiles graphs in the main thread only, and says so in C++.
+    child = run(
+        f"""
+class Starts(Tells):
+    def on_train_batch_start(self, trainer, task, batch, batch_idx):
+        say("trains")
+def work():
+    try:
+        trainer(Starts()).{verb}(Line(), batches(3))
+    except Exception as error:
+        say(type(error).__name__, str(error))
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+    )
+    assert child.end() == 0, child.errors.read_text()
+    (line,) = [each for each in child.lines if "Error" in each and "on_exception" not in each]
+    assert "main thread" in line
+    assert "ci-user" not in line
+    assert "trains" not in child.lines
+
+
+# ---------------------------------------------------------------------- in this process
+
+
+class Line(TaskModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.layer(batch).mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log("mean", self.layer(batch).mean())
+
+
+class Told(Callback):
+    def __init__(self, log: List[Any], name: str) -> None:
+        self.log = log
+        self.name = name
+
+    def on_exception(self, trainer: Any, task: Any, exception: BaseException) -> None:
+        self.log.append((self.name, "on_exception", exception))
+
+    def teardown(self, trainer: Any, task: Any, stage: str) -> None:
+        self.log.append((self.name, "teardown", stage))
+
+
+class Notes(Logger):
+    def __init__(self, log: List[Any]) -> None:
+        self.log = log
+
+    def log_metrics(self, metrics: Dict[str, float], step: int, epoch: int) -> None:
+        pass
+
+    def finalize(self, status: str) -> None:
+        self.log.append(("logger", "finalize", status))
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "setup",
+        "on_fit_start",
+        "on_sanity_check_start",
+        "on_train_start",
+        "on_train_epoch_start",
+        "on_train_batch_start",
+        "on_train_batch_end",
+        "on_validation_batch_end",
+        "on_train_epoch_end",
+        "on_train_end",
+        "on_fit_end",
+    ],
+)
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, SystemExit])
+def test_whatever_a_hook_raises_all_are_told_and_torn_down(
+    mode: str, hook: str, kind: type
+) -> None:
+    log: List[Any] = []
+    error = kind("mine")
+
+    def fails(self: Any, *_: Any) -> None:
+        raise error
+
+    class TaskTold(Line):
+        def on_exception(self, exception: BaseException) -> None:
+            log.append(("task", "on_exception", exception))
+
+        def teardown(self, stage: str) -> None:
+            log.append(("task", "teardown", stage))
+
+    callbacks = [Told(log, "first"), type("Fails", (Callback,), {hook: fails})(), Told(log, "last")]
+    trainer = quiet_trainer(mode=mode, max_epochs=1, callbacks=callbacks, logger=Notes(log))
+    with pytest.raises(kind) as caught:
+        trainer.fit(TaskTold(), [flow.ones(1, 2)], [flow.ones(1, 2)])
+    assert caught.value is error
+    names = ("first", "last", "task")
+    assert log == [
+        *((name, "on_exception", error) for name in names),
+        *((name, "teardown", "fit") for name in names),
+        ("logger", "finalize", "failed"),
+    ]
+
+
+def test_a_task_can_be_evaluated_after_a_run_that_failed(mode: str) -> None:
+    class Fails(Line):
+        def on_validation_batch_end(self, *_: Any) -> None:
+            if self.trainer.sanity_checking:
+                raise ValueError("mine")
+
+    task = Fails()
+    trainer = quiet_trainer(mode=mode, max_epochs=1)
+    with pytest.raises(ValueError, match="mine"):
+        trainer.fit(task, [flow.ones(1, 2)], [flow.ones(1, 2)])
+    (result,) = trainer.validate(task, [flow.ones(1, 2)])
+    assert set(result) == {"mean"}
+    assert trainer.callback_metrics["mean"] == result["mean"]
+
+
+def test_a_teardown_that_fails_does_not_keep_the_others_from_theirs(mode: str) -> None:
+    log: List[Any] = []
+
+    class Fails(Callback):
+        def teardown(self, trainer: Any, task: Any, stage: str) -> None:
+            raise ValueError("in teardown")
+
+    trainer = quiet_trainer(
+        mode=mode, max_epochs=1, callbacks=[Fails(), Told(log, "last")], logger=Notes(log)
+    )
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(ValueError, match="in teardown"):
+        trainer.fit(Line(), [flow.ones(1, 2)])
+    assert ("last", "teardown", "fit") in log
+    assert [entry[1] for entry in log][-1] == "finalize"
+    after = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert after == handlers
