@@ -74,9 +74,14 @@ class _LazyStates(Dict[str, Any]):
     def __init__(self, states: Dict[str, Any], proxy: Any) -> None:
         super().__init__(states)
         self._proxy = proxy
+        self.written: List[str] = []
 
     def __getitem__(self, name: str) -> Any:
         return None if super().__getitem__(name) is None else getattr(self._proxy, name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        self.written.append(name)
 
 
 class _Traced:
@@ -121,11 +126,12 @@ def assignments_in_trace(traced: Any) -> List[str]:
     """The attributes that were set on what :func:`instance_in_trace` returned."""
     origin = traced.__dict__["_origin"].__dict__
     apart = ("_origin", "_proxy", "_parameters", "_buffers", "_modules")
-    return [
+    changed = [
         name
         for name, value in traced.__dict__.items()
         if name not in apart and (name not in origin or origin[name] is not value)
     ]
+    return [*changed, *traced._parameters.written, *traced._buffers.written]
 
 
 def identity(tensor: Any) -> Any:

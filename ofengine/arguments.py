@@ -15,14 +15,14 @@ MaxTime = Union[str, timedelta, Dict[str, int], None]
 
 def check_choice(name: str, value: Any, choices: Any) -> Any:
     """``value`` where it is one of ``choices``."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ConfigurationError(f"{name}={value!r}: use one of {sorted(choices)}.")
     return value
 
 
-def check_count(name: str, value: Any, least: int, what: str) -> int:
-    """``value`` where it is a whole number from ``least`` on."""
-    if not is_whole(value) or value < least:
+def check_count(name: str, value: Any, least: int, what: str, most: float = math.inf) -> int:
+    """``value`` where it is a whole number from ``least`` to ``most``."""
+    if not is_whole(value) or not least <= value <= most:
         raise ConfigurationError(f"{name}={value!r}: give {what}.")
     return int(value)
 
@@ -81,6 +81,8 @@ def seconds_of(max_time: MaxTime) -> Optional[float]:
                 "as {'hours': 2}."
             ) from None
     if isinstance(max_time, timedelta):
+        if max_time < timedelta(0):
+            raise ConfigurationError(f"max_time={max_time!r}: give a time that is not negative.")
         return max_time.total_seconds()
     match = isinstance(max_time, str) and re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", max_time)
     if not match:

@@ -33,7 +33,7 @@ def save_weights(
     """
     synchronize()
     path = Path(path)
-    arrays = {name: np.ascontiguousarray(t.numpy()) for name, t in task.state_dict().items()}
+    arrays = {name: np.asarray(t.numpy(), order="C") for name, t in task.state_dict().items()}
     texts = {key: str(value) for key, value in (metadata or {}).items()}
     texts.update(format=FORMAT, format_version=str(FORMAT_VERSION), ofengine=__version__)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -45,9 +45,10 @@ def save_weights(
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if temporary.exists():
-            temporary.unlink()
         raise CheckpointError(f"{path} could not be written: {error.strerror or error}.") from error
+    finally:
+        if temporary.exists():  # after an error, or Ctrl-C
+            temporary.unlink()
     return path
 
 
@@ -77,6 +78,12 @@ def load_weights(task: nn.Module, path: Union[str, Path]) -> Dict[str, str]:
             raise CheckpointError(
                 f"{path} belongs to another model: {name!r} has the shape {arrays[name].shape} "
                 f"there and {tuple(tensor.shape)} in {type(task).__name__}."
+            )
+        kept = tensor.numpy().dtype
+        if kept != arrays[name].dtype:
+            raise CheckpointError(
+                f"{path} belongs to another model: {name!r} holds {arrays[name].dtype} numbers "
+                f"there and {kept} in {type(task).__name__}."
             )
     with flow.no_grad():
         for name, tensor in own.items():

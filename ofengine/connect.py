@@ -117,11 +117,6 @@ def check_step(task: TaskModule, stage: str) -> None:
     if overrides(task, step, TaskModule):
         return
     if stage == "predict":
-        if type(task).forward is nn.Module.forward:
-            raise ConfigurationError(
-                f"{type(task).__name__} has neither predict_step nor forward: write "
-                "`def predict_step(self, batch, batch_idx)` that returns the prediction."
-            )
         return
     if stage == "train" and has_own_graph(task):
         return
@@ -152,14 +147,22 @@ def evaluation_batches(
             )
         return []
     loaders = given if given is not None else getattr(task, LOADER_OF_STAGE[stage])()
+    if limit is not None and limit == 0:
+        return []
     name = "overfit_batches" if keep else LIMIT_OF_STAGE[stage]
     return stage_loaders(loaders, limit, trainer.device, LOADER_OF_STAGE[stage], name, keep)
 
 
 def require_data(task: TaskModule, stage: str, loaders: List[Batches]) -> None:
-    """Raise where a verb was called that has nothing to run over."""
+    """Raise where a verb was called that has nothing to run over, or nothing to run."""
     if not loaders:
         raise _no_data(task, stage)
+    own_step = overrides(task, STEP_OF_STAGE[stage], TaskModule)
+    if not own_step and type(task).forward is nn.Module.forward:
+        raise ConfigurationError(
+            f"{type(task).__name__} has neither predict_step nor forward: write "
+            "`def predict_step(self, batch, batch_idx)` that returns the prediction."
+        )
 
 
 def _no_data(task: TaskModule, stage: str) -> DataError:

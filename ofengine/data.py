@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 import oneflow as flow
 from oneflow.utils.data import DataLoader
-from oneflow.utils.data.sampler import RandomSampler
 
 from ofengine.errors import ConfigurationError, DataError
 
@@ -67,22 +67,24 @@ class Batches:
             raise DataError(f"{what} is empty: it has no batch (is batch_size larger than the "
                             "dataset, with drop_last=True?).")  # fmt: skip
         self.count = count_batches(total, limit, what, limit_name)
-        """How many batches a pass has, or None where that shows only at its end."""
-        self.once = iter(source) is source if total is None else False
+        """How many batches a pass has, or has at most; None where that shows only at its end."""
+        self._total = total
+        self.once = total is None and hasattr(source, "__next__")
         """True for a generator or iterator, which can be gone through only once."""
 
     def __iter__(self) -> Iterator[Any]:
         """The batches of one pass, on the device."""
-        source = self.source if self._kept is None else self._kept
-        batches = iter(source)
+        if self._kept is not None:
+            return iter(self._kept)
+        batches = iter(self.source)
         if self.count is not None:
             batches = itertools.islice(batches, self.count)
-        if self.keep and self._kept is None:
+        if self.device.type != "cpu":
+            batches = (to_device(batch, self.device) for batch in batches)
+        if self.keep:
             self._kept = list(batches)
-            batches = iter(self._kept)
-        if self.device.type == "cpu":
-            return batches
-        return (to_device(batch, self.device) for batch in batches)
+            return iter(self._kept)
+        return batches
 
     def steps(self, accumulate: int) -> Iterator[Step]:
         """The batches of one pass with their windows of ``accumulate`` batches.
@@ -91,7 +93,7 @@ class Batches:
         Where the length is not known, up to ``accumulate`` batches are read ahead to find out.
         """
         batches = iter(self)
-        if self.count is not None:
+        if self.count is not None and self._total is not None:
             last = self.count - 1
             batch_idx = -1
             for batch_idx, batch in enumerate(batches):
@@ -101,7 +103,7 @@ class Batches:
             if batch_idx < last:
                 raise DataError(
                     f"{self.what} gave {batch_idx + 1} batches, though its length is "
-                    f"{self.count}: correct its __len__, or remove it."
+                    f"{self._total}: correct its __len__, or remove it."
                 )
             return
         batch_idx = 0
@@ -120,10 +122,15 @@ class Batches:
         if isinstance(self.source, DataLoader):
             generator = flow.Generator("cpu")
             generator.manual_seed(seed)
-            self.source.generator = generator
-            sampler = self.source.sampler
-            if isinstance(sampler, RandomSampler):
-                sampler.generator = generator
+            batch_sampler = self.source.batch_sampler
+            for each in (
+                self.source,
+                self.source.sampler,
+                batch_sampler,
+                getattr(batch_sampler, "sampler", None),
+            ):
+                if hasattr(each, "generator"):
+                    each.generator = generator
 
 
 def count_batches(total: Optional[int], limit: Limit, what: str, limit_name: str) -> Optional[int]:
@@ -160,7 +167,9 @@ def to_device(batch: Any, device: flow.device) -> Any:
     if isinstance(batch, flow.Tensor):
         return batch.to(device)
     if isinstance(batch, dict):
-        return type(batch)((key, to_device(value, device)) for key, value in batch.items())
+        moved = copy.copy(batch)  # a defaultdict keeps its factory
+        moved.update((key, to_device(value, device)) for key, value in batch.items())
+        return moved
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(value, device) for value in batch))
     if isinstance(batch, (list, tuple)):
@@ -227,7 +236,9 @@ def unflatten(structure: Structure, tensors: Iterator[Any]) -> Any:
         return keys[0]
     values = [unflatten(child, tensors) for child in children]
     if issubclass(kind, dict):
-        return kind(zip(keys, values))
+        filled = kind()
+        filled.update(zip(keys, values))
+        return filled
     if hasattr(kind, "_fields"):
         return kind(*values)
     return kind(values)

@@ -26,7 +26,8 @@ class InterruptGuard:
         restore_exit_code()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._receive)
+                if signal.getsignal(number) != signal.SIG_IGN:  # as in nohup
+                    self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(
@@ -36,10 +37,9 @@ class InterruptGuard:
         trace: Optional[TracebackType],
     ) -> None:
         for number, handler in self._before.items():
-            # Left to itself, OneFlow answers Ctrl-C with a segmentation fault.
+            # None: a handler in C, OneFlow's; it answers Ctrl-C with a segmentation fault.
             ours = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-            keep = callable(handler) or handler == signal.SIG_IGN
-            signal.signal(number, handler if keep else ours)
+            signal.signal(number, ours if handler is None else handler)
         self._before.clear()
 
     def _receive(self, number: int, frame: Optional[FrameType]) -> None:

@@ -20,6 +20,7 @@ def fit_loop(trainer: Trainer, train: Batches, validation: List[Batches]) -> Non
     _sanity_check(trainer, validation)
     trainer.metrics.begin(per_step=False)
     trainer.task.train()
+    trainer.mode_runner.start(trainer.optimizer)
     hooks.fire("on_train_start")
     while not trainer.is_done():
         trainer.reseed(train)
@@ -34,6 +35,7 @@ def fit_loop(trainer: Trainer, train: Batches, validation: List[Batches]) -> Non
         trainer.observe_metric("epoch", trainer.current_epoch + 1)
         trainer.current_epoch += 1
     hooks.fire("on_train_end")
+    trainer.log_metrics(trainer.metrics.close_epoch())  # what that hook logged
     trainer.metrics.end()
 
 
@@ -45,7 +47,7 @@ def _train_epoch(trainer: Trainer, train: Batches, validation: List[Batches]) ->
     log_every = trainer.log_every_n_steps
     observes_steps = trainer.observes_steps
     expected = trainer.rates.calendar.batches_per_epoch
-    trainer.metrics.set_per_step(True)
+    logged = trainer.metrics.begin_batches()
     waiting: Any = None
     batch_idx = -1
     for batch_idx, batch, window, closes, is_last in train.steps(trainer.accumulate_grad_batches):
@@ -55,16 +57,17 @@ def _train_epoch(trainer: Trainer, train: Batches, validation: List[Batches]) ->
         for call in batch_start:
             call(batch, batch_idx)
         outputs = step(batch, batch_idx, window, closes)
-        trainer.global_step += closes
+        trainer.steps_done += closes
         trainer.batches_seen += 1
         commit(batch, outputs["loss"])
         for call in batch_end:
             call(outputs, batch, batch_idx)
-        commit(batch)  # what those hooks logged
-        if closes and trainer.global_step % log_every == 0:
+        if logged:
+            commit(batch)  # what those hooks logged
+        if closes and trainer.steps_done % log_every == 0:
             trainer.log_metrics(trainer.metrics.flush())
         if closes and observes_steps:
-            trainer.observe_metric("step", trainer.global_step)
+            trainer.observe_metric("step", trainer.steps_done)
         if batch_idx % _RUN_AHEAD == 0:
             if waiting is not None:
                 waiting.numpy()
@@ -76,7 +79,7 @@ def _train_epoch(trainer: Trainer, train: Batches, validation: List[Batches]) ->
             break
     else:
         trainer.epoch_ended(batch_idx + 1, train.once)
-    trainer.metrics.set_per_step(False)
+    trainer.metrics.end_batches()
 
 
 def _total(loaders: List[Batches], most: Optional[int]) -> Optional[int]:

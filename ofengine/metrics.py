@@ -83,9 +83,14 @@ class Metrics:
         """Leave the stage entered last."""
         self._stages.pop()
 
-    def set_per_step(self, per_step: bool) -> None:
-        """Change the default of ``on_step`` in the stage: batches have begun, or are over."""
-        self._stages[-1].per_step = per_step
+    def begin_batches(self) -> List[Any]:
+        """Training batches begin: ``log`` reports single steps. Returns the list it fills."""
+        self._stages[-1].per_step = True
+        return self._stages[-1].current
+
+    def end_batches(self) -> None:
+        """The epoch's batches are over: ``log`` reports epochs again."""
+        self._stages[-1].per_step = False
 
     def reset(self) -> None:
         """Leave all stages: the run is over. The latest values stay readable."""

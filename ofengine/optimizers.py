@@ -69,6 +69,11 @@ def read_optimizers(returned: Any, task_name: str) -> Optimization:
     if scheduler is None:
         return Optimization(optimizer)
     options: Dict[str, Any] = {}
+    if isinstance(scheduler, dict) and not scheduler:
+        raise ConfigurationError(
+            f"lr_scheduler of {where} is an empty dict: put the scheduler under 'scheduler', or "
+            "leave lr_scheduler out."
+        )
     if isinstance(scheduler, dict) and "scheduler" in scheduler:
         _check_keys(scheduler, _SCHEDULER_KEYS, f"lr_scheduler of {where}")
         options, scheduler = scheduler, scheduler["scheduler"]

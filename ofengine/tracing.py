@@ -14,7 +14,9 @@ import re
 import sys
 import traceback
 from types import TracebackType
-from typing import Any, Iterator, List, NoReturn, Optional, Tuple
+from typing import Any, Callable, Iterator, List, NoReturn, Optional, Tuple
+
+import oneflow as flow
 
 from ofengine.errors import GraphModeError, warn
 
@@ -33,11 +35,28 @@ class Trace:
         global _active
         self._outer = _active
         _active = self
+        # OneFlow dies with a segmentation fault where what is neither tensor nor number is
+        # added to a tensor, the index of a traced step for one.
+        self._add = flow.Tensor.__add__
+        flow.Tensor.__add__ = self._careful_add
         return self
 
     def __exit__(self, *_: object) -> None:
         global _active
         _active = self._outer
+        flow.Tensor.__add__ = self._add
+
+    @property
+    def _careful_add(self) -> Callable[[Any, Any], Any]:
+        add = self._add
+
+        def careful_add(left: Any, right: Any) -> Any:
+            for operand in (left, right):
+                if isinstance(operand, TracedIndex):
+                    operand.refuse()
+            return add(left, right)
+
+        return careful_add
 
     def record(self, spec: Any, value: Any) -> None:
         """Keep one logged value; a plain number is frozen, so say so."""
@@ -77,18 +96,19 @@ class TracedIndex:
     used = False
     """True once something tried; kept because C code may swallow the error."""
 
-    def _refuse(self, *_: Any) -> NoReturn:
+    def refuse(self, *_: Any) -> NoReturn:
+        """Raise the error that every use of it raises."""
         self.used = True
         raise _would_freeze("batch_idx")
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
-    __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = __truediv__ = __rtruediv__ = _refuse
-    __divmod__ = __rdivmod__ = __pow__ = __rpow__ = __neg__ = __pos__ = __abs__ = _refuse
-    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = __invert__ = _refuse
-    __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = __round__ = _refuse
-    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _refuse  # type: ignore[assignment]
-    __bool__ = __int__ = __float__ = __index__ = __complex__ = __array__ = _refuse
-    __str__ = __repr__ = __format__ = __hash__ = _refuse  # type: ignore[assignment]
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = refuse
+    __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = __truediv__ = __rtruediv__ = refuse
+    __divmod__ = __rdivmod__ = __pow__ = __rpow__ = __neg__ = __pos__ = __abs__ = refuse
+    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = __invert__ = refuse
+    __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = __round__ = refuse
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = refuse
+    __bool__ = __int__ = __float__ = __index__ = __complex__ = __array__ = refuse
+    __str__ = __repr__ = __format__ = __hash__ = refuse
 
 
 def warn_of_assignments(step: str, names: List[str]) -> None:
@@ -120,7 +140,7 @@ def explain(error: BaseException, step: str, index: Optional[TracedIndex] = None
     """One sentence for an error raised while ``step`` was traced, with the user's own line."""
     line = _user_line(error.__traceback__)
     at = f" at {line}" if line else ""
-    if index is not None and (index.used or "TracedIndex" in str(error)):
+    if index is not None and (index.used or _uses_index(error)):
         error = _would_freeze("batch_idx")
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()  # OneFlow colours its messages
     if isinstance(error, GraphModeError):
@@ -139,6 +159,18 @@ def explain(error: BaseException, step: str, index: Optional[TracedIndex] = None
     return GraphModeError(
         f"{step} cannot be compiled into a static graph{at}: {type(error).__name__}: {first}"
     )
+
+
+def _uses_index(error: BaseException) -> bool:
+    """True where OneFlow refused an argument in a line of the user's that names the index."""
+    if not isinstance(error, (TypeError, RuntimeError, IndexError, ValueError)):
+        return False
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        line = re.sub(r"lambda[^:]*:", "", linecache.getline(frame.f_code.co_filename, number))
+        for name, value in frame.f_locals.items():
+            if isinstance(value, TracedIndex) and re.search(rf"\b{re.escape(name)}\b", line):
+                return True
+    return False
 
 
 def _way_out(step: str) -> str:

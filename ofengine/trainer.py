@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
+import threading
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Union
 
 import oneflow as flow
 from oneflow import nn
@@ -19,7 +21,7 @@ from ofengine._oneflow import synchronize
 from ofengine.checkpoint import load_weights, save_weights
 from ofengine.data import Batches, Limit, describe
 from ofengine.devices import resolve_device
-from ofengine.errors import ConfigurationError, DataError, RateError
+from ofengine.errors import ConfigurationError, DataError, GraphModeError, RateError
 from ofengine.hooks import Callback, HookRunner, warn_of_misspelt_hooks
 from ofengine.interrupts import InterruptGuard
 from ofengine.loggers import Logger
@@ -35,6 +37,10 @@ from ofengine.rates.plan import RatePlan
 from ofengine.seeding import seed_epoch, seed_everything
 from ofengine.task import TaskModule
 from ofengine.tracing import forbid_in_trace
+
+if TYPE_CHECKING:
+    from ofengine.rates.finder import LRFinder
+    from ofengine.rates.preview import Preview
 
 log = logging.getLogger("ofengine")
 
@@ -103,6 +109,7 @@ class Trainer:
     has_validation: bool = False
     """True where ``fit`` was given validation data, and the task has a ``validation_step``."""
     _deadline: Optional[float]
+    _training: List[bool]
 
     def __init__(
         self,
@@ -137,7 +144,8 @@ class Trainer:
         _configure_logging()
         at_least_one = "a whole number from 1 on"
         self.mode = arguments.check_choice("mode", mode, _MODES)
-        self.eval_mode = arguments.check_choice("eval_mode", eval_mode or mode, _MODES)
+        chosen = mode if eval_mode is None else eval_mode
+        self.eval_mode = arguments.check_choice("eval_mode", chosen, _MODES)
         self.device = resolve_device(device)
         self.max_steps = arguments.check_count("max_steps", max_steps, -1, "a number, -1 for any")
         self._seconds = arguments.seconds_of(max_time)
@@ -173,8 +181,13 @@ class Trainer:
             "gradient_clip_algorithm", gradient_clip_algorithm, ("norm", "value")
         )
         if seed is not None:
-            seed = arguments.check_count("seed", seed, 0, "a whole number from 0 on, or None")
+            what = "a whole number from 0 to 2**63 - 1, or None"
+            seed = arguments.check_count("seed", seed, 0, what, 2**63 - 1)
         self.seed = seed
+        if not isinstance(default_root_dir, (str, Path, type(None))):
+            raise ConfigurationError(
+                f"default_root_dir={default_root_dir!r}: give the path of a folder."
+            )
         self.default_root_dir = str(default_root_dir or os.getcwd())
         self._overfit = arguments.check_limit("overfit_batches", overfit_batches) or None
         for name, flag in (
@@ -184,7 +197,7 @@ class Trainer:
         ):
             arguments.check_flag(name, flag)
         self.fast_dev_run = fast_dev_run
-        if fast_dev_run is not False:
+        if fast_dev_run is True or fast_dev_run != 0:
             batches = 1 if fast_dev_run is True else fast_dev_run
             batches = arguments.check_count(
                 "fast_dev_run", batches, 1, "True, False or a number of batches"
@@ -200,7 +213,7 @@ class Trainer:
             enable_progress_bar,
             enable_model_summary,
             enable_checkpointing,
-            drop_checkpoints=fast_dev_run is not False,
+            drop_checkpoints=bool(fast_dev_run),
         )
         self.metrics = Metrics()
         self.interrupts = InterruptGuard()
@@ -255,6 +268,26 @@ class Trainer:
         self._evaluate("predict", task, dataloaders, ckpt_path)
         return self.predictions[0] if len(self.predictions) == 1 else self.predictions
 
+    def preview(
+        self, task: TaskModule, train_dataloaders: Any = None, steps_per_epoch: Optional[int] = None
+    ) -> Preview:
+        """Every group's rate over the run that ``fit`` would make, without making it.
+
+        See :func:`ofengine.rates.preview.preview`.
+        """
+        from ofengine.rates.preview import preview
+
+        return preview(self, task, train_dataloaders, steps_per_epoch)
+
+    def lr_find(self, task: TaskModule, train_dataloaders: Any = None, **options: Any) -> LRFinder:
+        """Try rising rates on ``task`` and put everything back.
+
+        See :func:`ofengine.rates.finder.lr_find`, which takes the same ``options``.
+        """
+        from ofengine.rates.finder import lr_find
+
+        return lr_find(self, task, train_dataloaders, **options)
+
     def save_checkpoint(self, path: Union[str, Path]) -> Path:
         """Write the task's weights to ``path`` (safetensors), with epoch and step beside them."""
         if not hasattr(self, "mode_runner"):
@@ -285,11 +318,7 @@ class Trainer:
     def global_step(self) -> int:
         """Optimizer steps done so far. Not readable inside a compiled step."""
         forbid_in_trace("trainer.global_step")
-        return self._global_step
-
-    @global_step.setter
-    def global_step(self, step: int) -> None:
-        self._global_step = step
+        return self.steps_done
 
     @property
     def current_epoch(self) -> int:
@@ -426,11 +455,13 @@ class Trainer:
             for parameter in group.parameters
             if parameter.requires_grad
         ]
-        if [id(p) for p in parameters] != [id(p) for p in self.parameters]:
-            first = not self.parameters
-            self.parameters = parameters
-            if not first:
-                self.mode_runner.rebuild("other parameters train from here on")
+        others = [id(p) for p in parameters] != [id(p) for p in self.parameters]
+        training = [module.training for module in self.task.modules()]
+        if self.parameters and (others or training != self._training):
+            what = "parameters train" if others else "layers are in training mode"
+            self.mode_runner.rebuild(f"other {what} from here on")
+        self.parameters = parameters
+        self._training = training
 
     @property
     def observes_steps(self) -> bool:
@@ -526,6 +557,12 @@ class Trainer:
     def _run(self, stage: str, body: Any) -> None:
         """``setup``, ``body``, ``teardown``; ``on_exception`` where something is raised."""
         task = self.task
+        main = threading.current_thread() is threading.main_thread()
+        if self.mode == "graph" and stage == "fit" and not main:
+            raise GraphModeError(
+                "OneFlow trains static graphs in the main thread only: call fit() there, or use "
+                'Trainer(mode="eager").'
+            )
         warn_of_misspelt_hooks(task, self.callbacks)
         self.hooks = HookRunner(self, task, self.callbacks)
         runners: Dict[str, Runner] = {
@@ -546,13 +583,17 @@ class Trainer:
                 raise
             finally:
                 self.metrics.reset()
+                self.sanity_checking = False
                 for runner in runners.values():
                     runner.close()
-                self.hooks.fire("teardown", stage)
-                for each in self.loggers:
-                    each.finalize(status)
+                # One that fails must not keep the others from theirs.
+                with contextlib.ExitStack() as stack:
+                    for each in reversed(self.loggers):
+                        stack.callback(each.finalize, status)
+                    for call in reversed(self.hooks.calls["teardown"]):
+                        stack.callback(call, stage)
 
-    def _attach(self, task: TaskModule) -> None:
+    def _attach(self, task: Any) -> None:
         if not isinstance(task, TaskModule):
             mend = "give an object of a TaskModule subclass"
             if isinstance(task, type) and issubclass(task, TaskModule):
@@ -567,7 +608,7 @@ class Trainer:
         self.metrics.forget()
 
     def _reset_progress(self) -> None:
-        self.global_step = 0
+        self.steps_done = 0  # global_step, without its guard
         self.current_epoch = 0
         self.batch_idx = 0
         self.batches_seen = 0
@@ -575,6 +616,7 @@ class Trainer:
         self.sanity_checking = False
         self.num_training_batches = None
         self.parameters = []
+        self._training = []
         self._window_scales: Dict[int, Any] = {}
         self._deadline = None
 

@@ -246,7 +246,8 @@ def test_another_model_is_found_out_before_the_first_tensor_is_changed(tmp_path:
 
 def test_another_kind_of_number_is_not_squeezed_in(tmp_path: Path) -> None:
     task = nn.Linear(1, 1)
-    arrays = {"weight": np.array([[1.5]]), "bias": np.array([1 / 3])}  # no such float32
+    weight = np.array([[1.5]], dtype="float32")
+    arrays = {"weight": weight, "bias": np.array([1 / 3])}  # no float32 is this third
     save_file(arrays, str(tmp_path / "weights"))
     refused(task, tmp_path / "weights", "bias", "float64", "float32")
 

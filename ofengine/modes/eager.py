@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Dict
 
 import oneflow as flow
+from oneflow.optim import Optimizer
 
 from ofengine.hooks import HookRunner
-from ofengine.modes.steps import clip_gradients, split_outputs, step_arity
+from ofengine.modes.steps import clip_gradients, clip_in_groups, split_outputs, step_arity
 
 if TYPE_CHECKING:
     from ofengine.task import TaskModule
@@ -37,19 +38,26 @@ class EagerMode:
         for call in calls["on_after_backward"]:
             call()
         if closes:
-            optimizer = trainer.optimizer
+            optimizer = self._optimizer
             for call in calls["on_before_optimizer_step"]:
                 call(optimizer)
             if trainer.gradient_clip_val is not None:
                 clip_gradients(
                     trainer.parameters, trainer.gradient_clip_val, trainer.gradient_clip_algorithm
                 )
+            if self._clips_groups:
+                clip_in_groups(optimizer)
             optimizer.step()
             for call in calls["on_before_zero_grad"]:
                 call(optimizer)
             optimizer.zero_grad(set_to_none=True)
         rest["loss"] = loss.detach()
         return rest
+
+    def start(self, optimizer: Optimizer) -> None:
+        """Training with ``optimizer`` is about to begin."""
+        self._optimizer = optimizer
+        self._clips_groups = any("clip_grad_max_norm" in g for g in optimizer.param_groups)
 
     def eval_step(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
         """``validation_step``, ``test_step`` or ``predict_step`` on one batch, no gradients."""

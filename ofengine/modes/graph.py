@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Hashable, List, Optional,
 import attrs
 import oneflow as flow
 from oneflow import nn
+from oneflow.optim import Optimizer
 
 from ofengine import _oneflow
 from ofengine.data import Structure, describe, flatten, unflatten
@@ -222,10 +223,13 @@ class GraphMode:
 
     # ------------------------------------------------------------------ training
 
+    def start(self, optimizer: Optimizer) -> None:
+        """Training with ``optimizer`` is about to begin."""
+
     def train_step(self, batch: Any, batch_idx: int, window: int, closes: bool) -> Dict[str, Any]:
         """Forward and backward of one batch; the update where it ``closes`` its window."""
         trainer = self.trainer
-        if self.rates_until is not None and trainer.global_step >= self.rates_until:
+        if self.rates_until is not None and trainer.steps_done >= self.rates_until:
             self.rebuild("the rates compiled in are used up")
         tensors: List[Any] = []
         structure = flatten(batch, tensors)
@@ -250,10 +254,10 @@ class GraphMode:
         loss = _loss_of(graph(*tensors))
         if loss.numel() != 1:
             raise ConfigurationError(
-                f"{type(graph).__name__}.build returned a loss of shape {tuple(loss.shape)}: reduce "
-                "it to one element, for example with .mean()."
+                f"{type(graph).__name__}.build returned a loss of shape {tuple(loss.shape)}: "
+                "reduce it to one element, for example with .mean()."
             )
-        return {"loss": loss}
+        return {"loss": loss.reshape(()) if loss.ndim else loss}
 
     def _accumulate(
         self, compiled: _Compiled, tensors: List[Any], window: int, closes: bool

@@ -38,7 +38,7 @@ class Masks:
 
     def draw(self) -> List[Any]:
         """The next mask for each call: 0 where dropped, ``1 / (1 - p)`` elsewhere."""
-        return [layer(ones) for layer, ones in self._sources]
+        return [layer(ones.clone() if layer.inplace else ones) for layer, ones in self._sources]
 
 
 def active_dropouts(task: nn.Module) -> List[nn.Dropout]:

@@ -54,11 +54,20 @@ def split_outputs(outputs: Any, task_name: str) -> Tuple[Any, Dict[str, Any]]:
             f"the loss of {task_name}.training_step depends on no trainable parameter: was it "
             "detached, or is the whole model frozen?"
         )
-    return loss, rest
+    return (loss.reshape(()) if loss.ndim else loss), rest
 
 
 def _kind(value: Any) -> str:
     return "nothing" if value is None else describe(value)
+
+
+def clip_in_groups(optimizer: Any) -> None:
+    """Clip the groups that ask for it by ``clip_grad_max_norm``, each alone, as graphs do."""
+    for group in optimizer.param_groups:
+        if "clip_grad_max_norm" in group and "clip_grad_norm_type" in group:
+            nn.utils.clip_grad_norm_(
+                group.parameters, group["clip_grad_max_norm"], group["clip_grad_norm_type"]
+            )
 
 
 def clip_gradients(parameters: Iterable[Any], clip_val: float, algorithm: str) -> None:

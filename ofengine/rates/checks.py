@@ -119,7 +119,7 @@ def _lengths(scheduler: Any) -> Iterator[Tuple[str, int, bool]]:
     if name in ("ConstantLR", "LinearLR"):
         return  # they hold their last rate, as is meant
     for attribute in _LENGTHS:
-        length = getattr(scheduler, attribute, None)
-        if isinstance(length, int) and length > 0:
-            yield f"{name}({attribute}={length})", length, False
+        value = getattr(scheduler, attribute, None)
+        if isinstance(value, int) and value > 0:
+            yield f"{name}({attribute}={value})", value, False
             return
