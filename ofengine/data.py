@@ -122,15 +122,12 @@ class Batches:
         if isinstance(self.source, DataLoader):
             generator = flow.Generator("cpu")
             generator.manual_seed(seed)
-            batch_sampler = self.source.batch_sampler
-            for each in (
-                self.source,
-                self.source.sampler,
-                batch_sampler,
-                getattr(batch_sampler, "sampler", None),
-            ):
-                if hasattr(each, "generator"):
-                    each.generator = generator
+            batch_sampler: Any = self.source.batch_sampler
+            inner = getattr(batch_sampler, "sampler", None)
+            holders: Tuple[Any, ...] = (self.source, self.source.sampler, batch_sampler, inner)
+            for holder in holders:
+                if hasattr(holder, "generator"):
+                    holder.generator = generator
 
 
 def count_batches(total: Optional[int], limit: Limit, what: str, limit_name: str) -> Optional[int]:

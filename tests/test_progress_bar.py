@@ -20,7 +20,7 @@ from helpers import OfUnknownLength, quiet_trainer
 from oneflow import nn
 
 from ofengine import ConfigurationError, TaskModule, Trainer
-from ofengine.callbacks import ProgressBar, progress_bar as module
+from ofengine.callbacks import ProgressBar, _progress_display as display, progress_bar as module
 
 TIME = r"(\d+ms|\d+\.\ds)"
 SPEED = r"(, \d+\.\d+(it/s|s/it))?"
@@ -109,7 +109,7 @@ class Terminal:
 @pytest.fixture
 def _no_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bars are redrawn after each batch."""
-    monkeypatch.setattr(module._Bars, "interval", 0.0)
+    monkeypatch.setattr(display.Bars, "interval", 0.0)
 
 
 def bar_trainer(bar: Optional[ProgressBar] = None, **arguments: Any) -> Trainer:
@@ -218,6 +218,7 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
         monkeypatch.setattr(module, "monotonic", lambda: self.now)
+        monkeypatch.setattr(display, "monotonic", lambda: self.now)
 
 
 def epoch_by_hand(clock: Clock, batches: int, seconds: float, forbidden: Any = None) -> None:
@@ -382,7 +383,7 @@ def test_after_an_exception_no_bar_is_left(monkeypatch: pytest.MonkeyPatch) -> N
     ],
 )
 def test_numbers_are_short(value: float, text: str) -> None:
-    assert module._short(value) == text
+    assert display.short(value) == text
 
 
 @pytest.mark.parametrize(
@@ -400,7 +401,7 @@ def test_numbers_are_short(value: float, text: str) -> None:
     ],
 )
 def test_durations_are_short(seconds: float, text: str) -> None:
-    assert module._duration(seconds) == text
+    assert display.duration(seconds) == text
 
 
 @pytest.mark.parametrize("wrong", [-1, 0.5, True, "often"])
@@ -411,7 +412,7 @@ def test_a_wrong_refresh_rate_is_an_error_at_once(wrong: Any) -> None:
 
 def test_pauses_are_not_counted_as_training(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    count = module._Count("Epoch 1/1", 10)
+    count = display.Count("Epoch 1/1", 10)
     steps: List[Callable[[], None]] = [count.pause, count.resume]
     for seconds, action in zip((2.0, 100.0), steps):
         clock.now += seconds

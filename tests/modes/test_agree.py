@@ -15,6 +15,7 @@ import numpy as np
 import oneflow as flow
 import pytest
 from helpers import (
+    OfUnknownLength,
     assert_same_weights,
     fill_deterministically,
     image_batches,
@@ -24,6 +25,7 @@ from helpers import (
 from oneflow import nn
 
 from ofengine import Callback, DataError, TaskModule, Trainer
+from ofengine.callbacks import LRDecayCallback
 
 EPOCHS = 2
 
@@ -449,6 +451,67 @@ def test_one_task_fitted_twice(modes: Tuple[str, str]) -> None:
             optimizer.step()
             optimizer.zero_grad()
     assert_equal(task.net, weights_of(net))
+
+
+def test_compiling_again_in_the_middle_of_a_run_loses_nothing(mode: str) -> None:
+    """Epochs of unknown length make graph mode compile anew: momentum and masks go on."""
+    batches = image_batches([4, 6, 4, 3, 6, 4, 6], seed=4)
+    epochs = [batches[:3], batches[:7], batches[:2], batches[:5]]
+    task = Classifier(OPTIMIZERS["momentum"])
+    task.param_groups = (
+        lambda: [  # type: ignore[method-assign]
+            {"params": task.net[:2].parameters(), "lr": 0.1, "lr_decay_scale": 0.5},
+            {"params": task.net[7].parameters(), "lr": 0.02, "lr_decay_scale": 0.75},
+        ]
+    )
+    quiet_trainer(
+        mode=mode,
+        max_epochs=4,
+        accumulate_grad_batches=2,
+        gradient_clip_val=0.3,
+        callbacks=[LRDecayCallback(every_n_batches=4)],
+    ).fit(task, OfUnknownLength(*epochs))
+
+    net = make_net()
+    groups = [
+        {"params": net[:2].parameters(), "lr": 0.1},
+        {"params": net[7].parameters(), "lr": 0.02},
+    ]
+    optimizer = flow.optim.SGD(groups, momentum=0.9)
+    for epoch in epochs:
+        for start in range(0, len(epoch), 2):
+            window = epoch[start : start + 2]
+            for images, labels in window:
+                (nn.functional.cross_entropy(net(images), labels) / len(window)).backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 0.3)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if start % 4 == 0:
+                optimizer.param_groups[0]["lr"] *= 0.5
+                optimizer.param_groups[1]["lr"] *= 0.75
+    assert_equal(task.net, weights_of(net))
+
+
+def test_gradients_from_before_a_run_do_not_count(mode: str) -> None:
+    """Neither those of the user's own backward, nor those of a window that was broken off."""
+
+    class Stop(Callback):
+        def on_train_batch_end(
+            self, trainer: Trainer, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            trainer.should_stop = batch_idx == 0
+
+    batches = image_batches([6, 4, 6])
+    task = Classifier(OPTIMIZERS["momentum"], drop=0)
+    task.training_step(batches[0], 0).backward()
+    train(mode, task, batches, accumulate_grad_batches=3, callbacks=[Stop()])
+    trained = weights_of(task)
+    assert (trained["net.0.weight"] == weights_of(make_net())["0.weight"]).all()
+    train(mode, task, batches, accumulate_grad_batches=3)
+    other = Classifier(OPTIMIZERS["momentum"], drop=0)
+    other.net.load_state_dict({k[4:]: flow.tensor(v) for k, v in trained.items()})
+    train(mode, other, batches, accumulate_grad_batches=3)
+    assert_same_weights(task, other)
 
 
 def test_layers_that_a_hook_puts_into_eval_mode_stay_there(mode: str) -> None:
