@@ -14,9 +14,6 @@ from ofengine.hooks import Callback
 from ofengine.task import TaskModule
 from ofengine.trainer import Trainer
 
-_PEEK = 0.5
-"""Seconds between two reads of metrics before ``log_every_n_steps`` is reached."""
-
 
 class ProgressBar(Callback):
     """Shows where a run stands: a moving bar in a terminal or notebook, plain lines elsewhere.
@@ -54,7 +51,6 @@ class ProgressBar(Callback):
         self._evaluation: Optional[Count] = None
         self._line = ""
         self._due = 0.0
-        self._peek_due = 0.0
         self._lengths: Dict[str, int] = {}
         self._compiling = False
 
@@ -141,9 +137,6 @@ class ProgressBar(Callback):
             self._resume(trainer, count)
         elif done - count.done >= self.refresh_rate:
             count.done = done
-            if monotonic() >= self._peek_due:  # a slow model shows its loss early
-                trainer.metrics.peek()
-                self._peek_due = monotonic() + _PEEK
             self._display.draw(count, words(trainer.progress_bar_metrics))
             self._due = monotonic() + self._display.interval
 

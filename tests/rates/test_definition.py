@@ -23,6 +23,9 @@ from oneflow.optim import lr_scheduler
 from ofengine import Callback, RateError, TaskModule, Trainer
 from ofengine.callbacks import GraphLRScaleCallback, LRDecayCallback
 
+# Short runs of long schedules, which the engine rightly finds strange.
+pytestmark = pytest.mark.filterwarnings("ignore::ofengine.errors.OFEngineWarning")
+
 Schedule = Callable[[Any], Any]
 """Makes a scheduler for an optimizer."""
 
