@@ -114,7 +114,6 @@ class ModelCheckpoint(Callback):
         self._folder = Path()
         self._looked_at = -1
         self._last_saved_at = -1
-        self._validates = False
         self._wait_for_epoch_end = False
 
     # ------------------------------------------------------------------ when
@@ -137,7 +136,6 @@ class ModelCheckpoint(Callback):
 
     def on_sanity_check_end(self, trainer: Trainer, task: TaskModule) -> None:
         """Warn early of a ``monitor`` that looks misspelt."""
-        self._validates = True
         metrics = trainer.callback_metrics
         if self.monitor is not None and self.monitor not in metrics:
             close = difflib.get_close_matches(self.monitor, metrics, n=1, cutoff=0.75)
@@ -161,7 +159,6 @@ class ModelCheckpoint(Callback):
 
     def on_validation_end(self, trainer: Trainer, task: TaskModule) -> None:
         """Look, where there is a ``monitor``."""
-        self._validates = True
         if trainer.sanity_checking or self.monitor is None or not self._epoch_counts(trainer):
             return
         if self.monitor not in trainer.callback_metrics:
@@ -173,7 +170,7 @@ class ModelCheckpoint(Callback):
         """Look, where there is no ``monitor`` or no validation."""
         if not self._epoch_counts(trainer):
             return
-        if self.monitor is None or self._wait_for_epoch_end or not self._may_validate(trainer):
+        if self.monitor is None or self._wait_for_epoch_end or not trainer.has_validation:
             self._look(trainer, "at the end of this epoch")
 
     def on_train_end(self, trainer: Trainer, task: TaskModule) -> None:
@@ -192,11 +189,6 @@ class ModelCheckpoint(Callback):
     def _epoch_counts(self, trainer: Trainer) -> bool:
         by_epoch = self.every_n_train_steps is None
         return by_epoch and (trainer.current_epoch + 1) % self.every_n_epochs == 0
-
-    def _may_validate(self, trainer: Trainer) -> bool:
-        """False where this fit has no validation, as far as one can know by now."""
-        # An epoch whose turn it was, and that has not been validated, never will be.
-        return self._validates or not trainer.validation_is_due(trainer.batch_idx, is_last=True)
 
     # ------------------------------------------------------------------ what
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Dict, List, Optional
 
+from ofengine import course
 from ofengine.connect import STEP_OF_STAGE
 from ofengine.data import Batches
 
@@ -22,17 +23,17 @@ def fit_loop(trainer: Trainer, train: Batches, validation: List[Batches]) -> Non
     trainer.task.train()
     trainer.mode_runner.start(trainer.optimizer)
     hooks.fire("on_train_start")
-    while not trainer.is_done():
-        trainer.reseed(train)
+    while not course.is_done(trainer):
+        course.reseed(trainer, train)
         hooks.fire("on_train_epoch_start")
-        trainer.refresh_parameters()
+        course.refresh_parameters(trainer)
         _train_epoch(trainer, train, validation)
         trainer.mode_runner.settle()
         trainer.log_metrics(trainer.metrics.close_epoch())
         hooks.fire("on_train_epoch_end")
         trainer.log_metrics(trainer.metrics.close_epoch())  # what that hook logged
         trainer.save_logs()
-        trainer.observe_metric("epoch", trainer.current_epoch + 1)
+        course.observe_metric(trainer, "epoch", trainer.current_epoch + 1)
         trainer.current_epoch += 1
     hooks.fire("on_train_end")
     trainer.log_metrics(trainer.metrics.close_epoch())  # what that hook logged
@@ -45,7 +46,7 @@ def _train_epoch(trainer: Trainer, train: Batches, validation: List[Batches]) ->
     batch_start, batch_end = calls["on_train_batch_start"], calls["on_train_batch_end"]
     step, commit = trainer.mode_runner.train_step, trainer.metrics.commit
     log_every = trainer.log_every_n_steps
-    observes_steps = trainer.observes_steps
+    observes_steps = course.observes_steps(trainer)
     expected = trainer.rates.calendar.batches_per_epoch
     logged = trainer.metrics.begin_batches()
     waiting: Any = None
@@ -53,7 +54,7 @@ def _train_epoch(trainer: Trainer, train: Batches, validation: List[Batches]) ->
     for batch_idx, batch, window, closes, is_last in train.steps(trainer.accumulate_grad_batches):
         trainer.batch_idx = batch_idx
         if batch_idx + 1 == expected and not is_last:
-            trainer.epoch_outgrew()
+            course.epoch_outgrew(trainer)
         for call in batch_start:
             call(batch, batch_idx)
         outputs = step(batch, batch_idx, window, closes)
@@ -67,18 +68,18 @@ def _train_epoch(trainer: Trainer, train: Batches, validation: List[Batches]) ->
         if closes and trainer.steps_done % log_every == 0:
             trainer.log_metrics(trainer.metrics.flush())
         if closes and observes_steps:
-            trainer.observe_metric("step", trainer.steps_done)
+            course.observe_metric(trainer, "step", trainer.steps_done)
         if batch_idx % _RUN_AHEAD == 0:
             if waiting is not None:
                 waiting.numpy()
             waiting = outputs["loss"]
-        if validation and trainer.validation_is_due(batch_idx, is_last):
+        if validation and course.validation_is_due(trainer, batch_idx, is_last):
             evaluation_loop(trainer, "validation", validation)
         trainer.interrupts.check()
-        if trainer.should_stop or (closes and trainer.is_out_of_time_or_steps()):
+        if trainer.should_stop or (closes and course.is_out_of_time_or_steps(trainer)):
             break
     else:
-        trainer.epoch_ended(batch_idx + 1, train.once)
+        course.epoch_ended(trainer, batch_idx + 1, train.once)
     trainer.metrics.end_batches()
 
 

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Union
 
-import oneflow as flow
 from oneflow import nn
 from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 from oneflow.optim import Optimizer
@@ -19,9 +18,9 @@ from oneflow.optim import Optimizer
 from ofengine import arguments, connect
 from ofengine._oneflow import synchronize
 from ofengine.checkpoint import load_weights, save_weights
-from ofengine.data import Batches, Limit, describe
+from ofengine.data import Limit, describe
 from ofengine.devices import resolve_device
-from ofengine.errors import ConfigurationError, DataError, GraphModeError, RateError
+from ofengine.errors import ConfigurationError, GraphModeError, RateError
 from ofengine.hooks import Callback, HookRunner, warn_of_misspelt_hooks
 from ofengine.interrupts import InterruptGuard
 from ofengine.loggers import Logger
@@ -34,7 +33,7 @@ from ofengine.optimizers import Optimization, read_optimizers
 from ofengine.rates.calendar import ceil_div
 from ofengine.rates.checks import check_rates
 from ofengine.rates.plan import RatePlan
-from ofengine.seeding import seed_epoch, seed_everything
+from ofengine.seeding import seed_everything
 from ofengine.task import TaskModule
 from ofengine.tracing import forbid_in_trace
 
@@ -108,8 +107,8 @@ class Trainer:
     """Batches in the evaluation going on, over all its dataloaders; None where not known."""
     has_validation: bool = False
     """True where ``fit`` was given validation data, and the task has a ``validation_step``."""
-    _deadline: Optional[float]
-    _training: List[bool]
+    deadline: Optional[float]
+    layers_in_training: List[bool]
 
     def __init__(
         self,
@@ -164,7 +163,7 @@ class Trainer:
         }
         self._val_check_interval = val_check_interval
         arguments.batches_between_validations(val_check_interval, 10**9)
-        self._check_val_every_n_epoch = arguments.check_count(
+        self.check_val_every_n_epoch = arguments.check_count(
             "check_val_every_n_epoch", check_val_every_n_epoch, 1, at_least_one
         )
         self.num_sanity_val_steps = arguments.check_count(
@@ -204,7 +203,7 @@ class Trainer:
             )
             self._limits = dict.fromkeys(self._limits, batches)
             self.max_epochs, self.max_steps, self.num_sanity_val_steps = 1, -1, 0
-            self._val_check_interval, self._check_val_every_n_epoch = None, 1
+            self._val_check_interval, self.check_val_every_n_epoch = None, 1
             logger = enable_checkpointing = False
 
         self.loggers = connect.make_loggers(logger, self.default_root_dir)
@@ -218,7 +217,7 @@ class Trainer:
         self.metrics = Metrics()
         self.interrupts = InterruptGuard()
         self.predictions: List[List[Any]] = []
-        self._optimization: Optional[Optimization] = None
+        self.optimization: Optional[Optimization] = None
         self._rates: Optional[RatePlan] = None
         self._reset_progress()
 
@@ -303,9 +302,9 @@ class Trainer:
     @property
     def optimizer(self) -> Optimizer:
         """The optimizer of the running or last ``fit``."""
-        if self._optimization is None:
+        if self.optimization is None:
             raise ConfigurationError("there is no optimizer before fit.")
-        return self._optimization.optimizer
+        return self.optimization.optimizer
 
     @property
     def rates(self) -> RatePlan:
@@ -333,7 +332,7 @@ class Trainer:
     @property
     def lr_scheduler(self) -> Any:
         """The scheduler of the running or last ``fit``, or None."""
-        return None if self._optimization is None else self._optimization.scheduler
+        return None if self.optimization is None else self.optimization.scheduler
 
     @property
     def callback_metrics(self) -> Dict[str, float]:
@@ -400,91 +399,6 @@ class Trainer:
         if self.gradient_clip_val is not None:
             clip_gradients(self.parameters, self.gradient_clip_val, self.gradient_clip_algorithm)
 
-    def window_scale(self, window: int) -> Any:
-        """``1 / window`` as a tensor of no dimension on the device."""
-        scale = self._window_scales.get(window)
-        if scale is None:
-            scale = flow.tensor(1.0 / window, dtype=flow.float32).to(self.device)
-            self._window_scales[window] = scale
-        return scale
-
-    def is_done(self) -> bool:
-        """True where no further epoch is to be started."""
-        epochs = self.max_epochs != -1 and self.current_epoch >= self.max_epochs
-        return epochs or self.should_stop or self.is_out_of_time_or_steps()
-
-    def is_out_of_time_or_steps(self) -> bool:
-        """True where ``max_steps`` or ``max_time`` is used up."""
-        if self.max_steps != -1 and self.global_step >= self.max_steps:
-            return True
-        return (
-            self._deadline is not None
-            and self.global_step > 0
-            and time.monotonic() >= self._deadline
-        )
-
-    def validation_is_due(self, batch_idx: int, is_last: bool) -> bool:
-        """True where validation follows this batch."""
-        if (self.current_epoch + 1) % self._check_val_every_n_epoch:
-            return False
-        return is_last if self._val_every is None else (batch_idx + 1) % self._val_every == 0
-
-    def epoch_outgrew(self) -> None:
-        """Take note that the epoch has more batches than was expected."""
-        self.rates.calendar.outgrown(self.current_epoch)
-        if self.rates.depends_on_epochs():
-            self.mode_runner.rebuild("the epoch is longer than was expected")
-
-    def epoch_ended(self, batches: int, once: bool) -> None:
-        """Take note of an epoch's true length; ``once`` tells of data that cannot be repeated."""
-        if batches == 0:
-            raise DataError(
-                f"train_dataloader gave no batch in epoch {self.current_epoch}"
-                + (": it is a generator, which can be gone through only once; give a list, a "
-                   "DataLoader, or an object whose __iter__ starts anew." if once else ".")
-            )  # fmt: skip
-        surprise = self.rates.calendar.epoch_ended(self.current_epoch, batches)
-        if surprise and self.rates.depends_on_epochs():
-            self.mode_runner.rebuild("the epoch had another length than was expected")
-
-    def refresh_parameters(self) -> None:
-        """Look which parameters train now; hooks may have frozen or unfrozen some."""
-        parameters = [
-            parameter
-            for group in self.optimizer.param_groups
-            for parameter in group.parameters
-            if parameter.requires_grad
-        ]
-        others = [id(p) for p in parameters] != [id(p) for p in self.parameters]
-        training = [module.training for module in self.task.modules()]
-        if self.parameters and (others or training != self._training):
-            what = "parameters train" if others else "layers are in training mode"
-            self.mode_runner.rebuild(f"other {what} from here on")
-        self.parameters = parameters
-        self._training = training
-
-    @property
-    def observes_steps(self) -> bool:
-        """True where ReduceLROnPlateau is to see its metric between epochs."""
-        made = self._optimization
-        return made is not None and made.monitor is not None and made.interval == "step"
-
-    def observe_metric(self, interval: str, count: int) -> None:
-        """Let ReduceLROnPlateau see its metric, where that is due after ``count`` intervals."""
-        made = self._optimization
-        if made is None or made.monitor is None or made.interval != interval:
-            return
-        if count % made.frequency:
-            return
-        metrics = self.callback_metrics
-        if made.monitor not in metrics:
-            raise RateError(
-                f"ReduceLROnPlateau monitors {made.monitor!r}, which nothing has logged: there are "
-                f"{sorted(metrics)}."
-            )
-        if self.rates.observe(metrics[made.monitor]):
-            self.mode_runner.rebuild(f"ReduceLROnPlateau lowered the rates on {made.monitor}")
-
     def set_lr(self, group: str, lr: float) -> None:
         """Give the parameter group called ``group`` another base rate from the next step on.
 
@@ -494,11 +408,6 @@ class Trainer:
         """
         self.rates.set_lr(group, lr, self.global_step)
         self.mode_runner.rebuild(f"set_lr({group!r}, {lr:g})")
-
-    def reseed(self, train: Batches) -> None:
-        """Make the epoch's randomness a function of (seed, epoch), where there is a seed."""
-        if self.seed is not None:
-            seed_epoch(self.seed, self.current_epoch, train, self.task)
 
     # ------------------------------------------------------------------ inside
 
@@ -511,20 +420,20 @@ class Trainer:
         )
         self.has_validation = bool(validation)
         self.num_training_batches = train.count
-        self._val_every = arguments.batches_between_validations(
+        self.val_every_batches = arguments.batches_between_validations(
             self._val_check_interval, train.count or None
         )
         task.to(self.device)
         if self.seed is not None:
             seed_everything(self.seed)
         made = read_optimizers(task.configure_optimizers(), type(task).__name__)
-        self._optimization = made
+        self.optimization = made
         self._rates = connect.make_plan(task, made, train.count, self.accumulate_grad_batches)
         if not any(group.tensors for group in self.rates.groups):
             raise RateError(f"{type(task).__name__} has no trainable parameter in any group.")
         self.hooks.fire("on_fit_start")
         check_rates(self.rates, made, self.total_steps, self.max_epochs)
-        self._deadline = None if self._seconds is None else time.monotonic() + self._seconds
+        self.deadline = None if self._seconds is None else time.monotonic() + self._seconds
         if train.count == 0:
             log.info("limit_train_batches is 0: nothing is trained.")
         else:
@@ -616,13 +525,12 @@ class Trainer:
         self.sanity_checking = False
         self.num_training_batches = None
         self.parameters = []
-        self._training = []
-        self._window_scales: Dict[int, Any] = {}
-        self._deadline = None
+        self.layers_in_training = []
+        self.deadline = None
 
     def _leave_rates_behind(self) -> None:
         """Leave scheduler and groups as a loop written by hand would have left them."""
-        made = self._optimization
+        made = self.optimization
         assert made is not None
         if isinstance(made.scheduler, LRScheduler):
             for _ in range(self.rates.position(self.global_step)):

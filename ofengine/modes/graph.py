@@ -214,6 +214,7 @@ class GraphMode:
         self._states: Dict[str, Any] = {}
         self._structure: Structure = flatten(None, [])
         self._gradients: Dict[int, Any] = {}
+        self._window_scales: Dict[int, Any] = {}
         self.rates_until: Optional[int] = None
         """The first step whose rates are not compiled in, or None where all are."""
         self.compilations = 0
@@ -264,7 +265,7 @@ class GraphMode:
     ) -> Dict[str, Any]:
         graph = compiled.graph
         masks = compiled.masks.draw() if compiled.masks is not None else []
-        outputs = graph(tensors, masks, self.trainer.window_scale(window))
+        outputs = graph(tensors, masks, self._window_scale(window))
         stop = 1 + len(graph.having)
         total = self._gradients
         for index, gradient in zip(graph.having, outputs[1:stop]):
@@ -279,6 +280,14 @@ class GraphMode:
             apply.graph(gradients)
             self._gradients = {}
         return self._outputs(graph, outputs[0], outputs[stop:])
+
+    def _window_scale(self, window: int) -> Any:
+        """``1 / window`` as a tensor of no dimension on the device."""
+        scale = self._window_scales.get(window)
+        if scale is None:
+            scale = flow.tensor(1.0 / window, dtype=flow.float32).to(self.trainer.device)
+            self._window_scales[window] = scale
+        return scale
 
     def _outputs(self, graph: _StepGraph, loss: Any, others: Sequence[Any]) -> Dict[str, Any]:
         logged = len(graph.specs)
@@ -310,7 +319,7 @@ class GraphMode:
         what, updates = "training_step", True
         if self.trainer.accumulate_grad_batches > 1:
             graph: Any = GradientGraph(self, structure)
-            inputs.append(self.trainer.window_scale(1))
+            inputs.append(self._window_scale(1))
             updates = False
         else:
             self._structure = structure
