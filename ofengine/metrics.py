@@ -174,16 +174,17 @@ class Metrics:
         if not self._stages:
             return {}
         stage = self._stages[-1]
-        self.peek()
+        self._peek(stage)
         rows = {spec.step_name: value for spec, value in stage.last.values() if spec.logger}
         stage.last.clear()
         return rows
 
     def peek(self) -> None:
-        """Read what is pending, in one go, and publish it; the loggers get it all the same."""
-        if not self._stages:
-            return
-        stage = self._stages[-1]
+        """Read what is pending, and publish it; the loggers get it all the same."""
+        for stage in self._stages:
+            self._peek(stage)
+
+    def _peek(self, stage: _Stage) -> None:
         names = list(stage.last)
         numbers = self._fold_pending(stage, [value for _, value in stage.last.values()])
         for name, number in zip(names, numbers):
