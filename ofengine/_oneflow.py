@@ -207,6 +207,13 @@ def schedulers_of(graph: nn.Graph) -> List[LRScheduler]:
     return [entry["lr_sch"] for entry in graph._opts if "lr_sch" in entry]
 
 
+def updates_many_tensors_at_once(graph: nn.Graph) -> bool:
+    """True where ``graph`` is to use the multi-tensor update, which knows no ``lr_scale``."""
+    switch = os.environ.get("ONEFLOW_ENABLE_MULTI_TENSOR_MODEL_UPDATE", "0").lower()
+    asked = bool(getattr(graph.config.proto, "enable_multi_tensor_update", False))
+    return asked or switch not in ("", "0", "false", "off")
+
+
 # ---------------------------------------------------------------------- rates
 
 

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import traceback
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Callable, Iterator, List, NoReturn, Optional, Tuple
 
 import oneflow as flow
@@ -165,12 +165,13 @@ def _uses_index(error: BaseException) -> bool:
     """True where OneFlow refused an argument in a line of the user's that names the index."""
     if not isinstance(error, (TypeError, RuntimeError, IndexError, ValueError)):
         return False
-    for frame, number in traceback.walk_tb(error.__traceback__):
-        line = re.sub(r"lambda[^:]*:", "", linecache.getline(frame.f_code.co_filename, number))
-        for name, value in frame.f_locals.items():
-            if isinstance(value, TracedIndex) and re.search(rf"\b{re.escape(name)}\b", line):
-                return True
-    return False
+    frame, number = _user_frame(error.__traceback__)
+    if frame is None:
+        return False
+    line = linecache.getline(frame.f_code.co_filename, number)
+    names = [name for name, value in frame.f_locals.items() if isinstance(value, TracedIndex)]
+    body = re.sub(r"lambda[^:]*:", "", line)
+    return any(re.search(rf"\b{re.escape(name)}\b", body) for name in names)
 
 
 def _way_out(step: str) -> str:
@@ -178,14 +179,23 @@ def _way_out(step: str) -> str:
     return f'Trainer({argument}="eager")'
 
 
+def _user_frame(trace: Optional[TracebackType]) -> Tuple[Optional[FrameType], int]:
+    """The innermost frame that is the user's own, and its line."""
+    found: Tuple[Optional[FrameType], int] = (None, 0)
+    prefixes = tuple(_foreign_prefixes())
+    for frame, number in traceback.walk_tb(trace):
+        if not frame.f_code.co_filename.startswith(prefixes):
+            found = (frame, number)
+    return found
+
+
 def _user_line(trace: Optional[TracebackType]) -> str:
     """``file:line: code`` of the innermost frame that is the user's own, or ""."""
-    found = ""
-    for frame, number in traceback.walk_tb(trace):
-        path = frame.f_code.co_filename
-        if not any(path.startswith(prefix) for prefix in _foreign_prefixes()):
-            found = f"{path}:{number}: `{linecache.getline(path, number).strip()}`"
-    return found
+    frame, number = _user_frame(trace)
+    if frame is None:
+        return ""
+    path = frame.f_code.co_filename
+    return f"{path}:{number}: `{linecache.getline(path, number).strip()}`"
 
 
 def _foreign_prefixes() -> Iterator[str]:

@@ -431,6 +431,7 @@ class Trainer:
         self._rates = connect.make_plan(task, made, train.count, self.accumulate_grad_batches)
         if not any(group.tensors for group in self.rates.groups):
             raise RateError(f"{type(task).__name__} has no trainable parameter in any group.")
+        self.rates.stop = self.total_steps
         self.hooks.fire("on_fit_start")
         check_rates(self.rates, made, self.total_steps, self.max_epochs)
         self.deadline = None if self._seconds is None else time.monotonic() + self._seconds
@@ -535,9 +536,12 @@ class Trainer:
         if isinstance(made.scheduler, LRScheduler):
             for _ in range(self.rates.position(self.global_step)):
                 made.scheduler.step()
+        # A function or a table need not know the step after the last one.
+        asked = made.scheduler is None or isinstance(made.scheduler, LRScheduler)
+        step = self.global_step if asked else max(self.global_step - 1, 0)
         if self.mode == "eager":
             for index, group in enumerate(made.optimizer.param_groups):
-                group["lr"] = self.rates.unscaled(index, self.global_step)
+                group["lr"] = self.rates.unscaled(index, step)
 
 
 def _configure_logging() -> None:

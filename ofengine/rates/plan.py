@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import attrs
 import numpy as np
 from oneflow import nn
 from oneflow.optim import Optimizer
 
-from ofengine._oneflow import lower_rates
+from ofengine._oneflow import lower_rates, updates_many_tensors_at_once
 from ofengine.errors import RateError
 from ofengine.rates.calendar import Calendar
 from ofengine.rates.groups import Group
@@ -72,6 +72,9 @@ class RatePlan:
         self._decayed: Dict[int, List[float]] = {}
         self._constant: Optional[List[float]] = None
         self._standing: List[float] = []
+        self._standing_scales: List[Any] = []
+        self.stop: Optional[int] = None
+        """The steps of the run, or None where that is not known: no rate is asked for beyond."""
 
     # ------------------------------------------------------------------ setting up
 
@@ -187,10 +190,19 @@ class RatePlan:
     def watch(self, optimizer: Optimizer) -> None:
         """Remember the rates that stand in the groups now."""
         self._standing = [group["lr"] for group in optimizer.param_groups]
+        self._standing_scales = [_scale_of(group) for group in optimizer.param_groups]
 
     def check_untouched(self, optimizer: Optimizer) -> None:
         """Raise :class:`RateError` where somebody else wrote a rate into a group since."""
-        for name, group, standing in zip(self.names, optimizer.param_groups, self._standing):
+        groups = optimizer.param_groups
+        for name, group, scale in zip(self.names, groups, self._standing_scales):
+            if _scale_of(group) != scale:
+                raise RateError(
+                    f"the lr_scale of group {name!r} was changed by hand from {scale} to "
+                    f"{_scale_of(group)} during training, which has no effect: call "
+                    f"trainer.set_lr({name!r}, ...), or declare the change as lr_decay_scale."
+                )
+        for name, group, standing in zip(self.names, groups, self._standing):
             if group["lr"] != standing:
                 raise RateError(
                     f"the lr of group {name!r} was changed by hand from {standing:g} to "
@@ -200,8 +212,10 @@ class RatePlan:
                 )
 
     def write(self, optimizer: Optimizer, step: int) -> None:
-        """Write the rates of ``step`` into the groups, for eager mode."""
+        """Write the rates of ``step`` into the groups, for eager mode; none beyond the run."""
         self.check_untouched(optimizer)
+        if self.stop is not None and step >= self.stop:
+            return
         rates = self.rates(step)
         if rates != self._standing:
             for group, rate in zip(optimizer.param_groups, rates):
@@ -253,5 +267,16 @@ class RatePlan:
         """
         constant = self.is_constant()
         tables, end = self.tables(start, start + 1 if constant else stop, _MOST_ENTRIES)
-        lower_rates(graph, tables, [self.scale(index) for index in range(len(self.groups))])
+        scales = [self.scale(index) for index in range(len(self.groups))]
+        if updates_many_tensors_at_once(graph):  # and forgets their lr_scale
+            tables = [
+                (starts, [float(np.float32(v) * np.float32(scale)) for v in values])
+                for (starts, values), scale in zip(tables, scales)
+            ]
+            scales = [1.0] * len(scales)
+        lower_rates(graph, tables, scales)
         return None if constant else end
+
+
+def _scale_of(group: Any) -> Any:
+    return group.options.get("lr_scale")

@@ -491,6 +491,26 @@ def test_batch_idx_in_a_compiled_step_is_refused_with_the_user_s_line() -> None:
     assert f"{__file__}:{first + 1}:" in str(caught.value)
 
 
+class WrongShape(Line):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.layer(batch[:, :3]).mean()  # three columns, where the layer wants four
+
+
+class PassesIndexOn(WrongShape):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("task_class", [WrongShape, PassesIndexOn])
+def test_another_mistake_is_not_taken_for_a_use_of_batch_idx(task_class: Any) -> None:
+    """An error of the step's own is told as it is, with its line, though the index is passed on."""
+    _, first = inspect.getsourcelines(WrongShape.training_step)
+    with pytest.raises(GraphModeError) as caught:
+        quiet_trainer(mode="graph", max_epochs=1).fit(task_class(loss_of), rows(4))
+    assert f"{__file__}:{first + 1}:" in str(caught.value)
+    assert "batch_idx" not in str(caught.value)
+
+
 def test_a_task_goes_on_in_eager_mode_after_a_refusal() -> None:
     """A refused trace leaves the task as it was: it trains eagerly as if nothing had happened."""
     task, other = Line(branch), Line(branch)
