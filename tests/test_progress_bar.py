@@ -358,7 +358,7 @@ def test_after_an_exception_no_bar_is_left(monkeypatch: pytest.MonkeyPatch) -> N
         bar_trainer(num_sanity_val_steps=0).fit(Breaks(), BATCHES, BATCHES)
     first, second = terminal.stays()
     assert re.fullmatch(rf"Epoch 1/2: 4 batches in {TIME}{SPEED}, loss=1.0000, stopped", first)
-    assert re.fullmatch(rf"Validation: 0/4 batches in {TIME}, stopped", second)
+    assert re.fullmatch(rf"Validation: 0/4 batches in {TIME}, loss=1.0000, stopped", second)
 
 
 # ---------------------------------------------------------------------- numbers

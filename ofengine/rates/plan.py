@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import attrs
 import numpy as np
@@ -72,7 +72,7 @@ class RatePlan:
         self._decayed: Dict[int, List[float]] = {}
         self._constant: Optional[List[float]] = None
         self._standing: List[float] = []
-        self._standing_scales: List[Any] = []
+        self._standing_scales: List[float] = []
         self.stop: Optional[int] = None
         """The steps of the run, or None where that is not known: no rate is asked for beyond."""
 
@@ -188,28 +188,29 @@ class RatePlan:
     # ------------------------------------------------------------------ live groups
 
     def watch(self, optimizer: Optimizer) -> None:
-        """Remember the rates that stand in the groups now."""
+        """Remember the rates and scales that stand in the groups now."""
         self._standing = [group["lr"] for group in optimizer.param_groups]
-        self._standing_scales = [_scale_of(group) for group in optimizer.param_groups]
+        self._standing_scales = [g.options.get("lr_scale", 1.0) for g in optimizer.param_groups]
 
     def check_untouched(self, optimizer: Optimizer) -> None:
-        """Raise :class:`RateError` where somebody else wrote a rate into a group since."""
-        groups = optimizer.param_groups
-        for name, group, scale in zip(self.names, groups, self._standing_scales):
-            if _scale_of(group) != scale:
-                raise RateError(
-                    f"the lr_scale of group {name!r} was changed by hand from {scale} to "
-                    f"{_scale_of(group)} during training, which has no effect: call "
-                    f"trainer.set_lr({name!r}, ...), or declare the change as lr_decay_scale."
-                )
-        for name, group, standing in zip(self.names, groups, self._standing):
-            if group["lr"] != standing:
-                raise RateError(
-                    f"the lr of group {name!r} was changed by hand from {standing:g} to "
-                    f"{group['lr']:g} during training: the plan decides the rates, in both modes "
-                    f"alike. Call trainer.set_lr({name!r}, {group['lr']:g}), or declare the change "
-                    "as lr_decay_scale or as a scheduler."
-                )
+        """Raise :class:`RateError` where somebody else wrote a rate or a scale since."""
+        rows = zip(optimizer.param_groups, self._standing, self._standing_scales)
+        for index, (group, lr, scale) in enumerate(rows):
+            options = group.options
+            if options["lr"] != lr:
+                raise self._changed_by_hand(index, "lr", lr, options["lr"])
+            if options.get("lr_scale", 1.0) != scale:
+                after = options.get("lr_scale", 1.0)
+                raise self._changed_by_hand(index, "lr_scale", scale, after)
+
+    def _changed_by_hand(self, index: int, key: str, before: float, after: float) -> RateError:
+        name = self.names[index]
+        call = f"set_lr({name!r}, {after:g})" if key == "lr" else f"set_lr({name!r}, ...)"
+        return RateError(
+            f"the {key} of group {name!r} was changed by hand from {before:g} to {after:g} during "
+            "training: the plan decides the rates, in both modes alike. Call "
+            f"trainer.{call}, or declare the change as lr_decay_scale or as a scheduler."
+        )
 
     def write(self, optimizer: Optimizer, step: int) -> None:
         """Write the rates of ``step`` into the groups, for eager mode; none beyond the run."""
@@ -276,7 +277,3 @@ class RatePlan:
             scales = [1.0] * len(scales)
         lower_rates(graph, tables, scales)
         return None if constant else end
-
-
-def _scale_of(group: Any) -> Any:
-    return group.options.get("lr_scale")
