@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import numbers
 from typing import Any, Dict, Iterable, List, Sequence, Set, Tuple
 
 import attrs
@@ -80,7 +81,7 @@ def _describe(index: int, options: Any, optimizer: Optimizer, scheduled: bool) -
 
 
 def _number(group: str, key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise RateError(
             f"group {group!r} has {key}={value!r}, a {type(value).__name__}: write a number."
         )
@@ -138,8 +139,9 @@ def _check_membership(
                     f"not part of {type(task).__name__}: assign its module to an attribute of the "
                     "task, or take it out of param_groups()."
                 )
-            other = owner.setdefault(id(parameter), group)
-            if other != group or sum(p is parameter for p in parameters) > 1:
+            other = owner.get(id(parameter))
+            owner[id(parameter)] = group
+            if other is not None:
                 both = f"groups {other!r} and {group!r}" if other != group else f"group {group!r}"
                 raise RateError(
                     f"parameter {names[id(parameter)]!r} is twice in {both}: it would be stepped "
