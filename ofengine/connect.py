@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Iterable, List, Optional, Sequence, Union
 from oneflow import nn
 
 from ofengine.data import Batches, Limit, stage_loaders
-from ofengine.errors import ConfigurationError, DataError
+from ofengine.errors import ConfigurationError, DataError, RateError
 from ofengine.hooks import Callback, overrides, refuse_eager_only_hooks
 from ofengine.loggers import CSVLogger, Logger
 from ofengine.modes.graph import has_own_graph
@@ -170,6 +170,19 @@ def _no_data(task: TaskModule, stage: str) -> DataError:
         f"{VERB_OF_STAGE[stage]} has no data: pass a dataloader as its second argument, or write "
         f"{type(task).__name__}.{LOADER_OF_STAGE[stage]}()."
     )
+
+
+def configure_optimizers(task: TaskModule) -> Any:
+    """What the task's ``configure_optimizers`` returns."""
+    try:
+        return task.configure_optimizers()
+    except ValueError as error:
+        if "different warmup configs" in str(error):
+            raise RateError(
+                "OneFlow's linear warm-up takes groups of equal lr only: use "
+                "ofengine.rates.WarmupLR, which takes any, or scale the groups by lr_scale."
+            ) from error
+        raise
 
 
 def make_plan(

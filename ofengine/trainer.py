@@ -426,7 +426,7 @@ class Trainer:
         task.to(self.device)
         if self.seed is not None:
             seed_everything(self.seed)
-        made = read_optimizers(task.configure_optimizers(), type(task).__name__)
+        made = read_optimizers(connect.configure_optimizers(task), type(task).__name__)
         self.optimization = made
         self._rates = connect.make_plan(task, made, train.count, self.accumulate_grad_batches)
         if not any(group.tensors for group in self.rates.groups):

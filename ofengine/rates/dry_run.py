@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any, Iterator, Optional, Tuple
 
-from ofengine.connect import make_plan
+from ofengine.connect import configure_optimizers, make_plan
 from ofengine.errors import RateError
 from ofengine.optimizers import Optimization, read_optimizers
 from ofengine.rates.plan import RatePlan
@@ -24,7 +24,7 @@ def plan_run(
     callbacks, and the optimizer steps of the run (None where that is not known).
     """
     with _attached(trainer, task, batches):
-        made = read_optimizers(task.configure_optimizers(), type(task).__name__)
+        made = read_optimizers(configure_optimizers(task), type(task).__name__)
         plan = make_plan(task, made, batches, trainer.accumulate_grad_batches)
         if not any(group.tensors for group in plan.groups):
             raise RateError(f"{type(task).__name__} has no trainable parameter in any group.")
