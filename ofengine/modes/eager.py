@@ -57,6 +57,7 @@ class EagerMode:
     def start(self, optimizer: Optimizer) -> None:
         """Training with ``optimizer`` is about to begin."""
         self._optimizer = optimizer
+        optimizer.zero_grad(set_to_none=True)  # what a run that was cut off left behind
         self._clips_groups = any("clip_grad_max_norm" in g for g in optimizer.param_groups)
 
     def eval_step(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
