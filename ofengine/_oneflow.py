@@ -21,7 +21,6 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 import oneflow as flow
 from oneflow import nn
 from oneflow.framework import session_context
-from oneflow.framework.graph_build_util import lazy_mode
 from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 from oneflow.optim import Optimizer
 
@@ -49,11 +48,6 @@ def start_session() -> None:
 
 
 # ---------------------------------------------------------------------- tracing
-
-
-def is_tracing() -> bool:
-    """True inside ``nn.Graph.build``."""
-    return bool(lazy_mode.is_enabled())
 
 
 def module_of(proxy: Any) -> Any:

@@ -191,5 +191,7 @@ def make_plan(
     """Check the parameter groups and plan their rates."""
     scheduled = writes_initial_lr(made.scheduler)
     groups = check_groups(task, made.optimizer, scheduled)
+    if not any(group.tensors for group in groups):
+        raise RateError(f"{type(task).__name__} has no trainable parameter in any group.")
     schedule = make_schedule(made, [group.name for group in groups], [group.lr for group in groups])
     return RatePlan(groups, Calendar(batches, accumulate), schedule, made.interval, made.frequency)

@@ -159,6 +159,11 @@ def describe(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
+def describe_returned(value: Any) -> str:
+    """As :func:`describe`, of what a user's method returned: None is "nothing"."""
+    return "nothing" if value is None else describe(value)
+
+
 def to_device(batch: Any, device: flow.device) -> Any:
     """``batch`` with every tensor in it, however nested, on ``device``."""
     if isinstance(batch, flow.Tensor):

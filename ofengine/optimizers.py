@@ -10,7 +10,7 @@ from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 from oneflow.optim import Optimizer
 from oneflow.optim.lr_scheduler import ReduceLROnPlateau
 
-from ofengine.data import describe
+from ofengine.data import describe_returned
 from ofengine.errors import ConfigurationError, RateError
 from ofengine.rates.schedule import (
     ConstantSchedule,
@@ -63,8 +63,8 @@ def read_optimizers(returned: Any, task_name: str) -> Optimization:
         scheduler = schedulers[0] if schedulers else None
     if not isinstance(optimizer, Optimizer):
         raise ConfigurationError(
-            f"{where} returned {_kind(optimizer)} for the optimizer: return a oneflow.optim "
-            'optimizer, or {"optimizer": ..., "lr_scheduler": ...}.'
+            f"{where} returned {describe_returned(optimizer)} for the optimizer: return a "
+            'oneflow.optim optimizer, or {"optimizer": ..., "lr_scheduler": ...}.'
         )
     if scheduler is None:
         return Optimization(optimizer)
@@ -120,7 +120,7 @@ def _check_scheduler(optimizer: Optimizer, scheduler: Any, where: str) -> None:
             )
     elif not callable(scheduler) or isinstance(scheduler, type):
         raise ConfigurationError(
-            f"{where} returned {_kind(scheduler)} for the scheduler: return a "
+            f"{where} returned {describe_returned(scheduler)} for the scheduler: return a "
             "oneflow.optim.lr_scheduler object, a function of the step that returns a factor, a "
             "list of factors, or a dict of these by group name."
         )
@@ -168,7 +168,3 @@ def _check_keys(given: Dict[str, Any], known: Any, where: str) -> None:
     unknown = sorted(set(given) - known)
     if unknown:
         raise ConfigurationError(f"{where} has the unknown keys {unknown}: known: {sorted(known)}.")
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else describe(value)

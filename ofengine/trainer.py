@@ -20,7 +20,7 @@ from ofengine._oneflow import synchronize
 from ofengine.checkpoint import load_weights, save_weights
 from ofengine.data import Limit, describe
 from ofengine.devices import resolve_device
-from ofengine.errors import ConfigurationError, GraphModeError, RateError
+from ofengine.errors import ConfigurationError, GraphModeError
 from ofengine.hooks import Callback, HookRunner, warn_of_misspelt_hooks
 from ofengine.interrupts import InterruptGuard
 from ofengine.loggers import Logger
@@ -429,8 +429,6 @@ class Trainer:
         made = read_optimizers(connect.configure_optimizers(task), type(task).__name__)
         self.optimization = made
         self._rates = connect.make_plan(task, made, train.count, self.accumulate_grad_batches)
-        if not any(group.tensors for group in self.rates.groups):
-            raise RateError(f"{type(task).__name__} has no trainable parameter in any group.")
         self.rates.stop = self.total_steps
         self.hooks.fire("on_fit_start")
         check_rates(self.rates, made, self.total_steps, self.max_epochs)

@@ -8,7 +8,7 @@ import oneflow as flow
 from oneflow.optim import Optimizer
 
 from ofengine.hooks import HookRunner
-from ofengine.modes.steps import clip_gradients, clip_in_groups, split_outputs, step_arity
+from ofengine.modes.steps import clip_in_groups, split_outputs, step_arity
 
 if TYPE_CHECKING:
     from ofengine.task import TaskModule
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 class EagerMode:
     """Runs the steps of one task eagerly."""
-
-    name = "eager"
 
     def __init__(self, trainer: Trainer, task: TaskModule, hooks: HookRunner) -> None:
         self._trainer = trainer
@@ -42,9 +40,7 @@ class EagerMode:
             for call in calls["on_before_optimizer_step"]:
                 call(optimizer)
             if trainer.gradient_clip_val is not None:
-                clip_gradients(
-                    trainer.parameters, trainer.gradient_clip_val, trainer.gradient_clip_algorithm
-                )
+                trainer.clip()
             if self._clips_groups:
                 clip_in_groups(optimizer)
             optimizer.step()

@@ -19,7 +19,7 @@ from oneflow.optim import Optimizer
 from ofengine import _oneflow
 from ofengine.data import Structure, describe, flatten, unflatten
 from ofengine.errors import ConfigurationError, DataError, GraphModeError, OFEngineError, warn
-from ofengine.hooks import HookRunner
+from ofengine.hooks import HookRunner, overrides
 from ofengine.metrics import LogSpec
 from ofengine.modes.layers import (
     Masks,
@@ -43,7 +43,7 @@ _MANY_GRAPHS = 8
 
 def has_own_graph(task: TaskModule) -> bool:
     """True where the user overrides ``build_graph``."""
-    return type(task).build_graph is not TaskModule.build_graph
+    return overrides(task, "build_graph", TaskModule)
 
 
 class _StepGraph(nn.Graph):
@@ -61,6 +61,8 @@ class _StepGraph(nn.Graph):
         self.extra = tuple(extra)
         self.index = TracedIndex()
         self.specs: List[LogSpec] = []
+        self.constants: List[Tuple[LogSpec, float]] = []
+        self.assigned: List[str] = []
         self.rest: Structure = flatten(None, [])
 
     def call_step(self, tensors: Sequence[Any]) -> Any:
@@ -200,8 +202,6 @@ class _Compiled:
 class GraphMode:
     """Runs the steps of one task as static graphs."""
 
-    name = "graph"
-
     def __init__(self, trainer: Trainer, task: TaskModule, hooks: HookRunner) -> None:
         _oneflow.start_session()
         _oneflow.mend_launch_race()
@@ -251,7 +251,7 @@ class GraphMode:
         if isinstance(graph, TrainGraph):
             masks = compiled.masks.draw() if compiled.masks is not None else []
             outputs = graph(tensors, masks)
-            return self._outputs(graph, outputs[0], outputs[1:])
+            return {**(self._take_outputs(graph, outputs[1:]) or {}), "loss": outputs[0]}
         loss = _loss_of(graph(*tensors))
         if loss.numel() != 1:
             raise ConfigurationError(
@@ -279,7 +279,7 @@ class GraphMode:
                 self._compile(apply.graph, [gradients], "the optimizer step", updates=True)
             apply.graph(gradients)
             self._gradients = {}
-        return self._outputs(graph, outputs[0], outputs[stop:])
+        return {**(self._take_outputs(graph, outputs[stop:]) or {}), "loss": outputs[0]}
 
     def _window_scale(self, window: int) -> Any:
         """``1 / window`` as a tensor of no dimension on the device."""
@@ -289,16 +289,15 @@ class GraphMode:
             self._window_scales[window] = scale
         return scale
 
-    def _outputs(self, graph: _StepGraph, loss: Any, others: Sequence[Any]) -> Dict[str, Any]:
+    def _take_outputs(self, graph: _StepGraph, outputs: Sequence[Any]) -> Any:
+        """Record what the step logged; return what it returned."""
         logged = len(graph.specs)
         metrics = self.trainer.metrics
         if logged:
-            metrics.record_traced(graph.specs, others[:logged])
+            metrics.record_traced(graph.specs, outputs[:logged])
         if graph.constants:
             metrics.record_traced(*zip(*graph.constants))
-        rest = unflatten(graph.rest, iter(others[logged:])) or {}
-        rest["loss"] = loss
-        return rest
+        return unflatten(graph.rest, iter(outputs[logged:]))
 
     def settle(self) -> None:
         """Bring up to date what compiled steps leave behind: batch norms' count of batches."""
@@ -383,13 +382,7 @@ class GraphMode:
             compiled = self._evals[key] = _Compiled(graph)
             self._compile(graph, [tensors], step, updates=False)
         graph = compiled.graph
-        outputs = graph(tensors)
-        logged = len(graph.specs)
-        if logged:
-            self.trainer.metrics.record_traced(graph.specs, outputs[:logged])
-        if graph.constants:
-            self.trainer.metrics.record_traced(*zip(*graph.constants))
-        return unflatten(graph.rest, iter(outputs[logged:]))
+        return self._take_outputs(graph, graph(tensors))
 
     # ------------------------------------------------------------------ compiling
 

@@ -8,7 +8,7 @@ from typing import Any, Dict, Iterable, Tuple
 import oneflow as flow
 from oneflow import nn
 
-from ofengine.data import describe
+from ofengine.data import describe_returned
 from ofengine.errors import ConfigurationError
 
 
@@ -41,8 +41,8 @@ def split_outputs(outputs: Any, task_name: str) -> Tuple[Any, Dict[str, Any]]:
         loss = outputs["loss"]
     if not isinstance(loss, flow.Tensor):
         raise ConfigurationError(
-            f"{task_name}.training_step returned {_kind(loss)} for the loss: return a tensor of "
-            "one element, or a dict with it under 'loss'."
+            f"{task_name}.training_step returned {describe_returned(loss)} for the loss: return a "
+            "tensor of one element, or a dict with it under 'loss'."
         )
     if loss.numel() != 1:
         raise ConfigurationError(
@@ -55,10 +55,6 @@ def split_outputs(outputs: Any, task_name: str) -> Tuple[Any, Dict[str, Any]]:
             "detached, or is the whole model frozen?"
         )
     return (loss.reshape(()) if loss.ndim else loss), rest
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else describe(value)
 
 
 def clip_in_groups(optimizer: Any) -> None:

@@ -6,7 +6,6 @@ import contextlib
 from typing import TYPE_CHECKING, Any, Iterator, Optional, Tuple
 
 from ofengine.connect import configure_optimizers, make_plan
-from ofengine.errors import RateError
 from ofengine.optimizers import Optimization, read_optimizers
 from ofengine.rates.plan import RatePlan
 
@@ -26,8 +25,6 @@ def plan_run(
     with _attached(trainer, task, batches):
         made = read_optimizers(configure_optimizers(task), type(task).__name__)
         plan = make_plan(task, made, batches, trainer.accumulate_grad_batches)
-        if not any(group.tensors for group in plan.groups):
-            raise RateError(f"{type(task).__name__} has no trainable parameter in any group.")
         _let_callbacks_set_decay(trainer, task, plan)
         return made, plan, trainer.total_steps
 
