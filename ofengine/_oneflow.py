@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import gc
 import glob
 import io
 import math
@@ -144,6 +145,22 @@ def mute(graph: nn.Graph) -> None:
 def allow_backward(graph: nn.Graph) -> None:
     """Let ``build`` call ``backward`` although the graph has no optimizer."""
     graph.config._train(True)
+
+
+@contextlib.contextmanager
+def no_garbage_collected() -> Iterator[None]:
+    """Keep the garbage collector from deleting an old graph while a new one is compiled.
+
+    ``nn.Graph.__del__`` resets a table of variables that all graphs share. Where that happens
+    in the middle of a compilation, it fails: "must be a variable created in nn.Graph".
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

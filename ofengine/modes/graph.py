@@ -414,7 +414,7 @@ class GraphMode:
         _oneflow.mute(graph)
         self._forget_gradients()
         try:
-            with _oneflow.compile_quietly():
+            with _oneflow.compile_quietly(), _oneflow.no_garbage_collected():
                 run(graph, inputs)
         except _ProbeDone:
             pass
