@@ -57,6 +57,21 @@ class Callback:
     fires_last: bool = False
     """True puts this callback behind all others and the task (checkpointing callbacks)."""
 
+    def state_dict(self) -> Dict[str, Any]:
+        """What a checkpoint keeps of this callback, for :meth:`load_state_dict`.
+
+        A dict of None, booleans, numbers, texts, OneFlow tensors and numpy arrays, and of lists,
+        tuples and dicts (with texts as keys) of these. Default: empty.
+        """
+        return {}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave, where a run is resumed.
+
+        Called after ``setup`` and before ``on_fit_start``, where the checkpoint has a state of a
+        callback of this class. Tensors and arrays come back as numpy arrays, tuples as lists.
+        """
+
     def setup(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
         """First of all. ``stage`` is "fit", "validate", "test" or "predict"."""
 
@@ -203,7 +218,9 @@ class Callback:
 
 
 HOOKS: Tuple[str, ...] = tuple(
-    name for name, value in vars(Callback).items() if inspect.isfunction(value)
+    name
+    for name, value in vars(Callback).items()
+    if inspect.isfunction(value) and not name.endswith("state_dict")
 )
 """The names of all hooks."""
 
