@@ -17,7 +17,7 @@ import os
 import platform
 import struct
 import sys
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import oneflow as flow
 from oneflow import nn
@@ -208,6 +208,15 @@ def share_optimizer_states(graph: nn.Graph, states: Dict[str, Any]) -> None:
     graph.load_state_dict(states, strict=False)
 
 
+def parameter_names(graph: nn.Graph) -> Dict[str, Any]:
+    """The parameters of all modules of ``graph`` by the names they have in it."""
+    return {
+        f"{block}.{name}": parameter
+        for block, proxy in graph._blocks.items()
+        for name, parameter in module_of(proxy).named_parameters()
+    }
+
+
 def optimizers_of(graph: nn.Graph) -> List[Optimizer]:
     """The optimizers that ``graph`` was given by ``add_optimizer``."""
     return [entry["optim"] for entry in graph._opts]
@@ -279,6 +288,26 @@ def lower_rates(graph: nn.Graph, tables: Sequence[RateTable], scales: Sequence[f
     graph._opts[0]["lr_sch"] = _TableLR(graph, tables, scales)
 
 
+# ---------------------------------------------------------------------- dataloaders
+
+
+def open_with_indices(loader: Any, wrap: Callable[[Any], Any]) -> Iterator[Any]:
+    """``iter(loader)`` of a DataLoader whose (batch) sampler is ``wrap`` of its own, this once."""
+    name = "batch_sampler" if loader.batch_sampler is not None else "sampler"
+    own = vars(loader)[name]
+    wrapped = wrap(own)
+    vars(loader)[name] = wrapped  # the class forbids it by setattr
+    kept = loader._iterator  # persistent workers' iterator has noted its sampler
+    if kept is not None:
+        kept._index_sampler = wrapped
+    try:
+        return iter(loader)
+    finally:
+        vars(loader)[name] = own
+        if loader._iterator is not None:
+            loader._iterator._index_sampler = own
+
+
 # ---------------------------------------------------------------------- optimizers
 
 
@@ -293,6 +322,60 @@ def restore_exit_code() -> None:
         owner = getattr(sys.excepthook, "__closure__", None)
         original = getattr(owner[0].cell_contents, "_orig_excepthook", None) if owner else None
         sys.excepthook = original or sys.__excepthook__
+
+
+TRAIN_STEP = "System-Train-TrainStep"
+"""The name of the step counter among the states of a graph."""
+
+_SUFFIX_OF_KEY = {
+    "momentum_buf": "momentum",
+    "exp_avg": "m",
+    "exp_avg_sq": "v",
+    "max_exp_avg_sq": "max_v",
+    "square_avg": "mean_square",
+    "grad_avg": "mean_gradient",
+    "sum": "sum",
+    "square_avgs": "square_avgs",
+    "acc_deltas": "acc_deltas",
+}
+"""How a graph calls what an optimizer keeps of a parameter in eager mode."""
+_KEY_OF_SUFFIX = {suffix: key for key, suffix in _SUFFIX_OF_KEY.items()}
+
+ParameterStates = Dict[str, Dict[str, Any]]
+"""What an optimizer keeps of each parameter: tensors by eager mode's names."""
+
+
+def optimizer_state(optimizer: Optimizer, names: Dict[int, str]) -> Tuple[int, ParameterStates]:
+    """The steps that ``optimizer`` made and what it keeps, in eager mode; live memory.
+
+    ``names`` are the parameters' names by their ``id``.
+    """
+    states = {
+        names[id(parameter)]: {key: value for key, value in kept.items()}
+        for parameter, kept in optimizer._state.items()
+        if not isinstance(parameter, str) and kept and id(parameter) in names
+    }
+    return int(optimizer._state.get("step", 0)), states
+
+
+def load_optimizer_state(
+    optimizer: Optimizer, parameters: Dict[str, Any], steps: int, states: ParameterStates
+) -> None:
+    """The inverse of :func:`optimizer_state`; ``parameters`` by name."""
+    optimizer._state["step"] = steps
+    for name, kept in states.items():
+        optimizer._state.setdefault(parameters[name], {}).update(kept)
+
+
+def split_graph_state(key: str) -> Tuple[str, str]:
+    """The parameter's name in the graph, and eager mode's name of what is kept of it."""
+    parameter, _, suffix = key.rpartition("-")
+    return parameter, _KEY_OF_SUFFIX.get(suffix, suffix)
+
+
+def graph_state_name(parameter: str, key: str) -> str:
+    """The inverse of :func:`split_graph_state`."""
+    return f"{parameter}-{_SUFFIX_OF_KEY.get(key, key)}"
 
 
 # ---------------------------------------------------------------------- the launch race

@@ -1,23 +1,75 @@
-"""Weights in one file, in the safetensors format: nothing in it is executed when it is read."""
+"""One file a checkpoint, in the safetensors format: nothing in it is executed when it is read.
+
+Format version 2. Tensors: the weights and buffers under their names in the task, everything else
+under names that begin with "@". The header's ``__metadata__`` holds texts: ``format``
+("ofengine-checkpoint"), ``format_version``, ``ofengine`` (its version), ``epoch`` and
+``global_step``, ``state`` (JSON: all that is no weight, with ``{"@": name}`` where a tensor
+stands), and ``blake2b``: the checksum of the whole file, taken with its own digits set to "0".
+
+Every later ofengine reads the files of every earlier one. Version 1 ("ofengine-weights") holds
+weights only and has no checksum.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
+import re
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Union
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
+import attrs
 import numpy as np
 import oneflow as flow
 from oneflow import nn
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from ofengine import __version__
 from ofengine._oneflow import synchronize
 from ofengine.errors import CheckpointError
 
-FORMAT = "ofengine-weights"
-FORMAT_VERSION = 1
+FORMAT = "ofengine-checkpoint"
+FORMAT_VERSION = 2
+EXTENSION = ".safetensors"
+
+_APART = "@"
+_DIGITS = 64
+_NO_CHECKSUM = "0" * _DIGITS
+_CHECKSUM = re.compile(rb'"blake2b":"([0-9a-f]{%d})"' % _DIGITS)
+
+
+@attrs.frozen
+class Checkpoint:
+    """What a checkpoint file holds.
+
+    Attributes:
+        path: the file.
+        weights: the parameters and buffers by their names in the task.
+        state: all the rest, nested dicts and lists; None where the file holds weights only.
+        metadata: the texts beside them: "epoch", "global_step", "ofengine", ...
+    """
+
+    path: Path
+    weights: Dict[str, np.ndarray]
+    state: Optional[Dict[str, Any]]
+    metadata: Dict[str, str]
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def arrays_of(module: nn.Module) -> Dict[str, np.ndarray]:
+    """A copy of all parameters and buffers of ``module``, by name."""
+    synchronize()
+    return {name: array_of(tensor) for name, tensor in module.state_dict().items()}
+
+
+def array_of(tensor: Any) -> np.ndarray:
+    """A copy of ``tensor`` in the memory of the process."""
+    return np.array(tensor.numpy(), order="C")
 
 
 def save_weights(
@@ -27,65 +79,307 @@ def save_weights(
 ) -> Path:
     """Write all parameters and buffers of ``task`` to ``path``; return the path.
 
-    The file appears under its name only when it is complete (temporary file, fsync, rename),
-    so that a crash leaves the file that was there before. Raises :class:`CheckpointError`
-    where it cannot be written.
+    See :func:`write` for how, and for what is raised. ``metadata`` is kept as texts.
     """
-    synchronize()
-    path = Path(path)
-    arrays = {name: np.asarray(t.numpy(), order="C") for name, t in task.state_dict().items()}
+    return write(path, arrays_of(task), None, metadata)
+
+
+def write(
+    path: Union[str, Path],
+    weights: Mapping[str, np.ndarray],
+    state: Optional[Mapping[str, Any]] = None,
+    metadata: Optional[Mapping[str, Any]] = None,
+) -> Path:
+    """Write a checkpoint file; return its path.
+
+    The file appears under its name only when it is complete, on the disk, and was read back and
+    found good; until then the file that was there before stays.
+
+    Raises :class:`CheckpointError` where it cannot be written, or ``state`` holds what cannot.
+    """
+    content = encode(weights, state, metadata)
+    return put(path, content)
+
+
+def encode(
+    weights: Mapping[str, np.ndarray],
+    state: Optional[Mapping[str, Any]] = None,
+    metadata: Optional[Mapping[str, Any]] = None,
+) -> bytes:
+    """The bytes of a checkpoint file, its checksum included."""
+    odd = [name for name in weights if name.startswith(_APART)]
+    if odd:
+        raise CheckpointError(f"the parameter {odd[0]!r} begins with {_APART!r}: rename it.")
+    arrays = dict(weights)
     texts = {key: str(value) for key, value in (metadata or {}).items()}
-    texts.update(format=FORMAT, format_version=str(FORMAT_VERSION), ofengine=__version__)
+    if state is not None:
+        texts["state"] = json.dumps(_pack(state, [], arrays))
+    texts.update(
+        format=FORMAT,
+        format_version=str(FORMAT_VERSION),
+        ofengine=__version__,
+        blake2b=_NO_CHECKSUM,
+    )
+    content = bytearray(save(arrays, texts))
+    place = _place_of_checksum(content)
+    assert place is not None
+    content[place] = hashlib.blake2b(content, digest_size=_DIGITS // 2).hexdigest().encode()
+    return bytes(content)
+
+
+def put(path: Union[str, Path], content: bytes) -> Path:
+    """Write the bytes of :func:`encode` to ``path``, see :func:`write`."""
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(save(arrays, texts))
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if temporary.read_bytes() != content:
+            raise CheckpointError(
+                f"{path} could not be written: reading it back gave other bytes. Is the disk well?"
+            )
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except OSError as error:
         raise CheckpointError(f"{path} could not be written: {error.strerror or error}.") from error
     finally:
-        if temporary.exists():  # after an error, or Ctrl-C
+        with contextlib.suppress(OSError):  # after an error, or Ctrl-C
             temporary.unlink()
     return path
 
 
-def load_weights(task: nn.Module, path: Union[str, Path]) -> Dict[str, str]:
-    """Read ``path`` into ``task``, all of it or nothing; return the file's metadata.
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that are no more left half-written in ``folder``."""
+    for each in folder.glob(f".*{EXTENSION}.*.tmp"):
+        number = each.name.split(".")[-2]
+        if number.isdigit() and not Path("/proc", number).exists():
+            with contextlib.suppress(OSError):
+                each.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the new name on the disk too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _pack(value: Any, place: List[str], arrays: Dict[str, np.ndarray]) -> Any:
+    """``value`` as JSON can hold it; its tensors and arrays go to ``arrays``."""
+    if isinstance(value, flow.Tensor):
+        value = array_of(value)
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, np.ndarray):
+        name = _APART + "/".join(place)
+        if value.dtype.kind not in "biuf":
+            raise CheckpointError(
+                f"{'/'.join(place)} is an array of {value.dtype}: a checkpoint keeps numbers only."
+            )
+        arrays[name] = np.array(value, order="C")
+        return {_APART: name}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        packed = {}
+        for key, each in value.items():
+            if not isinstance(key, str) or key == _APART:
+                raise CheckpointError(
+                    f"{'/'.join(place)} has the key {key!r}: keys in a checkpoint are texts"
+                    f"{f', and not {_APART!r}' if key == _APART else ''}."
+                )
+            packed[key] = _pack(each, [*place, key], arrays)
+        return packed
+    if isinstance(value, (list, tuple)):
+        return [_pack(each, [*place, str(index)], arrays) for index, each in enumerate(value)]
+    raise CheckpointError(
+        f"{'/'.join(place)} is a {type(value).__name__}, which a checkpoint cannot keep: give "
+        "None, numbers, texts, tensors or arrays, in lists and dicts."
+    )
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def read(path: Union[str, Path]) -> Checkpoint:
+    """Read and verify a checkpoint file, or any safetensors file of weights.
+
+    Raises :class:`CheckpointError` where it is missing, damaged, no safetensors file, or of a
+    newer format.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(
+            f"{path} is a folder, not a file: give the path of a saved checkpoint. (oneflow.save "
+            "writes folders of pickles, which can run code when they are opened; if you trust it: "
+            "ofengine.load_weights(module, oneflow.load(path)).)"
+        )
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} is not there: give the path of a saved checkpoint."
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be read: {error.strerror or error}.") from error
+    metadata, arrays = _verified(path, content)
+    weights = {name: array for name, array in arrays.items() if not name.startswith(_APART)}
+    state = None
+    if "state" in metadata:
+        try:
+            state = _unpack(json.loads(metadata.pop("state")), arrays)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged: its state cannot be read: {error}.") from None
+    return Checkpoint(path, weights, state, metadata)
+
+
+def _verified(path: Path, content: bytes) -> Tuple[Dict[str, str], Dict[str, np.ndarray]]:
+    """The metadata and the tensors in ``content``, the checksum compared."""
+    header = _header(content)
+    if header is None:
+        pickled = content[:1] == b"\x80" or content[:4] == b"PK\x03\x04"
+        raise CheckpointError(
+            f"{path} is damaged or no safetensors file"
+            + (": it looks like a pickle, which is not opened, because it could run any code."
+               if pickled else ": its header cannot be read.")
+        )  # fmt: skip
+    metadata = header.get("__metadata__") or {}
+    if not isinstance(metadata, dict):
+        metadata = {}
+    length = 8 + int.from_bytes(content[:8], "little")
+    version = str(metadata.get("format_version", ""))
+    if b"ofengine" in content[:length] or b"blake2b" in content[:length]:
+        _check_format(path, metadata, version)
+        if version != "1":
+            _check_checksum(path, content)
+    try:
+        arrays = load(content)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}.") from error
+    return metadata, arrays
+
+
+def _header(content: bytes) -> Optional[Dict[str, Any]]:
+    length = int.from_bytes(content[:8], "little")
+    if len(content) < 8 or length > len(content) - 8:
+        return None
+    try:
+        header = json.loads(content[8 : 8 + length])
+    except ValueError:
+        return None
+    return header if isinstance(header, dict) and header else None
+
+
+def _check_format(path: Path, metadata: Mapping[str, Any], version: str) -> None:
+    known = {"1": "ofengine-weights", str(FORMAT_VERSION): FORMAT}
+    if metadata.get("format") == FORMAT and version.isdigit() and int(version) > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} was written by ofengine {metadata.get('ofengine', '?')} in format {version}, "
+            f"and this is ofengine {__version__}, which reads formats up to {FORMAT_VERSION}: "
+            "upgrade ofengine."
+        )
+    if known.get(version) != metadata.get("format"):
+        raise CheckpointError(f"{path} is damaged: its format cannot be told.")
+
+
+def _check_checksum(path: Path, content: bytes) -> None:
+    place = _place_of_checksum(content)
+    blank = bytearray(content)
+    if place is not None:
+        blank[place] = _NO_CHECKSUM.encode()
+    digest = hashlib.blake2b(blank, digest_size=_DIGITS // 2).hexdigest().encode()
+    if place is None or content[place] != digest:
+        raise CheckpointError(
+            f"{path} is damaged: its checksum is not that of its content. Use the one before."
+        )
+
+
+def _place_of_checksum(content: Union[bytes, bytearray]) -> Optional[slice]:
+    header = 8 + int.from_bytes(content[:8], "little")
+    found = _CHECKSUM.search(content, 8, header)
+    return slice(*found.span(1)) if found else None
+
+
+def _unpack(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
+    if isinstance(value, dict):
+        if set(value) == {_APART}:
+            return arrays[value[_APART]]
+        return {key: _unpack(each, arrays) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_unpack(each, arrays) for each in value]
+    return value
+
+
+# ---------------------------------------------------------------------- weights into a module
+
+
+def load_weights(
+    task: nn.Module, source: Union[str, Path, Mapping[str, Any]], prefix: str = ""
+) -> Dict[str, str]:
+    """Read weights into ``task``, all of them or nothing; return the file's metadata.
+
+    ::
+
+        load_weights(task, "last.safetensors")                       # a checkpoint into a task
+        load_weights(mobilenet_v2(), "last.safetensors", "model.")   # into a plain model
+        load_weights(task.model, mobilenet_v2().state_dict())        # and the other way round
+
+    Args:
+        task: a task or any module.
+        source: a checkpoint, any safetensors file, or a dict of tensors or arrays by name.
+        prefix: use only the tensors whose names begin so, without it.
 
     Raises :class:`CheckpointError` where the file is missing, damaged or of another model.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a file: give the path of a saved checkpoint.")
-    try:
-        with safe_open(str(path), framework="np") as file:
-            metadata = dict(file.metadata() or {})
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}.") from error
+    if isinstance(source, Mapping):
+        arrays = {
+            name: array_of(value) if isinstance(value, flow.Tensor) else np.asarray(value)
+            for name, value in source.items()
+        }
+        where, metadata = "the dict of weights", {}
+    else:
+        checkpoint = read(source)
+        arrays, metadata, where = checkpoint.weights, checkpoint.metadata, str(checkpoint.path)
+    if prefix:
+        begin = len(prefix)
+        arrays = {n[begin:]: a for n, a in arrays.items() if n.startswith(prefix)}
+        where = f"{where} (below {prefix!r})"
+    check_weights(task, arrays, where)
+    copy_weights(task, arrays)
+    return metadata
+
+
+def check_weights(task: nn.Module, arrays: Mapping[str, np.ndarray], where: str) -> None:
+    """Raise :class:`CheckpointError` where ``arrays`` are not exactly the tensors of ``task``."""
     own = task.state_dict()
     missing, extra = sorted(set(own) - set(arrays)), sorted(set(arrays) - set(own))
     if missing or extra:
         raise CheckpointError(
-            f"{path} belongs to another model: it lacks {missing[:3]} ({len(missing)} tensors) and "
-            f"has {extra[:3]} ({len(extra)} tensors) that {type(task).__name__} has not."
+            f"{where} belongs to another model: it lacks {missing[:3]} ({len(missing)} tensors) "
+            f"and has {extra[:3]} ({len(extra)} tensors) that {type(task).__name__} has not."
         )
     for name, tensor in own.items():
         if tuple(tensor.shape) != arrays[name].shape:
             raise CheckpointError(
-                f"{path} belongs to another model: {name!r} has the shape {arrays[name].shape} "
+                f"{where} belongs to another model: {name!r} has the shape {arrays[name].shape} "
                 f"there and {tuple(tensor.shape)} in {type(task).__name__}."
             )
         kept = tensor.numpy().dtype
         if kept != arrays[name].dtype:
             raise CheckpointError(
-                f"{path} belongs to another model: {name!r} holds {arrays[name].dtype} numbers "
+                f"{where} belongs to another model: {name!r} holds {arrays[name].dtype} numbers "
                 f"there and {kept} in {type(task).__name__}."
             )
+
+
+def copy_weights(task: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write ``arrays``, checked, into the tensors of ``task``, which stay the same objects."""
     with flow.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in task.state_dict().items():
             tensor.copy_(flow.tensor(arrays[name], dtype=tensor.dtype).to(tensor.device))
-    return metadata
+    synchronize()

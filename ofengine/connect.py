@@ -13,7 +13,7 @@ from ofengine.loggers import CSVLogger, Logger
 from ofengine.modes.graph import has_own_graph
 from ofengine.optimizers import Optimization, make_schedule, writes_initial_lr
 from ofengine.rates.calendar import Calendar
-from ofengine.rates.groups import check_groups
+from ofengine.rates.groups import Group, check_groups
 from ofengine.rates.plan import RatePlan
 from ofengine.task import TaskModule
 
@@ -131,7 +131,7 @@ def training_batches(
     if source is None:
         raise _no_data(task, "train")
     name = "overfit_batches" if keep else LIMIT_OF_STAGE["train"]
-    return Batches(source, limit, trainer.device, "train_dataloader", name, keep)
+    return Batches(source, limit, trainer.device, "train_dataloader", name, keep, resumable=True)
 
 
 def evaluation_batches(
@@ -193,5 +193,23 @@ def make_plan(
     groups = check_groups(task, made.optimizer, scheduled)
     if not any(group.tensors for group in groups):
         raise RateError(f"{type(task).__name__} has no trainable parameter in any group.")
+    return _plan(made, groups, batches, accumulate)
+
+
+def plan_anew(trainer: Trainer) -> RatePlan:
+    """Another plan for the run of ``trainer``, at its beginning."""
+    plan = _plan(
+        trainer.made,
+        trainer.rates.groups,
+        trainer.num_training_batches,
+        trainer.accumulate_grad_batches,
+    )
+    plan.stop = trainer.total_steps
+    return plan
+
+
+def _plan(
+    made: Optimization, groups: Sequence[Group], batches: Optional[int], accumulate: int
+) -> RatePlan:
     schedule = make_schedule(made, [group.name for group in groups], [group.lr for group in groups])
     return RatePlan(groups, Calendar(batches, accumulate), schedule, made.interval, made.frequency)

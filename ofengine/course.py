@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+import enum
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, List
 
 from ofengine.data import Batches
 from ofengine.errors import DataError, RateError
+from ofengine.generators import global_states, states_in
 from ofengine.seeding import seed_epoch
 
 if TYPE_CHECKING:
     from ofengine.trainer import Trainer
+
+
+class Point(enum.Enum):
+    """How far a run is within a batch or epoch: what is done, and so where it would go on."""
+
+    BEGIN = "begin"
+    """No epoch was begun."""
+    EPOCH_START = "epoch_start"
+    """on_train_epoch_start; no batch was fetched."""
+    STEP = "step"
+    """Between on_train_batch_start and on_train_batch_end: nothing that is whole can be saved."""
+    STEPPED = "stepped"
+    """The step was made; on_train_batch_end; logging and validation are to come."""
+    VALIDATING = "validating"
+    """In the validation that follows a batch."""
+    VALIDATED = "validated"
+    """on_validation_end."""
+    READY = "ready"
+    """All that belongs to the batch is done."""
+    EPOCH_END = "epoch_end"
+    """on_train_epoch_end."""
+    OVER = "over"
+    """on_train_end, or after it."""
 
 
 def is_done(trainer: Trainer) -> bool:
@@ -98,7 +123,31 @@ def observe_metric(trainer: Trainer, interval: str, count: int) -> None:
         trainer.mode_runner.rebuild(f"ReduceLROnPlateau lowered the rates on {made.monitor}")
 
 
-def reseed(trainer: Trainer, train: Batches) -> None:
+def begin_epoch(trainer: Trainer, train: Batches) -> None:
     """Make the epoch's randomness a function of (seed, epoch), where there is a seed."""
     if trainer.seed is not None:
         seed_epoch(trainer.seed, trainer.current_epoch, train, trainer.task)
+    train.pass_seed = (trainer.run_seed, trainer.current_epoch)
+    trainer.batch_idx = -1
+    trainer.cut_short = None
+    trainer.point = Point.EPOCH_START
+
+
+def begin_validation(trainer: Trainer, validation: List[Batches]) -> None:
+    """Note the generators' states, so that a run that is cut off here can validate again."""
+    trainer.states_before_validation = {
+        "global": global_states(),
+        "data": [states_in(None, loader.source) for loader in validation],
+    }
+    trainer.layers_in_eval_mode = [n for n, m in trainer.task.named_modules() if not m.training]
+    for index, loader in enumerate(validation):
+        loader.pass_seed = (trainer.run_seed, trainer.batches_seen, 1 + index)
+    trainer.point = Point.VALIDATING
+
+
+def epoch_cut_short(trainer: Trainer, batches: int, is_last: bool) -> None:
+    """Take note that the epoch ends here because training does."""
+    if is_last:
+        trainer.rates.calendar.epoch_ended(trainer.current_epoch, batches)
+    else:
+        trainer.cut_short = trainer.metrics.state()

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import copy
 import itertools
-from typing import Any, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
+import attrs
 import numpy as np
 import oneflow as flow
 from oneflow.utils.data import DataLoader
 
 from ofengine.errors import ConfigurationError, DataError
+from ofengine.generators import (
+    RandomState,
+    global_states,
+    set_global_states,
+    set_states_in,
+    states_in,
+)
+from ofengine.loading import can_skip, open_source
 
 Limit = Union[int, float, None]
 
@@ -20,12 +29,35 @@ class Step(NamedTuple):
 
     batch_idx: int
     batch: Any
+    """The batch, or :data:`STEPPED` where a resumed run has only what follows it left to do."""
     window: int
     """How many batches this window has."""
     closes_window: bool
     """True where the optimizer steps after this batch."""
     is_last: bool
     """True for the last batch of the epoch."""
+
+
+class _Stepped:
+    def __repr__(self) -> str:
+        return "STEPPED"
+
+
+STEPPED: Any = _Stepped()
+
+
+@attrs.frozen
+class Resumption:
+    """Where in an epoch a resumed run goes on."""
+
+    done: int
+    """Batches whose step was made."""
+    again: bool
+    """True where what follows the last of them is still to be done."""
+    begin: Callable[[], None]
+    """Puts the generators where they were at the beginning of the pass."""
+    reached: Callable[[], None]
+    """Puts the generators where they were when the run stopped."""
 
 
 class Batches:
@@ -38,6 +70,7 @@ class Batches:
         device: where the tensors go.
         what: how errors call it, e.g. ``"train_dataloader"``.
         keep: hold the batches of the first pass and repeat them (``overfit_batches``).
+        resumable: note where the generators are when a pass is begun.
     """
 
     def __init__(
@@ -48,6 +81,7 @@ class Batches:
         what: str,
         limit_name: str = "limit",
         keep: bool = False,
+        resumable: bool = False,
     ) -> None:
         if not hasattr(source, "__iter__") or isinstance(source, (str, bytes, dict, type)):
             raise DataError(
@@ -58,6 +92,7 @@ class Batches:
         self.what = what
         self.device = device
         self.keep = keep
+        self._resumable = resumable
         self._kept: Optional[List[Any]] = None
         try:
             total: Optional[int] = len(source)  # type: ignore[arg-type]
@@ -71,14 +106,31 @@ class Batches:
         self._total = total
         self.once = total is None and hasattr(source, "__next__")
         """True for a generator or iterator, which can be gone through only once."""
+        self.pass_seed: Tuple[int, ...] = (0,)
+        """What the randomness in worker processes is a function of, with the batch's number."""
+        self.states_at_start: Optional[RandomState] = None
+        """The generators' states when the last pass was begun, where it is ``resumable``; None
+        for a list."""
 
     def __iter__(self) -> Iterator[Any]:
         """The batches of one pass, on the device."""
+        return self._from(None)
+
+    def _from(self, resumption: Optional[Resumption]) -> Iterator[Any]:
+        """The batches of one pass; those that are ``done`` are gone through, or skipped."""
         if self._kept is not None:
             return iter(self._kept)
-        batches = iter(self.source)
+        if resumption is not None:
+            resumption.begin()
+        if self._resumable and not isinstance(self.source, (list, tuple)):
+            self.states_at_start = {
+                "global": global_states(),
+                "data": states_in(None, self.source),
+            }
+        skipped = resumption.done if resumption is not None and self.can_skip else 0
+        batches = open_source(self.source, skipped, self.pass_seed)
         if self.count is not None:
-            batches = itertools.islice(batches, self.count)
+            batches = itertools.islice(batches, self.count - skipped)
         if self.device.type != "cpu":
             batches = (to_device(batch, self.device) for batch in batches)
         if self.keep:
@@ -86,26 +138,26 @@ class Batches:
             return iter(self._kept)
         return batches
 
-    def steps(self, accumulate: int) -> Iterator[Step]:
+    @property
+    def can_skip(self) -> bool:
+        """True where batches that are done need not be loaded again to get behind them."""
+        return not self.keep and self._total is not None and can_skip(self.source)
+
+    def steps(self, accumulate: int, resumption: Optional[Resumption] = None) -> Iterator[Step]:
         """The batches of one pass with their windows of ``accumulate`` batches.
 
         The window that the end of the pass cuts short has the number of batches it really has.
         Where the length is not known, up to ``accumulate`` batches are read ahead to find out.
         """
-        batches = iter(self)
         if self.count is not None and self._total is not None:
-            last = self.count - 1
-            batch_idx = -1
-            for batch_idx, batch in enumerate(batches):
-                place = batch_idx % accumulate
-                window = min(accumulate, self.count - (batch_idx - place))
-                yield Step(batch_idx, batch, window, place == window - 1, batch_idx == last)
-            if batch_idx < last:
-                raise DataError(
-                    f"{self.what} gave {batch_idx + 1} batches, though its length is "
-                    f"{self._total}: correct its __len__, or remove it."
-                )
-            return
+            return self._steps_of_known(self.count, accumulate, resumption)
+        return self._steps_of_unknown(accumulate, resumption)
+
+    def _steps_of_unknown(
+        self, accumulate: int, resumption: Optional[Resumption]
+    ) -> Iterator[Step]:
+        done = 0 if resumption is None else resumption.done
+        batches = self._from(resumption)
         batch_idx = 0
         window_batches = list(itertools.islice(batches, accumulate))
         while window_batches:
@@ -113,9 +165,49 @@ class Batches:
             window = len(window_batches)
             for place, batch in enumerate(window_batches):
                 closes = place == window - 1
-                yield Step(batch_idx, batch, window, closes, closes and not following)
+                step = Step(batch_idx, batch, window, closes, closes and not following)
+                if resumption is None or batch_idx >= done:
+                    yield step
+                else:
+                    yield from _resumed(step, resumption)
                 batch_idx += 1
             window_batches = following
+
+    def _steps_of_known(
+        self, count: int, accumulate: int, resumption: Optional[Resumption]
+    ) -> Iterator[Step]:
+        batches = self._from(resumption)
+        batch_idx, last = -1, count - 1
+        if resumption is not None:
+            done = resumption.done
+            if self.can_skip:
+                batch_idx = done - 1
+            else:
+                for batch_idx, _ in zip(range(done), batches):
+                    pass
+            if batch_idx >= 0:
+                yield from _resumed(_step_of(count, accumulate, batch_idx, STEPPED), resumption)
+        for batch_idx, batch in enumerate(batches, batch_idx + 1):
+            place = batch_idx % accumulate
+            window = min(accumulate, count - (batch_idx - place))
+            yield Step(batch_idx, batch, window, place == window - 1, batch_idx == last)
+        if batch_idx < last:
+            raise DataError(
+                f"{self.what} gave {batch_idx + 1} batches, though its length is "
+                f"{self._total}: correct its __len__, or remove it."
+            )
+
+    def set_states(self, states: Optional[RandomState]) -> None:
+        """Put the generators where they were when a pass was begun."""
+        if states is not None:
+            set_global_states(states["global"])
+            set_states_in(None, self.source, states["data"])
+
+    def hold(self, states: Optional[RandomState]) -> None:
+        """Where batches are kept: take them anew as the pass took them that was begun so."""
+        if self.keep and self._kept is None:
+            self.set_states(states)
+            iter(self)
 
     def reseed(self, seed: int) -> None:
         """Make the next pass shuffle as a function of ``seed`` alone."""
@@ -128,6 +220,23 @@ class Batches:
             for holder in holders:
                 if hasattr(holder, "generator"):
                     holder.generator = generator
+
+
+def _step_of(count: int, accumulate: int, batch_idx: int, batch: Any) -> Step:
+    place = batch_idx % accumulate
+    window = min(accumulate, count - (batch_idx - place))
+    return Step(batch_idx, batch, window, place == window - 1, batch_idx == count - 1)
+
+
+def _resumed(step: Step, resumption: Resumption) -> Iterator[Step]:
+    """What a resumed run does about the batches that were done.
+
+    Behind the last of them the generators are put where they were when the run stopped.
+    """
+    if step.batch_idx == resumption.done - 1:
+        resumption.reached()
+        if resumption.again:
+            yield step._replace(batch=STEPPED)
 
 
 def count_batches(total: Optional[int], limit: Limit, what: str, limit_name: str) -> Optional[int]:

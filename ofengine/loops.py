@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional
 
 from ofengine import course
 from ofengine.connect import STEP_OF_STAGE
-from ofengine.data import Batches
+from ofengine.course import Point
+from ofengine.data import STEPPED, Batches
 
 if TYPE_CHECKING:
+    from ofengine.resume import Entry
     from ofengine.trainer import Trainer
 
 _RUN_AHEAD = 16
@@ -18,29 +20,47 @@ _RUN_AHEAD = 16
 def fit_loop(trainer: Trainer, train: Batches, validation: List[Batches]) -> None:
     """Train ``trainer.task``: epochs, batches, validation where it is due."""
     hooks = trainer.hooks
-    _sanity_check(trainer, validation)
+    if trainer.resumed is None:
+        _sanity_check(trainer, validation)
     trainer.metrics.begin(per_step=False)
     trainer.task.train()
     trainer.mode_runner.start(trainer.optimizer)
+    if trainer.resumed is not None:
+        trainer.resumed.restore_training(trainer)
     hooks.fire("on_train_start")
-    while not course.is_done(trainer):
-        course.reseed(trainer, train)
-        hooks.fire("on_train_epoch_start")
+    entry = None
+    if trainer.resumed is not None:
+        entry = trainer.resumed.enter(trainer, train)
+        if trainer.point is Point.EPOCH_END:
+            _end_epoch(trainer)
+    while entry is not None or not course.is_done(trainer):
+        if entry is None:
+            course.begin_epoch(trainer, train)
+            hooks.fire("on_train_epoch_start")
         course.refresh_parameters(trainer)
-        _train_epoch(trainer, train, validation)
+        _train_epoch(trainer, train, validation, entry)
+        entry = None
         trainer.mode_runner.settle()
         trainer.log_metrics(trainer.metrics.close_epoch())
+        trainer.point = Point.EPOCH_END
         hooks.fire("on_train_epoch_end")
-        trainer.log_metrics(trainer.metrics.close_epoch())  # what that hook logged
-        trainer.save_logs()
-        course.observe_metric(trainer, "epoch", trainer.current_epoch + 1)
-        trainer.current_epoch += 1
+        _end_epoch(trainer)
+    trainer.point = Point.OVER
     hooks.fire("on_train_end")
     trainer.log_metrics(trainer.metrics.close_epoch())  # what that hook logged
     trainer.metrics.end()
 
 
-def _train_epoch(trainer: Trainer, train: Batches, validation: List[Batches]) -> None:
+def _end_epoch(trainer: Trainer) -> None:
+    trainer.log_metrics(trainer.metrics.close_epoch())  # what on_train_epoch_end logged
+    trainer.save_logs()
+    course.observe_metric(trainer, "epoch", trainer.current_epoch + 1)
+    trainer.current_epoch += 1
+
+
+def _train_epoch(
+    trainer: Trainer, train: Batches, validation: List[Batches], entry: Optional[Entry]
+) -> None:
     # Everything that stays the same from batch to batch is looked up here, once.
     calls = trainer.hooks.calls
     batch_start, batch_end = calls["on_train_batch_start"], calls["on_train_batch_end"]
@@ -51,32 +71,47 @@ def _train_epoch(trainer: Trainer, train: Batches, validation: List[Batches]) ->
     logged = trainer.metrics.begin_batches()
     waiting: Any = None
     batch_idx = -1
-    for batch_idx, batch, window, closes, is_last in train.steps(trainer.accumulate_grad_batches):
+    steps = train.steps(trainer.accumulate_grad_batches, entry.data if entry else None)
+    if entry is not None:
+        entry.restore_step_state(trainer)
+        batch_idx = trainer.batch_idx
+    for batch_idx, batch, window, closes, is_last in steps:
         trainer.batch_idx = batch_idx
-        if batch_idx + 1 == expected and not is_last:
-            course.epoch_outgrew(trainer)
-        for call in batch_start:
-            call(batch, batch_idx)
-        outputs = step(batch, batch_idx, window, closes)
-        trainer.steps_done += closes
-        trainer.batches_seen += 1
-        commit(batch, outputs["loss"])
-        for call in batch_end:
-            call(outputs, batch, batch_idx)
-        if logged:
-            commit(batch)  # what those hooks logged
-        if closes and trainer.steps_done % log_every == 0:
-            trainer.log_metrics(trainer.metrics.flush())
-        if closes and observes_steps:
-            course.observe_metric(trainer, "step", trainer.steps_done)
-        if batch_idx % _RUN_AHEAD == 0:
-            if waiting is not None:
-                waiting.numpy()
-            waiting = outputs["loss"]
-        if validation and course.validation_is_due(trainer, batch_idx, is_last):
+        if batch is not STEPPED:
+            trainer.point = Point.STEP
+            if batch_idx + 1 == expected and not is_last:
+                course.epoch_outgrew(trainer)
+            for call in batch_start:
+                call(batch, batch_idx)
+            outputs = step(batch, batch_idx, window, closes)
+            trainer.steps_done += closes
+            trainer.batches_seen += 1
+            trainer.point = Point.STEPPED
+            commit(batch, outputs["loss"])
+            for call in batch_end:
+                call(outputs, batch, batch_idx)
+            if logged:
+                commit(batch)  # what those hooks logged
+            if batch_idx % _RUN_AHEAD == 0:
+                if waiting is not None:
+                    waiting.numpy()
+                waiting = outputs["loss"]
+        if trainer.point is Point.STEPPED:  # a resumed run may be beyond it
+            if closes and trainer.steps_done % log_every == 0:
+                trainer.log_metrics(trainer.metrics.flush())
+            if closes and observes_steps:
+                course.observe_metric(trainer, "step", trainer.steps_done)
+        if (
+            validation
+            and course.validation_is_due(trainer, batch_idx, is_last)
+            and trainer.point is not Point.VALIDATED
+        ):
+            course.begin_validation(trainer, validation)
             evaluation_loop(trainer, "validation", validation)
+        trainer.point = Point.READY
         trainer.interrupts.check()
         if trainer.should_stop or (closes and course.is_out_of_time_or_steps(trainer)):
+            course.epoch_cut_short(trainer, batch_idx + 1, is_last)
             break
     else:
         course.epoch_ended(trainer, batch_idx + 1, train.once)
@@ -153,6 +188,8 @@ def evaluation_loop(
     for result in results:
         result.update(shared)
     metrics.end()
+    if trainer.point is Point.VALIDATING:
+        trainer.point = Point.VALIDATED
     if not trainer.sanity_checking:
         trainer.log_metrics({name: value for result in results for name, value in result.items()})
     hooks.fire(f"on_{stage}_end")

@@ -70,6 +70,7 @@ class Metrics:
         self._stages: List[_Stage] = []
         self._specs: Dict[Tuple[Any, ...], LogSpec] = {}
         self._known: Dict[str, float] = {}
+        self._batch: Any = None
         self.progress_bar_names: Dict[str, None] = {}
         """The names logged with ``prog_bar=True``, in the order of their first log."""
 
@@ -95,6 +96,7 @@ class Metrics:
     def reset(self) -> None:
         """Leave all stages: the run is over. The latest values stay readable."""
         self._stages.clear()
+        self._batch = None
 
     def forget(self) -> None:
         """Forget all values: those of the sanity check, or of the run before."""
@@ -109,6 +111,35 @@ class Metrics:
                 "or in a hook between on_train_start (on_validation_start, ...) and its end."
             )
         return self._stages[-1]
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state(self) -> Dict[str, Any]:
+        """What the stage of training holds and the latest values, for a checkpoint."""
+        stages: Dict[str, Any] = {}
+        if self._stages:
+            stage = self._stages[0]
+            if stage.current and len(self._stages) == 1:
+                self.commit(self._batch)  # what hooks have logged for it so far
+            self._peek(stage)
+            stages = {
+                "last": [[attrs.asdict(spec), value] for spec, value in stage.last.values()],
+                "sums": [[attrs.asdict(s), total, w] for s, total, w in stage.sums.values()],
+            }
+        bar = list(self.progress_bar_names)
+        return {**stages, "known": dict(self._known), "progress_bar": bar}
+
+    def load_state(self, state: Dict[str, Any]) -> None:
+        """Go on from :meth:`state`, in the stage of training."""
+        stage = self._stages[0]
+        for options, value in state.get("last", []):
+            spec = LogSpec(**options)
+            stage.last[spec.full_name] = (spec, value)
+        for options, total, weights in state.get("sums", []):
+            spec = LogSpec(**options)
+            stage.sums[spec.full_name] = (spec, total, weights)
+        self._known.update(state["known"])
+        self.progress_bar_names.update(dict.fromkeys(state["progress_bar"]))
 
     # ------------------------------------------------------------------ recording
 
@@ -154,6 +185,7 @@ class Metrics:
         stage = self._stages[-1]
         if loss is not None:
             stage.last["loss"] = (_LOSS, loss)
+            self._batch = batch
         if not stage.current:
             return
         batch_size = 1 if batch is None else batch_size_of(batch)

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import random
-
-import numpy as np
-import oneflow as flow
 from oneflow import nn
 
 from ofengine.data import Batches
+from ofengine.loading import derive_seed, seed_everything
 
-
-def seed_everything(seed: int) -> int:
-    """Seed Python's, numpy's and OneFlow's global generators; return ``seed``."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    flow.manual_seed(seed)
-    return seed
-
-
-def derive_seed(*parts: int) -> int:
-    """A seed that is a function of ``parts`` (numpy's SeedSequence), from 0 to 2**31 - 1."""
-    return int(np.random.SeedSequence(parts).generate_state(1)[0]) >> 1
+__all__ = ["derive_seed", "seed_epoch", "seed_everything"]
 
 
 def seed_epoch(seed: int, epoch: int, train: Batches, task: nn.Module) -> None:

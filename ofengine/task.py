@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional
+import inspect
+from pathlib import Path
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Dict,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Type,
+    TypeVar,
+    Union,
+)
 
 import oneflow as flow
 from oneflow import nn
@@ -14,6 +27,9 @@ if TYPE_CHECKING:
     from oneflow.optim import Optimizer
 
     from ofengine.trainer import Trainer
+
+
+T = TypeVar("T", bound="TaskModule")
 
 
 class TaskModule(nn.Module):
@@ -35,6 +51,8 @@ class TaskModule(nn.Module):
     """
 
     _trainer: Optional[Trainer] = None
+    hparams: Mapping[str, Any] = {}
+    """What :meth:`save_hyperparameters` was told; checkpoints keep what of it is plain."""
 
     # ------------------------------------------------------------------ what the user writes
 
@@ -117,7 +135,58 @@ class TaskModule(nn.Module):
         """The data of ``predict`` where it is given none."""
         return None
 
+    def on_save_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
+        """Put into the empty dict ``checkpoint`` what a checkpoint is to keep of this task.
+
+        Parameters, buffers and hyper-parameters are kept anyway. What may be in it is as in
+        :meth:`ofengine.Callback.state_dict`.
+        """
+
+    def on_load_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
+        """Take back what ``on_save_checkpoint`` put in, where a run is resumed."""
+
     # ------------------------------------------------------------------ what the user calls
+
+    def save_hyperparameters(self, *names: str, ignore: Sequence[str] = ()) -> None:
+        """Keep the arguments of ``__init__``, from which it is called, in ``self.hparams``.
+
+        ``names``: only these; default: all but ``ignore``. Checkpoints keep those that are
+        numbers, texts, booleans, None, or lists of them; ``load_from_checkpoint`` makes the
+        task anew with them. Raises :class:`ConfigurationError` for a name that is no argument.
+        """
+        frame = inspect.currentframe()
+        caller = frame.f_back if frame is not None else None
+        if caller is None or caller.f_code.co_name != "__init__":
+            raise ConfigurationError("call save_hyperparameters() in the task's __init__.")
+        given = inspect.getargvalues(caller)
+        arguments = {name: given.locals[name] for name in given.args[1:]}
+        arguments.update(given.locals[given.keywords] if given.keywords else {})
+        code = caller.f_code  # getargvalues leaves keyword-only arguments in the locals
+        only = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
+        arguments.update({name: given.locals[name] for name in only})
+        unknown = [name for name in (*names, *ignore) if name not in arguments]
+        if unknown:
+            raise ConfigurationError(
+                f"save_hyperparameters({unknown[0]!r}): __init__ has no such argument; it has "
+                f"{sorted(arguments)}."
+            )
+        kept = {k: v for k, v in arguments.items() if k in (names or arguments) and k not in ignore}
+        self.hparams = {**self.hparams, **kept}
+
+    @classmethod
+    def load_from_checkpoint(cls: Type[T], path: Union[str, Path], **arguments: Any) -> T:
+        """A task of this class with the weights of a checkpoint.
+
+        It is made with the hyper-parameters that ``save_hyperparameters`` kept, and with
+        ``arguments``, which count first. Raises :class:`CheckpointError` where the file is
+        missing, damaged or of another model.
+        """
+        from ofengine.checkpoint import load_weights, read
+
+        state = read(path).state or {}
+        task = cls(**{**state.get("hparams", {}), **arguments})
+        load_weights(task, path)
+        return task
 
     def log(
         self,

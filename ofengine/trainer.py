@@ -8,19 +8,23 @@ import os
 import sys
 import threading
 import time
+import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple, Union
 
+import oneflow as flow
 from oneflow import nn
 from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 from oneflow.optim import Optimizer
 
 from ofengine import arguments, connect
 from ofengine._oneflow import synchronize
-from ofengine.checkpoint import load_weights, save_weights
-from ofengine.data import Limit, describe
+from ofengine.checkpoint import arrays_of, load_weights, write
+from ofengine.course import Point
+from ofengine.data import Batches, Limit, describe
 from ofengine.devices import resolve_device
 from ofengine.errors import ConfigurationError, GraphModeError
+from ofengine.generators import states_in
 from ofengine.hooks import Callback, HookRunner, warn_of_misspelt_hooks
 from ofengine.interrupts import InterruptGuard
 from ofengine.loggers import Logger
@@ -33,6 +37,8 @@ from ofengine.optimizers import Optimization, read_optimizers
 from ofengine.rates.calendar import ceil_div
 from ofengine.rates.checks import check_rates
 from ofengine.rates.plan import RatePlan
+from ofengine.rates.resume import POLICIES
+from ofengine.resume import Resumed, find_checkpoint, state_of_run
 from ofengine.seeding import seed_everything
 from ofengine.task import TaskModule
 from ofengine.tracing import forbid_in_trace
@@ -95,9 +101,12 @@ class Trainer:
 
     # Set by every verb, before anything asks for them.
     task: TaskModule
+    run_seed: int
     hooks: HookRunner
     mode_runner: Runner
     eval_runner: Runner
+    fit_runner: Runner
+    """The mode runner of the running or last ``fit``."""
     # Set by fit.
     parameters: List[Any]
     """The trainable parameters of all groups."""
@@ -217,14 +226,19 @@ class Trainer:
         self.metrics = Metrics()
         self.interrupts = InterruptGuard()
         self.predictions: List[List[Any]] = []
-        self.optimization: Optional[Optimization] = None
-        self._rates: Optional[RatePlan] = None
+        self.optimization: Optional[Optimization]
+        self._rates: Optional[RatePlan]
         self._reset_progress()
 
     # ------------------------------------------------------------------ verbs
 
     def fit(
-        self, task: TaskModule, train_dataloaders: Any = None, val_dataloaders: Any = None
+        self,
+        task: TaskModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        ckpt_path: Union[str, Path, None] = None,
+        rates_on_resume: str = "checkpoint",
     ) -> None:
         """Train ``task``.
 
@@ -233,17 +247,28 @@ class Trainer:
             train_dataloaders: a ``oneflow.utils.data.DataLoader`` or any iterable of batches.
                 Default: ``task.train_dataloader()``.
             val_dataloaders: one, or a list of DataLoaders. Default: ``task.val_dataloader()``.
+            ckpt_path: a checkpoint of a run, which goes on as if it had never stopped, in either
+                mode. "last" takes the newest that is whole among those of the
+                ``ModelCheckpoint`` callbacks, or else below ``default_root_dir``, and begins
+                anew where there is none.
+            rates_on_resume: which rates count where those of the checkpoint and those of the
+                code differ: "checkpoint" goes on with the checkpoint's schedule, rates, scales
+                and decay; "config" takes the code's, as if they had been so from the start.
 
         Raises:
             OFEngineError: something does not fit together; raised before training starts.
         """
         self._attach(task)
+        arguments.check_choice("rates_on_resume", rates_on_resume, POLICIES)
         self._reset_progress()
         connect.check_step(task, "train")
         connect.add_rate_callback(self.callbacks, self.mode)
         if self.mode == "graph":
             connect.check_graph_mode(self, task)
-        self._run("fit", lambda: self._fit(task, train_dataloaders, val_dataloaders))
+        self._run(
+            "fit",
+            lambda: self._fit(task, train_dataloaders, val_dataloaders, ckpt_path, rates_on_resume),
+        )
 
     def validate(
         self, task: TaskModule, dataloaders: Any = None, ckpt_path: Union[str, Path, None] = None
@@ -288,23 +313,46 @@ class Trainer:
         return lr_find(self, task, train_dataloaders, **options)
 
     def save_checkpoint(self, path: Union[str, Path]) -> Path:
-        """Write the task's weights to ``path`` (safetensors), with epoch and step beside them."""
+        """Write a checkpoint to ``path`` (safetensors), from which a run can be resumed.
+
+        From a callback, save in ``on_train_batch_end`` or later, and with ``fires_last = True``:
+        what callbacks behind it do for the same batch is not in the checkpoint. A Trainer that
+        did not train saves the weights only.
+
+        Raises :class:`CheckpointError` where the file cannot be written; the training, and the
+        file that was there, are as before.
+        """
+        return write(path, *self.checkpoint_content())
+
+    def checkpoint_content(self) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]], Dict[str, Any]]:
+        """The weights, the state of the run, and the metadata of a checkpoint of this moment."""
         if not hasattr(self, "mode_runner"):
             raise ConfigurationError(
                 "save_checkpoint() has nothing to save before fit, validate, test or predict."
             )
         self.mode_runner.settle()
+        state = None if self._rates is None else state_of_run(self)
         progress = {"epoch": self.current_epoch, "global_step": self.global_step}
-        return save_weights(self.task, path, progress)
+        return arrays_of(self.task), state, progress
 
     # ------------------------------------------------------------------ what callbacks ask
 
     @property
     def optimizer(self) -> Optimizer:
         """The optimizer of the running or last ``fit``."""
+        return self.made.optimizer
+
+    @property
+    def made(self) -> Optimization:
+        """What ``configure_optimizers`` returned in the running or last ``fit``."""
         if self.optimization is None:
             raise ConfigurationError("there is no optimizer before fit.")
-        return self.optimization.optimizer
+        return self.optimization
+
+    def seconds_trained(self) -> float:
+        """Seconds since training began, those before a resumption included."""
+        now = time.monotonic()
+        return self.seconds_before + (0.0 if self.begun_at is None else now - self.begun_at)
 
     @property
     def rates(self) -> RatePlan:
@@ -411,13 +459,21 @@ class Trainer:
 
     # ------------------------------------------------------------------ inside
 
-    def _fit(self, task: TaskModule, train_dataloaders: Any, val_dataloaders: Any) -> None:
+    def _fit(
+        self,
+        task: TaskModule,
+        train_dataloaders: Any,
+        val_dataloaders: Any,
+        ckpt_path: Union[str, Path, None],
+        rates_on_resume: str,
+    ) -> None:
         keep = self._overfit is not None
         limits = dict.fromkeys(self._limits, self._overfit) if keep else self._limits
         train = connect.training_batches(self, task, train_dataloaders, limits["train"], keep)
         validation = connect.evaluation_batches(
             self, task, "validation", val_dataloaders, limits["validation"], keep
         )
+        self.train_batches, self.validation_batches = train, validation
         self.has_validation = bool(validation)
         self.num_training_batches = train.count
         self.val_every_batches = arguments.batches_between_validations(
@@ -430,16 +486,42 @@ class Trainer:
         self.optimization = made
         self._rates = connect.make_plan(task, made, train.count, self.accumulate_grad_batches)
         self.rates.stop = self.total_steps
+        self._resume(ckpt_path, rates_on_resume)
         self.hooks.fire("on_fit_start")
+        if self.resumed is not None:
+            self.resumed.restore_rates(self, rates_on_resume)
         check_rates(self.rates, made, self.total_steps, self.max_epochs)
-        self.deadline = None if self._seconds is None else time.monotonic() + self._seconds
+        self.begun_at = time.monotonic()
+        if self._seconds is not None:
+            self.deadline = self.begun_at + self._seconds - self.seconds_before
         if train.count == 0:
             log.info("limit_train_batches is 0: nothing is trained.")
         else:
             fit_loop(self, train, validation)
         synchronize()
         self._leave_rates_behind()
+        self.data_states_after_fit = {
+            "now": states_in(None, train.source),
+            "at_pass": train.states_at_start,
+        }
         self.hooks.fire("on_fit_end")
+
+    def _resume(self, ckpt_path: Union[str, Path, None], rates_on_resume: str) -> None:
+        """Take over the run of a checkpoint, where there is one to be resumed."""
+        if ckpt_path is None:
+            return
+        checkpoint = find_checkpoint(self, ckpt_path)
+        if checkpoint is None:
+            log.info("ckpt_path='last': there is no checkpoint yet, training begins anew.")
+            return
+        resumed = Resumed(self, checkpoint, exact_place=str(ckpt_path) == "last")
+        resumed.check(self, rates_on_resume)
+        resumed.restore_run(self)
+        self.resumed = resumed
+        log.info(
+            "resuming from %s: epoch %d, step %d.",
+            checkpoint.path, self.current_epoch, self.global_step,
+        )  # fmt: skip
 
     def _evaluate(
         self, stage: str, task: TaskModule, dataloaders: Any, ckpt_path: Union[str, Path, None]
@@ -479,6 +561,8 @@ class Trainer:
         }
         self.mode_runner = runners[self.mode]
         self.eval_runner = runners[self.eval_mode]
+        if stage == "fit":
+            self.fit_runner = self.mode_runner
         self.interrupts = InterruptGuard()
         status = "failed"
         with self.interrupts:
@@ -491,6 +575,7 @@ class Trainer:
                 raise
             finally:
                 self.metrics.reset()
+                self.train_batches, self.validation_batches = None, []
                 self.sanity_checking = False
                 for runner in runners.values():
                     runner.close()
@@ -521,6 +606,20 @@ class Trainer:
         self.batch_idx = 0
         self.batches_seen = 0
         self.should_stop = False
+        self.point = Point.BEGIN
+        self.resumed: Optional[Resumed] = None
+        self.cut_short: Optional[Dict[str, Any]] = None
+        self.states_before_validation: Optional[Dict[str, Any]] = None
+        self.layers_in_eval_mode: List[str] = []
+        self.train_batches: Optional[Batches] = None
+        self.data_states_after_fit: Dict[str, Any] = {"now": {}, "at_pass": None}
+        self.validation_batches: List[Batches] = []
+        self.run_id = uuid.uuid4().hex
+        own = flow.default_generator.initial_seed() if self.seed is None else self.seed
+        self.run_seed = own
+        self.seconds_before = 0.0
+        self.begun_at: Optional[float] = None
+        self._rates = self.optimization = None
         self.sanity_checking = False
         self.num_training_batches = None
         self.parameters = []

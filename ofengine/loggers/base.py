@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Dict, Optional
+from pathlib import Path
+from typing import Any, Dict, List, Optional
 
 
 class Logger:
@@ -16,6 +17,21 @@ class Logger:
     def log_metrics(self, metrics: Dict[str, float], step: int, epoch: int) -> None:
         """Take the ``metrics`` known after ``step`` optimizer steps, in ``epoch`` (from 0)."""
         raise NotImplementedError
+
+    def state_dict(self) -> Dict[str, Any]:
+        """What a checkpoint keeps of this logger; empty where it keeps nothing."""
+        return {}
+
+    def load_state_dict(self, state: Dict[str, Any], continue_files: bool) -> None:
+        """Go on from :meth:`state_dict`, where a run is resumed.
+
+        ``continue_files`` says to go on in the files of that run, and to take out of them what
+        came after the checkpoint; otherwise to begin files of this run with what came before.
+        """
+
+    def run_dirs(self) -> List[Path]:
+        """The folders that runs with this logger have left so far."""
+        return []
 
     def save(self) -> None:
         """Make sure that what was logged is stored. Called after each epoch."""

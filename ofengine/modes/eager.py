@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Dict
+from typing import TYPE_CHECKING, Any, Dict, Tuple
 
 import oneflow as flow
 from oneflow.optim import Optimizer
 
+from ofengine import _oneflow
 from ofengine.hooks import HookRunner
 from ofengine.modes.steps import clip_in_groups, split_outputs, step_arity
 
@@ -55,6 +56,25 @@ class EagerMode:
         self._optimizer = optimizer
         optimizer.zero_grad(set_to_none=True)  # what a run that was cut off left behind
         self._clips_groups = any("clip_grad_max_norm" in g for g in optimizer.param_groups)
+
+    def optimizer_state(self) -> Tuple[int, _oneflow.ParameterStates]:
+        """The optimizer's steps, and what it keeps of each parameter by name; live memory."""
+        names = {id(p): name for name, p in self._task.named_parameters()}
+        return _oneflow.optimizer_state(self._trainer.optimizer, names)
+
+    def load_optimizer_state(self, steps: int, states: _oneflow.ParameterStates) -> None:
+        """Go on from what :meth:`optimizer_state` of either mode gave."""
+        parameters = dict(self._task.named_parameters())
+        _oneflow.load_optimizer_state(self._trainer.optimizer, parameters, steps, states)
+
+    def gradients(self) -> Dict[str, Any]:
+        """What an accumulation window that is not closed yet has added up, by parameter."""
+        return {n: p.grad for n, p in self._task.named_parameters() if p.grad is not None}
+
+    def load_gradients(self, gradients: Dict[str, Any]) -> None:
+        """Go on from what :meth:`gradients` of either mode gave."""
+        for name, parameter in self._task.named_parameters():
+            parameter.grad = gradients.get(name)
 
     def eval_step(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
         """``validation_step``, ``test_step`` or ``predict_step`` on one batch, no gradients."""

@@ -212,6 +212,8 @@ class GraphMode:
         self._applies: Dict[Tuple[int, ...], _Compiled] = {}
         self._evals: Dict[Hashable, _Compiled] = {}
         self._states: Dict[str, Any] = {}
+        self._parameter_of: Dict[str, str] = {}
+        self._resumed: Optional[Tuple[int, _oneflow.ParameterStates]] = None
         self._structure: Structure = flatten(None, [])
         self._gradients: Dict[int, Any] = {}
         self._window_scales: Dict[int, Any] = {}
@@ -369,6 +371,49 @@ class GraphMode:
                 "configure_optimizers() too."
             )
 
+    # ------------------------------------------------------------------ checkpoints
+
+    def optimizer_state(self) -> Tuple[int, _oneflow.ParameterStates]:
+        """The optimizer's steps, and what it keeps of each parameter by name; live memory."""
+        if not self._states:  # nothing was compiled yet
+            return self._resumed or (0, {})
+        states: _oneflow.ParameterStates = {}
+        for name, tensor in self._states.items():
+            parameter, key = _oneflow.split_graph_state(name)
+            if parameter in self._parameter_of:
+                states.setdefault(self._parameter_of[parameter], {})[key] = tensor
+        return int(self._states[_oneflow.TRAIN_STEP].item()), states
+
+    def load_optimizer_state(self, steps: int, states: _oneflow.ParameterStates) -> None:
+        """Go on from what :meth:`optimizer_state` of either mode gave."""
+        self._resumed = (steps, states)
+
+    def gradients(self) -> Dict[str, Any]:
+        """What an accumulation window that is not closed yet has added up, by parameter."""
+        names = {id(p): name for name, p in self.task.named_parameters()}
+        parameters = self.trainer.parameters
+        return {names[id(parameters[i])]: grad for i, grad in self._gradients.items()}
+
+    def load_gradients(self, gradients: Dict[str, Any]) -> None:
+        """Go on from what :meth:`gradients` of either mode gave."""
+        index_of = {id(p): index for index, p in enumerate(self.trainer.parameters)}
+        parameters = dict(self.task.named_parameters())
+        self._gradients = {index_of[id(parameters[n])]: g for n, g in gradients.items()}
+
+    def _take_resumed_state(self, graph: nn.Graph) -> None:
+        """Let the first graph that updates begin with the state of a checkpoint."""
+        if self._resumed is None:
+            return
+        steps, states = self._resumed
+        self._resumed = None
+        in_graph = {name: key for key, name in self._parameter_of.items()}
+        for name, kept in states.items():
+            for key, tensor in kept.items():
+                if name in in_graph:
+                    self._states[_oneflow.graph_state_name(in_graph[name], key)] = tensor
+        device = self.trainer.device
+        self._states[_oneflow.TRAIN_STEP] = flow.tensor([steps], dtype=flow.int64).to(device)
+
     # ------------------------------------------------------------------ evaluation
 
     def eval_step(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
@@ -388,7 +433,7 @@ class GraphMode:
 
     def rebuild(self, reason: str) -> None:
         """Compile the training graphs anew at the next step, over the same optimizer state."""
-        if not self._states:
+        if not self._steps and not self._applies:
             return
         log.info("step %d: compiling again: %s", self.trainer.global_step, reason)
         self.settle()
@@ -400,6 +445,11 @@ class GraphMode:
         """Compile ``graph`` for ``inputs``; where it ``updates``, over the shared state."""
         if updates:
             self._hooks.fire("on_before_graph_compile", graph)
+            names = {id(p): name for name, p in self.task.named_parameters()}
+            for key, parameter in _oneflow.parameter_names(graph).items():
+                if id(parameter) in names:
+                    self._parameter_of[key] = names[id(parameter)]
+            self._take_resumed_state(graph)
             if self._states:
                 _oneflow.share_optimizer_states(graph, self._states)
         self._trace(graph, _oneflow.trace_and_compile, inputs, what)
@@ -433,8 +483,9 @@ class GraphMode:
             parameter.grad = None
 
     def close(self) -> None:
-        """Let the graphs go."""
+        """Let the graphs go, but not the optimizer's state: it may be saved yet."""
         self.settle()
+        self._resumed = self.optimizer_state()
         self._steps.clear()
         self._applies.clear()
         self._evals.clear()

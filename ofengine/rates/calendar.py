@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -31,6 +31,17 @@ class Calendar:
         self._starts: List[Tuple[int, int]] = [(0, 0)]
         self._lengths: List[int] = []
         self._events: Dict[int, List[int]] = {}
+
+    def state(self) -> Dict[str, Any]:
+        """How long epochs were and are expected to be, for a checkpoint."""
+        return {"batches_per_epoch": self.batches_per_epoch, "lengths": list(self._lengths)}
+
+    def load_state(self, state: Dict[str, Any]) -> None:
+        """Take over from :meth:`state` how long the past epochs were."""
+        if self.batches_per_epoch is None:
+            self.batches_per_epoch = state["batches_per_epoch"]
+        for length in state["lengths"]:
+            self._record(length)
 
     def outgrown(self, epoch: int) -> None:
         """``epoch``, going on, has more batches than was expected: expect nothing any more."""

@@ -63,16 +63,20 @@ class RatePlan:
         frequency: int = 1,
     ) -> None:
         self.groups: Tuple[Group, ...] = tuple(groups)
+        self.initial_groups = self.groups
+        """The groups before any :meth:`set_lr`."""
         self.calendar = calendar
         self.decay = DecayEvents()
         self._decay_owner: Optional[str] = None
-        self._schedule = schedule
-        self._by_epoch = interval == "epoch"
-        self._frequency = frequency
+        self.schedule = schedule
+        self.by_epoch = interval == "epoch"
+        self.frequency = frequency
         self._decayed: Dict[int, List[float]] = {}
         self._constant: Optional[List[float]] = None
         self._standing: List[float] = []
         self._standing_scales: List[float] = []
+        self.changes: List[Tuple[int, str, float]] = []
+        """What :meth:`set_lr` was told so far: (step, group, lr)."""
         self.stop: Optional[int] = None
         """The steps of the run, or None where that is not known: no rate is asked for beyond."""
 
@@ -130,10 +134,10 @@ class RatePlan:
     def unscaled(self, index: int, step: int) -> float:
         """Schedule and decay of a group at ``step``, before ``lr_scale``, in float64."""
         factor = self.decay_scale(index)
-        if self._schedule is None:
+        if self.schedule is None:
             base = self.groups[index].lr
             return base if factor == 1.0 else self._decay(index, base, factor, step)
-        base = self._schedule.lr(index, self.position(step))
+        base = self.schedule.lr(index, self.position(step))
         return base if factor == 1.0 else base * self._decay(index, 1.0, factor, step)
 
     def _decay(self, index: int, start: float, factor: float, step: int) -> float:
@@ -145,18 +149,18 @@ class RatePlan:
 
     def position(self, step: int) -> int:
         """How often a hand-written loop would have called ``scheduler.step()`` before ``step``."""
-        if self._schedule is None:
+        if self.schedule is None:
             return 0
-        return (self.calendar.epoch_of(step) if self._by_epoch else step) // self._frequency
+        return (self.calendar.epoch_of(step) if self.by_epoch else step) // self.frequency
 
     def is_constant(self) -> bool:
         """True where no group's rate changes any more, unless somebody changes it."""
-        steady = self._schedule is None or isinstance(self._schedule, PlateauSchedule)
+        steady = self.schedule is None or isinstance(self.schedule, PlateauSchedule)
         return steady and not self._decays()
 
     def depends_on_epochs(self) -> bool:
         """True where the length of epochs matters to a rate."""
-        return self._by_epoch or self._decays()
+        return self.by_epoch or self._decays()
 
     def _decays(self) -> bool:
         return any(self.decay_scale(index) != 1.0 for index in range(len(self.groups)))
@@ -171,8 +175,9 @@ class RatePlan:
         index = self.index(group)
         if not math.isfinite(lr) or lr < 0:
             raise RateError(f"set_lr({group!r}, {lr!r}): a rate is finite and not negative.")
-        if self._schedule is not None:
-            self._schedule.rebase(index, float(lr), self.position(step))
+        self.changes.append((step, group, float(lr)))
+        if self.schedule is not None:
+            self.schedule.rebase(index, float(lr), self.position(step))
         groups = list(self.groups)
         groups[index] = attrs.evolve(groups[index], lr=float(lr))
         self.groups = tuple(groups)
@@ -180,10 +185,19 @@ class RatePlan:
 
     def observe(self, metric: float) -> bool:
         """Show ``ReduceLROnPlateau`` the metric's new value; True where a rate changed."""
-        changed = isinstance(self._schedule, PlateauSchedule) and self._schedule.observe(metric)
+        changed = isinstance(self.schedule, PlateauSchedule) and self.schedule.observe(metric)
         if changed:
             self._forget()
         return changed
+
+    def adopt(self, groups: Sequence[Group], decay: DecayEvents) -> None:
+        """Take the groups and the decay events of a checkpoint, from the first step on."""
+        for index, group in enumerate(groups):
+            if self.schedule is not None and group.lr != self.groups[index].lr:
+                self.schedule.rebase(index, group.lr, 0)
+        self.groups = self.initial_groups = tuple(groups)
+        self.decay = decay
+        self._forget()
 
     # ------------------------------------------------------------------ live groups
 
@@ -252,10 +266,10 @@ class RatePlan:
     def _next_moment(self, step: int, stop: int) -> int:
         """The first step after ``step`` at which some rate may be another."""
         moments = [stop]
-        if self._by_epoch:
+        if self.by_epoch:
             moments.append(self.calendar.next_epoch(step) or stop)
-        elif self._schedule is not None:
-            moments.append((step // self._frequency + 1) * self._frequency)
+        elif self.schedule is not None:
+            moments.append((step // self.frequency + 1) * self.frequency)
         if self._decays():
             every, per_epoch = self.decay.every_n_batches, self.decay.per_epoch
             moments.append(self.calendar.next_event(step, every, per_epoch, stop))

@@ -27,6 +27,13 @@ class Schedule:
         raise NotImplementedError
 
 
+    def adopt(self, kept: Any) -> None:
+        """Go on with the schedule of a checkpoint, as :func:`describe_schedule` describes it.
+
+        Raises :class:`RateError` where this one cannot become that one.
+        """
+
+
 class ConstantSchedule(Schedule):
     """``lr`` of the group for ever."""
 
@@ -65,6 +72,10 @@ class TableSchedule(ConstantSchedule):
         """See :class:`Schedule`."""
         return self.lrs[group] * self.factors[min(position, len(self.factors) - 1)]
 
+    def adopt(self, kept: Any) -> None:
+        """See :class:`Schedule`."""
+        self.factors = [float(factor) for factor in kept["table"]]
+
 
 class PerGroupSchedule(Schedule):
     """A schedule of its own for each group."""
@@ -80,6 +91,12 @@ class PerGroupSchedule(Schedule):
         """See :class:`Schedule`."""
         self.schedules[group].rebase(group, lr, position)
 
+    def adopt(self, kept: Any) -> None:
+        """See :class:`Schedule`."""
+        for schedule, part in zip(self.schedules, kept["by_group"]):
+            if part is not None:
+                schedule.adopt(part)
+
 
 class PlateauSchedule(Schedule):
     """Rates that ``ReduceLROnPlateau`` lowers when a metric stops getting better."""
@@ -93,6 +110,18 @@ class PlateauSchedule(Schedule):
         before = [group["lr"] for group in groups]
         self._twin.step(metric)
         return before != [group["lr"] for group in groups]
+
+    def state(self) -> Dict[str, Any]:
+        """The scheduler's memory of the metric, and the rates it has come to."""
+        groups = self._twin.optimizer.param_groups
+        memory = {key: value for key, value in vars(self._twin).items() if is_plain(value)}
+        return {"memory": memory, "lrs": [float(group["lr"]) for group in groups]}
+
+    def load_state(self, state: Dict[str, Any]) -> None:
+        """Go on from :meth:`state`."""
+        vars(self._twin).update(state["memory"])
+        for group, lr in zip(self._twin.optimizer.param_groups, state["lrs"]):
+            group["lr"] = lr
 
     def lr(self, group: int, position: int) -> float:
         """See :class:`Schedule`: the rate from now on, whatever the position."""
@@ -174,6 +203,16 @@ class RecordedSchedule(Schedule):
             chunk = self._open(number)
         return chunk.lr(group, within)
 
+    def adopt(self, kept: Any) -> None:
+        """See :class:`Schedule`."""
+        twin = _twin_of(self.scheduler)
+        _write_values(twin, kept)
+        for group, lr in zip(twin.optimizer.param_groups, twin.base_lrs):
+            group["initial_lr"] = lr
+        twin.last_step -= 1  # and forward again, now with these values
+        twin.step()
+        self._start_over(twin, 0)
+
     def _open(self, number: int) -> _Chunk:
         while len(self._starts) <= number:
             twin = self._open(len(self._starts) - 1).end()
@@ -215,3 +254,68 @@ class _Chunk:
     def _record(self) -> None:
         for rates, group in zip(self._rates, self._twin.optimizer.param_groups):
             rates.append(float(group["lr"]))
+
+
+# ---------------------------------------------------------------------- what a checkpoint keeps
+
+
+_MOVING = ("last_step", "_last_lr", "verbose", "best", "num_bad_steps", "cooldown_counter")
+"""What changes in a scheduler while it is stepped."""
+
+
+def is_plain(value: Any) -> bool:
+    """True for None, booleans, numbers, texts, and lists and tuples of them."""
+    if isinstance(value, (list, tuple)):
+        return all(is_plain(each) for each in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def describe_schedule(scheduler: Any, names: Sequence[str] = ()) -> Any:
+    """What ``configure_optimizers`` returned as a scheduler, as far as JSON can tell it.
+
+    ``names`` are the groups' names. A scheduler object becomes its class, its plain values
+    before the first step, and the schedulers inside it.
+    """
+    if scheduler is None:
+        return None
+    if isinstance(scheduler, dict):
+        parts = [describe_schedule(scheduler.get(name)) for name in names]
+        return {"class": "one for each group", "by_group": parts}
+    if isinstance(scheduler, (list, tuple)):
+        return {"class": "a table", "table": [float(factor) for factor in scheduler]}
+    if not hasattr(scheduler, "optimizer"):
+        return {"class": "a function"}
+    values: Dict[str, Any] = {}
+    parts_by_name: Dict[str, Any] = {}
+    for key, value in vars(scheduler).items():
+        listed = value if isinstance(value, (list, tuple)) and value else [value]
+        if all(hasattr(each, "optimizer") for each in listed):
+            parts_by_name[key] = [describe_schedule(each) for each in listed]
+        elif key not in _MOVING and is_plain(value):
+            values[key] = value
+    kind = type(scheduler)
+    return {"class": kind.__qualname__, "values": values, "parts": parts_by_name}
+
+
+def same_kind(kept: Any, own: Any) -> bool:
+    """True where two descriptions are of the same classes, inside too."""
+    if kept is None or own is None:
+        return kept is own
+    if kept["class"] != own["class"]:
+        return False
+    pairs = [(kept.get("by_group", []), own.get("by_group", []))]
+    inside, own_inside = kept.get("parts", {}), own.get("parts", {})
+    if set(inside) != set(own_inside):
+        return False
+    pairs += [(inside[key], own_inside[key]) for key in inside]
+    return all(len(a) == len(b) and all(map(same_kind, a, b)) for a, b in pairs)
+
+
+def _write_values(scheduler: Any, kept: Any) -> None:
+    for key, value in kept["values"].items():
+        own = getattr(scheduler, key, None)
+        setattr(scheduler, key, tuple(value) if isinstance(own, tuple) else value)
+    for key, parts in kept["parts"].items():
+        own = getattr(scheduler, key)
+        for each, part in zip(own if isinstance(own, (list, tuple)) else [own], parts):
+            _write_values(each, part)

@@ -43,13 +43,13 @@ def cifar_like_batches(sizes: List[int]) -> List[Tuple[Any, Any]]:
 @pytest.fixture(scope="module")
 def batches() -> List[Tuple[Any, Any]]:
     """An epoch as the graph loop needs it: all batches alike."""
-    return cifar_like_batches([2] * BATCHES)
+    return cifar_like_batches([4] * BATCHES)
 
 
 @pytest.fixture(scope="module")
 def uneven_batches() -> List[Tuple[Any, Any]]:
     """An epoch whose last batch is of another size."""
-    return cifar_like_batches([2] * (BATCHES - 1) + [3])
+    return cifar_like_batches([4] * (BATCHES - 1) + [3])
 
 
 def pretrained_model() -> Any:

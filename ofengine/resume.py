@@ -1,0 +1,430 @@
+"""What a checkpoint keeps of a run in progress, and how another run goes on from it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Union
+
+import attrs
+import numpy as np
+import oneflow as flow
+
+from ofengine import __version__, connect, course
+from ofengine.checkpoint import (
+    EXTENSION,
+    Checkpoint,
+    array_of,
+    check_weights,
+    copy_weights,
+    read,
+)
+from ofengine.course import Point
+from ofengine.data import Batches, Resumption
+from ofengine.errors import CheckpointError, ConfigurationError, warn
+from ofengine.generators import global_states, set_global_states, set_states_in, states_in
+from ofengine.rates.resume import check_groups_fit, plan_state, resume_plan
+
+if TYPE_CHECKING:
+    from ofengine.trainer import Trainer
+
+log = logging.getLogger("ofengine")
+
+State = Dict[str, Any]
+
+
+# ---------------------------------------------------------------------- saving
+
+
+def state_of_run(trainer: Trainer) -> State:
+    """Everything of the run but the weights, as a nested dict of plain values and arrays.
+
+    Raises :class:`ConfigurationError` inside a step, where half of it would be saved.
+    """
+    if trainer.point is Point.STEP:
+        raise ConfigurationError(
+            "save_checkpoint() was called between on_train_batch_start and on_train_batch_end, "
+            "where a batch is half done: call it in on_train_batch_end or later."
+        )
+    task = trainer.task
+    extra: State = {}
+    task.on_save_checkpoint(extra)
+    steps, optimizer = trainer.fit_runner.optimizer_state()
+    pending = trainer.resumed
+    moments = pending.moments() if pending is not None else _moments(trainer)
+    return {
+        **moments,
+        "optimizer": {
+            "class": type(trainer.optimizer).__qualname__,
+            "steps": steps,
+            "options": _options(trainer),
+            "states": {name: _arrays(kept) for name, kept in optimizer.items()},
+        },
+        "rates": plan_state(trainer.rates, trainer.made, trainer.steps_done),
+        "callbacks": _callback_states(trainer),
+        "loggers": [each.state_dict() for each in trainer.loggers],
+        "task": extra,
+        "hparams": _plain_hparams(task),
+        "run": {
+            "id": trainer.run_id,
+            "mode": trainer.mode,
+            "seed": trainer.seed,
+            "run_seed": trainer.run_seed,
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "seconds": trainer.seconds_trained(),
+            "saved_at": time.time(),
+        },
+        "versions": {
+            "ofengine": __version__,
+            "oneflow": flow.__version__,
+            "numpy": np.__version__,
+            "python": ".".join(map(str, sys.version_info[:3])),
+        },
+    }
+
+
+def _moments(trainer: Trainer) -> State:
+    """Where exactly the run is: loop, metrics, generators, gradients of an open window."""
+    point = trainer.point
+    in_epoch = point not in (Point.BEGIN, Point.EPOCH_START, Point.EPOCH_END, Point.OVER)
+    epoch = trainer.current_epoch
+    if point is Point.OVER:
+        epoch -= 1
+    train, task = trainer.train_batches, trainer.task
+    before = trainer.states_before_validation
+    source = train.source if train is not None else None
+    after = trainer.data_states_after_fit
+    states = {
+        "global": global_states(),
+        "data": states_in(None, source) if source is not None else after["now"],
+        "task": states_in(task, None),
+    }
+    if point is Point.VALIDATING and before is not None:
+        states.update({"global": before["global"], "validation": before["data"]})
+    gradients = trainer.fit_runner.gradients() if in_epoch else {}
+    return {
+        "loop": {
+            "point": point.value,
+            "epoch": epoch,
+            "batches_done": trainer.batch_idx + 1,
+            "global_step": trainer.steps_done,
+            "batches_seen": trainer.batches_seen,
+            "should_stop": trainer.should_stop,
+            "cut_short": trainer.cut_short,
+            "epoch_length": trainer.num_training_batches,
+            "frozen": [n for n, p in task.named_parameters() if not p.requires_grad],
+            "in_eval_mode": [n for n, m in task.named_modules() if not m.training]
+            if point not in (Point.VALIDATING, Point.VALIDATED)
+            else trainer.layers_in_eval_mode,
+        },
+        "metrics": trainer.metrics.state(),
+        "random": states,
+        "random_at_pass": train.states_at_start if train is not None else after["at_pass"],
+        "gradients": _arrays(gradients),
+    }
+
+
+def _arrays(tensors: Dict[str, Any]) -> Dict[str, np.ndarray]:
+    return {name: array_of(tensor) for name, tensor in tensors.items()}
+
+
+def _options(trainer: Trainer) -> List[State]:
+    """The plain options of each group, rates left out: they are the plan's."""
+    return [
+        {
+            key: value
+            for key, value in group.options.items()
+            if key not in ("lr", "initial_lr", "params") and _is_plain(value)
+        }
+        for group in trainer.optimizer.param_groups
+    ]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(each) for each in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _plain_hparams(task: Any) -> State:
+    return {key: value for key, value in task.hparams.items() if _is_plain(value)}
+
+
+def _callback_states(trainer: Trainer) -> List[State]:
+    return [
+        {"class": type(callback).__qualname__, "state": callback.state_dict()}
+        for callback in trainer.callbacks
+    ]
+
+
+# ---------------------------------------------------------------------- finding
+
+
+def find_checkpoint(trainer: Trainer, ckpt_path: Union[str, Path]) -> Optional[Checkpoint]:
+    """Read the file ``ckpt_path``; for "last" the newest whole one, None where there is none."""
+    if str(ckpt_path) != "last":
+        return read(ckpt_path)
+    folders = checkpoint_folders(trainer)
+    found = [path for folder in folders for path in folder.glob(f"*{EXTENSION}")]
+    for path in sorted(found, key=_written_at, reverse=True):
+        try:
+            checkpoint = read(path)
+        except CheckpointError as error:
+            warn(f"ckpt_path='last' passes over a checkpoint: {error}")
+            continue
+        if checkpoint.state is not None:
+            return checkpoint
+    return None
+
+
+def _written_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0.0
+
+
+def checkpoint_folders(trainer: Trainer) -> List[Path]:
+    """Where "last" looks: the callbacks' own folders, else those below ``default_root_dir``."""
+    own = [getattr(callback, "dirpath", None) for callback in trainer.callbacks]
+    folders = [Path(folder) for folder in own if folder is not None]
+    if not folders or len(folders) < len([c for c in trainer.callbacks if hasattr(c, "dirpath")]):
+        roots = [Path(trainer.default_root_dir)]
+        roots += [root for each in trainer.loggers for root in each.run_dirs()]
+        folders += [root / "checkpoints" for root in roots]
+    return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+
+
+# ---------------------------------------------------------------------- resuming
+
+
+@attrs.define
+class Entry:
+    """How a resumed run enters the epoch that it was stopped in."""
+
+    data: Optional[Resumption]
+    state: State
+
+    def restore_step_state(self, trainer: Trainer) -> None:
+        """What the loop has in its hands in the middle of an epoch."""
+        loop = self.state["loop"]
+        trainer.batch_idx = loop["batches_done"] - 1
+        trainer.fit_runner.load_gradients(_tensors(trainer, self.state["gradients"]))
+
+
+class Resumed:
+    """A checkpoint of a run, and how it is put into a trainer, step by step.
+
+    Args:
+        trainer: the trainer of the run that goes on.
+        checkpoint: a verified file.
+        exact_place: True where the loggers go on in the files of the run before ("last").
+
+    Raises:
+        CheckpointError: the file holds weights only.
+    """
+
+    def __init__(self, trainer: Trainer, checkpoint: Checkpoint, exact_place: bool) -> None:
+        if checkpoint.state is None:
+            raise CheckpointError(
+                f"{checkpoint.path} holds weights and no run that could be resumed: to start from "
+                "them, call ofengine.load_weights(task, path) and fit without ckpt_path."
+            )
+        self.checkpoint = checkpoint
+        self.state = checkpoint.state
+        self.exact_place = exact_place
+        self._point = Point(self.state["loop"]["point"])
+
+    def moments(self) -> State:
+        """What :func:`state_of_run` would save now: this place is not left yet."""
+        keys = ("loop", "metrics", "random", "random_at_pass", "gradients")
+        return {key: self.state[key] for key in keys}
+
+    # -------------------------------------------------- before on_fit_start
+
+    def check(self, trainer: Trainer, policy: str) -> None:
+        """Raise an :class:`OFEngineError` where anything does not fit; change nothing."""
+        task, state, path = trainer.task, self.state, self.checkpoint.path
+        check_weights(task, self.checkpoint.weights, str(path))
+        kept, own = state["optimizer"]["class"], type(trainer.optimizer).__qualname__
+        if kept != own:
+            raise CheckpointError(
+                f"{path} was trained with {kept}, and configure_optimizers() returns {own}, whose "
+                f"state is another: use {kept}, or start anew from the weights with "
+                "ofengine.load_weights(task, path)."
+            )
+        check_groups_fit(trainer.rates, state["rates"])
+        resume_plan(connect.plan_anew(trainer), trainer.made, state["rates"], policy)
+        parameters = dict(task.named_parameters())
+        for name, kept_states in state["optimizer"]["states"].items():
+            for key, array in kept_states.items():
+                if name not in parameters or tuple(parameters[name].shape) != array.shape:
+                    raise CheckpointError(
+                        f"{path} is of another run: its optimizer keeps {key!r} of {name!r} in the "
+                        f"shape {array.shape}, which no parameter of {type(task).__name__} has."
+                    )
+        accumulate = state["run"]["accumulate_grad_batches"]
+        if accumulate != trainer.accumulate_grad_batches:
+            text = (
+                f"accumulate_grad_batches was {accumulate} in {path} and is "
+                f"{trainer.accumulate_grad_batches} now"
+            )
+            if state["gradients"]:
+                raise CheckpointError(
+                    f"{text}, and the checkpoint lies within a window: resume with {accumulate}."
+                )
+            warn(f"{text}: steps and epochs are counted with the new one from the start.")
+
+    def restore_run(self, trainer: Trainer) -> None:
+        """Weights, optimizer, counters and callbacks; everything was checked before."""
+        state, run, loop = self.state, self.state["run"], self.state["loop"]
+        copy_weights(trainer.task, self.checkpoint.weights)
+        optimizer = state["optimizer"]
+        states = {name: _tensors(trainer, kept) for name, kept in optimizer["states"].items()}
+        trainer.fit_runner.load_optimizer_state(optimizer["steps"], states)
+        trainer.run_id, trainer.run_seed = run["id"], run["run_seed"]
+        trainer.seconds_before = run["seconds"]
+        trainer.steps_done, trainer.batches_seen = loop["global_step"], loop["batches_seen"]
+        trainer.current_epoch = loop["epoch"] + (self._point is Point.OVER)
+        trainer.should_stop = loop["should_stop"]
+        trainer.cut_short = loop["cut_short"]
+        self._tell_differences(trainer)
+        for each, kept in zip(trainer.loggers, state["loggers"]):
+            if kept:
+                each.load_state_dict(kept, continue_files=self.exact_place)
+        self._restore_callbacks(trainer)
+        trainer.task.on_load_checkpoint(state["task"])
+
+    def _restore_callbacks(self, trainer: Trainer) -> None:
+        waiting = list(self.state["callbacks"])
+        for callback in trainer.callbacks:
+            name = type(callback).__qualname__
+            kept = next((each for each in waiting if each["class"] == name), None)
+            if kept is not None:
+                waiting.remove(kept)
+                if kept["state"]:
+                    callback.load_state_dict(kept["state"])
+        for each in waiting:
+            if each["state"]:
+                warn(
+                    f"the checkpoint has a state of {each['class']}, and no such callback is "
+                    "listed now: its state is lost."
+                )
+
+    def _tell_differences(self, trainer: Trainer) -> None:
+        if trainer.seed is not None and trainer.seed != self.state["run"]["seed"]:
+            warn(
+                f"the run was begun with seed={self.state['run']['seed']} and goes on with "
+                f"seed={trainer.seed}: epochs from the next on are shuffled by the new one."
+            )
+        elif trainer.seed is None:
+            trainer.seed = self.state["run"]["seed"]
+        for group, kept, own in zip(
+            trainer.rates.names, self.state["optimizer"]["options"], _options(trainer)
+        ):
+            for key in sorted(set(kept) & set(own)):
+                before = kept[key]
+                now = list(own[key]) if isinstance(own[key], tuple) else own[key]
+                if before != now and key not in ("lr_scale", "lr_decay_scale", "name"):
+                    log.info(
+                        "resume: %s of group %r was %r in the checkpoint and is %r by the code, "
+                        "which counts.", key, group, before, now,
+                    )  # fmt: skip
+
+    # -------------------------------------------------- after on_fit_start
+
+    def restore_rates(self, trainer: Trainer, policy: str) -> None:
+        """Let the plan go on; say where checkpoint and code disagree."""
+        for line in resume_plan(trainer.rates, trainer.made, self.state["rates"], policy):
+            log.info("resume: %s", line)
+
+    # -------------------------------------------------- in the loop
+
+    def restore_training(self, trainer: Trainer) -> None:
+        """Metrics and place, before ``on_train_start``."""
+        trainer.metrics.load_state(self.state["metrics"])
+        trainer.point = self._point
+        trainer.batch_idx = self.state["loop"]["batches_done"] - 1
+
+    def enter(self, trainer: Trainer, train: Batches) -> Optional[Entry]:
+        """Generators and layers; how the epoch goes on, None where it was over."""
+        trainer.resumed = None
+        loop, random = self.state["loop"], self.state["random"]
+        train.pass_seed = (trainer.run_seed, loop["epoch"])
+        train.hold(self.state["random_at_pass"])
+        self._set_states(trainer, train, random)
+        point, entry = self._point, None
+        if point in (Point.EPOCH_END, Point.OVER):
+            if self._is_unfinished(trainer):
+                entry = self._mid_epoch(trainer, train, Point.READY)
+                trainer.current_epoch = loop["epoch"]
+                trainer.metrics.load_state(loop["cut_short"])
+                trainer.point = Point.READY
+        elif point is Point.EPOCH_START:
+            entry = Entry(None, self.state)
+        elif point is not Point.BEGIN:
+            entry = self._mid_epoch(trainer, train, point)
+        if entry is not None:
+            trainer.cut_short = None
+            self._restore_layers(trainer)
+            if course.is_done(trainer) and not (entry.data and entry.data.again):
+                return None
+        return entry
+
+    def _is_unfinished(self, trainer: Trainer) -> bool:
+        """True where the epoch was cut short by a limit that is no limit any more."""
+        loop = self.state["loop"]
+        if loop["cut_short"] is None:
+            return False
+        epochs_left = trainer.max_epochs == -1 or loop["epoch"] < trainer.max_epochs
+        return (
+            epochs_left
+            and not trainer.should_stop
+            and not course.is_out_of_time_or_steps(trainer)
+        )
+
+    def _mid_epoch(self, trainer: Trainer, train: Batches, point: Point) -> Entry:
+        loop = self.state["loop"]
+        done = loop["batches_done"]
+        if train.count is not None and done > train.count:
+            raise CheckpointError(
+                f"{self.checkpoint.path} was saved after {done} batches of epoch {loop['epoch']}, "
+                f"and {train.what} has {train.count} now: resume with the data it was begun with."
+            )
+        if train.count != loop["epoch_length"]:
+            warn(
+                f"{train.what} has {train.count} batches, and had {loop['epoch_length']} in the "
+                "checkpoint: the run cannot go on exactly."
+            )
+        data = Resumption(
+            done=done,
+            again=done > 0 and point in (Point.STEPPED, Point.VALIDATING, Point.VALIDATED),
+            begin=lambda: train.set_states(self.state["random_at_pass"]),
+            reached=lambda: self._set_states(trainer, train, self.state["random"]),
+        )
+        return Entry(data, self.state)
+
+    def _restore_layers(self, trainer: Trainer) -> None:
+        """What hooks have frozen, or put into eval mode, since the epoch began or before."""
+        loop = self.state["loop"]
+        frozen, in_eval_mode = set(loop["frozen"]), set(loop["in_eval_mode"])
+        for name, parameter in trainer.task.named_parameters():
+            if parameter.requires_grad is (name in frozen):
+                parameter.requires_grad_(name not in frozen)
+        for name, module in trainer.task.named_modules():
+            module.training = name not in in_eval_mode
+
+    def _set_states(self, trainer: Trainer, train: Batches, random: State) -> None:
+        set_global_states(random["global"])
+        set_states_in(None, train.source, random["data"])
+        missing = set_states_in(trainer.task, None, random["task"])
+        for loader, states in zip(trainer.validation_batches, random.get("validation", [])):
+            set_states_in(None, loader.source, states)
+        if missing:
+            warn(f"the checkpoint has the state of a random generator that is gone: {missing[0]}.")
+
+
+def _tensors(trainer: Trainer, arrays: Dict[str, np.ndarray]) -> Dict[str, Any]:
+    return {name: flow.tensor(array).to(trainer.device) for name, array in arrays.items()}
