@@ -14,6 +14,8 @@ import pytest
 
 from ofengine.crash_report import ADVICE, CrashReport
 
+WITHOUT_CORE = ["/bin/sh", "-c", 'ulimit -c 0; exec "$@"', "sh"]
+
 
 def run(
     tmp_path: Path, body: str, before: str = "", options: Optional[List[str]] = None
@@ -34,15 +36,7 @@ print("after", faulthandler.is_enabled(), flush=True)
 """
     )
     return subprocess.run(
-        [
-            "/bin/sh",
-            "-c",
-            'ulimit -c 0; exec "$@"',
-            "sh",
-            sys.executable,
-            *(options or []),
-            str(script),
-        ],
+        [*WITHOUT_CORE, sys.executable, *(options or []), str(script)],
         env={k: v for k, v in os.environ.items() if k != "PYTHONFAULTHANDLER"},
         capture_output=True,
         text=True,
@@ -149,7 +143,7 @@ with CrashReport():
 """
     )
     done = subprocess.run(
-        ["/bin/sh", "-c", 'ulimit -c 0; exec "$@"', "sh", sys.executable, str(script)],
+        [*WITHOUT_CORE, sys.executable, str(script)],
         env={k: v for k, v in os.environ.items() if k != "PYTHONFAULTHANDLER"},
         stderr=subprocess.PIPE,
         text=True,
