@@ -1,5 +1,6 @@
 """The callbacks that ship with ofengine, one a file; they use what any user's callback could."""
 
+from ofengine.callbacks.early_stopping import EarlyStopping
 from ofengine.callbacks.gradual_unfreezing import GradualUnfreezing
 from ofengine.callbacks.graph_lr_scale import GraphLRScaleCallback
 from ofengine.callbacks.lr_decay import LRDecayCallback
@@ -9,6 +10,7 @@ from ofengine.callbacks.model_summary import ModelSummary
 from ofengine.callbacks.progress_bar import ProgressBar
 
 __all__ = [
+    "EarlyStopping",
     "GradualUnfreezing",
     "GraphLRScaleCallback",
     "LRDecayCallback",
