@@ -1,6 +1,7 @@
 """The callbacks that ship with ofengine, one a file; they use what any user's callback could."""
 
 from ofengine.callbacks.early_stopping import EarlyStopping
+from ofengine.callbacks.ema_weight_averaging import EMAWeightAveraging
 from ofengine.callbacks.gradual_unfreezing import GradualUnfreezing
 from ofengine.callbacks.graph_lr_scale import GraphLRScaleCallback
 from ofengine.callbacks.lr_decay import LRDecayCallback
@@ -10,6 +11,7 @@ from ofengine.callbacks.model_summary import ModelSummary
 from ofengine.callbacks.progress_bar import ProgressBar
 
 __all__ = [
+    "EMAWeightAveraging",
     "EarlyStopping",
     "GradualUnfreezing",
     "GraphLRScaleCallback",
