@@ -9,6 +9,7 @@ from ofengine.callbacks.lr_monitor import LearningRateMonitor
 from ofengine.callbacks.model_checkpoint import ModelCheckpoint
 from ofengine.callbacks.model_summary import ModelSummary
 from ofengine.callbacks.progress_bar import ProgressBar
+from ofengine.callbacks.terminate_on_nan import TerminateOnNaN
 
 __all__ = [
     "EMAWeightAveraging",
@@ -20,4 +21,5 @@ __all__ = [
     "ModelCheckpoint",
     "ModelSummary",
     "ProgressBar",
+    "TerminateOnNaN",
 ]
