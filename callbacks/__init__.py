@@ -1,5 +1,7 @@
 """The callbacks that ship with ofengine, one a file; they use what any user's callback could."""
 
+from ofengine.callbacks.early_stopping import EarlyStopping
+from ofengine.callbacks.ema_weight_averaging import EMAWeightAveraging
 from ofengine.callbacks.gradual_unfreezing import GradualUnfreezing
 from ofengine.callbacks.graph_lr_scale import GraphLRScaleCallback
 from ofengine.callbacks.lr_decay import LRDecayCallback
@@ -7,8 +9,11 @@ from ofengine.callbacks.lr_monitor import LearningRateMonitor
 from ofengine.callbacks.model_checkpoint import ModelCheckpoint
 from ofengine.callbacks.model_summary import ModelSummary
 from ofengine.callbacks.progress_bar import ProgressBar
+from ofengine.callbacks.terminate_on_nan import TerminateOnNaN
 
 __all__ = [
+    "EMAWeightAveraging",
+    "EarlyStopping",
     "GradualUnfreezing",
     "GraphLRScaleCallback",
     "LRDecayCallback",
@@ -16,4 +21,5 @@ __all__ = [
     "ModelCheckpoint",
     "ModelSummary",
     "ProgressBar",
+    "TerminateOnNaN",
 ]

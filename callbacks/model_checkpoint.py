@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import math
 import os
 import warnings
@@ -11,6 +10,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Dict, List, Optional, Tuple, Union
 
+from ofengine.callbacks._monitor import hint, warn_of_misspelt_monitor
 from ofengine.errors import ConfigurationError, OFEngineWarning
 from ofengine.hooks import Callback
 from ofengine.task import TaskModule
@@ -136,16 +136,8 @@ class ModelCheckpoint(Callback):
 
     def on_sanity_check_end(self, trainer: Trainer, task: TaskModule) -> None:
         """Warn early of a ``monitor`` that looks misspelt."""
-        metrics = trainer.callback_metrics
-        if self.monitor is not None and self.monitor not in metrics:
-            close = difflib.get_close_matches(self.monitor, metrics, n=1, cutoff=0.75)
-            if close:
-                warnings.warn(
-                    f"ModelCheckpoint(monitor={self.monitor!r}): validation logs no such metric; "
-                    f"did you mean {close[0]!r}?",
-                    OFEngineWarning,
-                    stacklevel=2,
-                )
+        if self.monitor is not None:
+            warn_of_misspelt_monitor(self, self.monitor, trainer.callback_metrics)
 
     def on_train_batch_end(
         self, trainer: Trainer, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
@@ -205,7 +197,7 @@ class ModelCheckpoint(Callback):
                 raise ConfigurationError(
                     f"ModelCheckpoint(monitor={self.monitor!r}): {when} (epoch "
                     f"{trainer.current_epoch}, step {trainer.global_step}) no such metric was "
-                    f"logged.{_hint(self.monitor, metrics)}"
+                    f"logged.{hint(self.monitor, metrics)}"
                 )
             self._save_if_good(trainer, metrics, metrics[self.monitor])
         if self.save_last:
@@ -258,7 +250,7 @@ class ModelCheckpoint(Callback):
             if field not in values:
                 raise ConfigurationError(
                     f"ModelCheckpoint(filename=...) names {{{field}}}, and no such metric was "
-                    f"logged.{_hint(field, values)}"
+                    f"logged.{hint(field, values)}"
                 )
             if self._insert_names:
                 name += field.replace("/", "_") + "="  # else val/acc would make a folder val
@@ -297,9 +289,3 @@ def _parse(filename: str) -> List[Tuple[str, Optional[str], str]]:
     except ValueError as error:
         raise ConfigurationError(f"{wrong}: {error}; {example}.") from None
     return parts
-
-
-def _hint(name: str, metrics: Dict[str, Any]) -> str:
-    close = difflib.get_close_matches(name, metrics, n=1, cutoff=0.6)
-    meant = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{meant} The metrics are {sorted(metrics)}." if metrics else " Nothing was logged."

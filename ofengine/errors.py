@@ -35,6 +35,10 @@ class CheckpointError(OFEngineError):
     """A checkpoint cannot be written, read, or does not fit the model."""
 
 
+class NonFiniteError(OFEngineError):
+    """The loss of a training step is NaN or infinite; ``TerminateOnNaN`` raises it."""
+
+
 class OFEngineWarning(UserWarning):
     """Something that trains, but perhaps not what was meant."""
 

@@ -1,0 +1,155 @@
+"""TerminateOnNaN: training ends with an error where its loss is no number any more."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+import oneflow as flow
+
+from ofengine.arguments import check_count, check_flag
+from ofengine.callbacks.model_checkpoint import ModelCheckpoint
+from ofengine.checkpoint import load_weights
+from ofengine.errors import CheckpointError, NonFiniteError
+from ofengine.hooks import Callback
+from ofengine.task import TaskModule
+from ofengine.trainer import Trainer
+
+_MOST_PENDING = 1000
+"""So many losses wait on the device before they are read, to bound the memory."""
+
+
+class TerminateOnNaN(Callback):
+    """Ends training with a :class:`NonFiniteError` where a loss is NaN or infinite.
+
+    The losses stay on the device, and are read together every so many steps and at the end of
+    each epoch: no step waits for the device, and training ends at most so many steps late. The
+    error names the very step whose loss was the first that was not finite, that loss, and the
+    first parameter (in the order of ``named_parameters``) that is not finite by now.
+
+    Args:
+        check_every_n_steps: optimizer steps between two looks at the losses. Default: the
+            Trainer's ``log_every_n_steps``, which waits for the device anyway.
+        restore: load the newest file with finite weights that a :class:`ModelCheckpoint` of this
+            run keeps into the task before the error is raised. The optimizer's state is not
+            restored. Where there is no such file, the weights stay as they are.
+
+    Raises:
+        ConfigurationError: at once for a wrong argument.
+        NonFiniteError: during training, as said above.
+    """
+
+    def __init__(self, check_every_n_steps: Optional[int] = None, restore: bool = False) -> None:
+        if check_every_n_steps is not None:
+            check_count(
+                "TerminateOnNaN: check_every_n_steps",
+                check_every_n_steps,
+                1,
+                "a whole number of steps from 1 on, or None for the Trainer's log_every_n_steps",
+            )
+        self.check_every_n_steps = check_every_n_steps
+        self.restore = check_flag("TerminateOnNaN: restore", restore)
+        self._every = 1
+        self._step = 0
+        self._losses: List[Any] = []
+        self._places: List[Tuple[int, int]] = []
+
+    def on_train_start(self, trainer: Trainer, task: TaskModule) -> None:
+        """Begin with no losses."""
+        self._every = self.check_every_n_steps or trainer.log_every_n_steps
+        self._step = trainer.global_step
+        self._losses, self._places = [], []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the loss; look at all that were kept, where it is time."""
+        self._losses.append(outputs["loss"])
+        self._places.append((self._step, batch_idx))
+        step = trainer.global_step
+        made = step != self._step  # else this batch's gradients were only accumulated
+        self._step = step
+        if (made and step % self._every == 0) or len(self._losses) >= _MOST_PENDING:
+            self._look(trainer, task)
+
+    def on_train_epoch_end(self, trainer: Trainer, task: TaskModule) -> None:
+        """Look at the losses since the last look."""
+        self._look(trainer, task)
+
+    def teardown(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
+        """Let go of the losses."""
+        self._losses, self._places = [], []
+
+    def _look(self, trainer: Trainer, task: TaskModule) -> None:
+        losses, self._losses = self._losses, []
+        places, self._places = self._places, []
+        if not losses:
+            return
+        values = _read(losses)
+        bad = np.flatnonzero(~np.isfinite(values))
+        if not bad.size:
+            return
+        first = int(bad[0])
+        step, batch_idx = places[first]
+        message = (
+            f"the loss of optimizer step {step} (from 0; epoch {trainer.current_epoch}, batch "
+            f"{batch_idx}) is {values[first]:g}, and after {trainer.global_step} steps "
+            f"{_first_broken(task)}"
+        )
+        if self.restore:
+            message += f"; {_restore(trainer, task)}"
+        raise NonFiniteError(
+            f"{message}: try a lower learning rate, gradient_clip_val, or look at that batch."
+        )
+
+
+def _read(losses: Sequence[Any]) -> np.ndarray:
+    """The losses as numbers, read in one go."""
+    if any(loss.dtype != losses[0].dtype for loss in losses):
+        losses = [loss.to(flow.float64) for loss in losses]
+    return flow.stack(list(losses)).numpy()
+
+
+def _first_broken(task: TaskModule) -> str:
+    """Which parameter is the first with numbers that are not finite, in words."""
+    for name, parameter in task.named_parameters():
+        broken = _count_broken(parameter)
+        if broken:
+            return f"{broken} of the {parameter.numel()} numbers of {name!r} are not finite"
+    return "all parameters are still finite"
+
+
+def _count_broken(tensor: Any) -> int:
+    return int(np.count_nonzero(~np.isfinite(tensor.numpy())))
+
+
+def _restore(trainer: Trainer, task: TaskModule) -> str:
+    """Load the newest checkpoint of this run with finite weights; say which, in words."""
+    trainer.mode_runner.settle()  # what steps left pending is not to be added to what is loaded
+    own = task.state_dict()
+    before = {name: tensor.detach().clone() for name, tensor in own.items()}
+    for path in _checkpoints(trainer):
+        try:
+            load_weights(task, path)
+        except CheckpointError:
+            continue  # removed or damaged since: perhaps an older one is there
+        if not any(_count_broken(each) for each in own.values()):
+            return f"the task has the weights of {path} again"
+    with flow.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(before[name])
+    return "no checkpoint of this run has finite weights to go back to"
+
+
+def _checkpoints(trainer: Trainer) -> List[str]:
+    """The files that the run's checkpoint callbacks keep, the newest first."""
+    times: Dict[str, int] = {}
+    for callback in trainer.callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            # Of files with the same time, the one named first here is not older.
+            scored = reversed(list(callback.best_k_models))
+            for path in (callback.last_model_path, *scored, callback.best_model_path):
+                if path and os.path.isfile(path):
+                    times[path] = os.stat(path).st_mtime_ns
+    return sorted(times, key=lambda path: times[path], reverse=True)
