@@ -13,6 +13,7 @@ import numpy as np
 import oneflow as flow
 
 from ofengine import __version__, connect, course
+from ofengine._oneflow import synchronize
 from ofengine.checkpoint import (
     EXTENSION,
     Checkpoint,
@@ -48,6 +49,7 @@ def state_of_run(trainer: Trainer) -> State:
             "save_checkpoint() was called between on_train_batch_start and on_train_batch_end, "
             "where a batch is half done: call it in on_train_batch_end or later."
         )
+    synchronize()  # a graph's run is not waited for by reading what it writes
     task = trainer.task
     extra: State = {}
     task.on_save_checkpoint(extra)
