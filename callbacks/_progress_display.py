@@ -32,6 +32,7 @@ class Count:
         self.total = total
         self.nested = nested
         self.done = 0
+        self._skipped = 0
         self._began = monotonic()
         self._paused: Optional[float] = None
         self._compilations = 0
@@ -41,6 +42,10 @@ class Count:
     def seconds(self) -> float:
         """How long the pass has taken, pauses aside."""
         return (monotonic() if self._paused is None else self._paused) - self._began
+
+    def skip(self, batches: int) -> None:
+        """So many batches were done before the clock was started."""
+        self.done = self._skipped = batches
 
     def pause(self) -> None:
         """Stop the clock."""
@@ -62,7 +67,7 @@ class Count:
     @property
     def speed(self) -> str:
         """Batches in a second (or seconds for a batch); "" before one was measured."""
-        batches, seconds = self.done - self._compilations, self.seconds
+        batches, seconds = self.done - self._skipped - self._compilations, self.seconds
         if batches <= 0 or seconds <= 0:
             return ""
         if batches >= seconds:

@@ -1,32 +1,46 @@
-"""ModelCheckpoint: keeps the weights of the best, or the latest, moments of a run."""
+"""ModelCheckpoint: keeps the best, or the latest, moments of a run."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import warnings
 from pathlib import Path
 from string import Formatter
+from time import monotonic
 from typing import Any, Dict, List, Optional, Tuple, Union
 
+from ofengine.arguments import MaxTime, check_flag, seconds_of
+from ofengine.background import BackgroundWriter
 from ofengine.callbacks._monitor import hint, warn_of_misspelt_monitor
-from ofengine.errors import ConfigurationError, OFEngineWarning
+from ofengine.checkpoint import EXTENSION, load_weights, metadata_of, remove_leftovers, write
+from ofengine.errors import (
+    CheckpointError,
+    ConfigurationError,
+    NonFiniteError,
+    OFEngineError,
+    OFEngineWarning,
+)
 from ofengine.hooks import Callback
 from ofengine.task import TaskModule
 from ofengine.trainer import Trainer
 
-_EXTENSION = ".safetensors"
+log = logging.getLogger("ofengine")
 
 
 class ModelCheckpoint(Callback):
-    """Saves the task's weights while it trains, with ``trainer.save_checkpoint``.
+    """Saves checkpoints while a task trains, from each of which the run can be resumed.
 
     With ``monitor``, after each validation (in a fit without validation, at the end of each
     epoch), where the metric is among the ``save_top_k`` best so far. Without ``monitor``, at
     the end of each epoch; the newest one is kept, or all. A file that is no longer wanted is
     removed once its successor is safely on the disk, and a file that this run did not write is
     never overwritten: the new one's name then ends in ``-v1``, ``-v2`` and so on.
+
+    Where training ends by Ctrl-C, SIGTERM or an exception, the last whole moment is saved as
+    ``last.safetensors`` besides, so that ``fit(..., ckpt_path="last")`` goes on from there.
 
     Args:
         dirpath: the folder. Default: ``checkpoints`` in ``trainer.log_dir``, where there is
@@ -44,6 +58,12 @@ class ModelCheckpoint(Callback):
         every_n_epochs: look in every n-th epoch only. Default: 1, and never where
             ``every_n_train_steps`` is given.
         every_n_train_steps: look after every n-th optimizer step instead of at those moments.
+        train_time_interval: look each time that so much time has passed, after a step, instead:
+            a timedelta, a dict of its arguments, or "DD:HH:MM:SS".
+        save_on_exception: save the last whole moment where training ends before its time.
+        in_background: write files in a thread while training goes on. What is written is a
+            copy of the moment; at most one file is being written at a time.
+        restore_best: at the end of training, load the weights of ``best_model_path``.
         auto_insert_metric_name: False writes only the values: ``3-0.912.safetensors``.
 
     Attributes:
@@ -72,6 +92,11 @@ class ModelCheckpoint(Callback):
         every_n_epochs: Optional[int] = None,
         every_n_train_steps: Optional[int] = None,
         auto_insert_metric_name: bool = True,
+        *,
+        train_time_interval: MaxTime = None,
+        save_on_exception: bool = True,
+        in_background: bool = False,
+        restore_best: bool = False,
     ) -> None:
         if mode not in ("min", "max"):
             raise ConfigurationError(
@@ -90,10 +115,28 @@ class ModelCheckpoint(Callback):
         ):
             if every is not None:
                 _check_whole(name, every, 1)
-        if every_n_epochs is not None and every_n_train_steps is not None:
+        seconds = seconds_of(train_time_interval, "ModelCheckpoint(train_time_interval=...)")
+        whens = {
+            "every_n_epochs": every_n_epochs,
+            "every_n_train_steps": every_n_train_steps,
+            "train_time_interval": seconds,
+        }
+        given = [name for name, when in whens.items() if when is not None]
+        if len(given) > 1:
             raise ConfigurationError(
-                "ModelCheckpoint was given every_n_epochs and every_n_train_steps: give one of "
-                "them, or list two ModelCheckpoints."
+                f"ModelCheckpoint was given {' and '.join(given)}: give one of them, or list two "
+                "ModelCheckpoints."
+            )
+        for name, flag in (
+            ("save_on_exception", save_on_exception),
+            ("in_background", in_background),
+            ("restore_best", restore_best),
+        ):
+            check_flag(f"ModelCheckpoint({name})", flag)
+        if restore_best and monitor is None:
+            raise ConfigurationError(
+                "ModelCheckpoint(restore_best=True) needs a metric to tell which is best: name "
+                "one as monitor."
             )
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.monitor = monitor
@@ -102,6 +145,10 @@ class ModelCheckpoint(Callback):
         self.save_last = save_last
         self.every_n_epochs = every_n_epochs or 1
         self.every_n_train_steps = every_n_train_steps
+        self.train_time_interval = seconds
+        self.save_on_exception = save_on_exception
+        self.restore_best = restore_best
+        self._writer = BackgroundWriter() if in_background else None
         self._template = _parse(filename or "{epoch}-{step}")
         self._insert_names = auto_insert_metric_name
         self._forget()
@@ -115,6 +162,37 @@ class ModelCheckpoint(Callback):
         self._looked_at = -1
         self._last_saved_at = -1
         self._wait_for_epoch_end = False
+        self._written: List[str] = []
+        self._to_remove = ""
+        self._next_time = math.inf
+
+    # ------------------------------------------------------------------ resuming
+
+    def state_dict(self) -> Dict[str, Any]:
+        """The files that are kept, and their metrics; the one being written is among them."""
+        return {
+            "best_model_path": self.best_model_path,
+            "best_model_score": self.best_model_score,
+            "best_k_models": dict(self.best_k_models),
+            "last_model_path": self.last_model_path,
+            "looked_at": self._looked_at,
+            "last_saved_at": self._last_saved_at,
+            "wait_for_epoch_end": self._wait_for_epoch_end,
+            "written": list(self._written),
+            "to_remove": self._to_remove,
+        }
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Go on with these files; remove the one whose removal was interrupted."""
+        self.best_model_path = state["best_model_path"]
+        self.best_model_score = state["best_model_score"]
+        self.best_k_models = dict(state["best_k_models"])
+        self.last_model_path = state["last_model_path"]
+        self._looked_at = state["looked_at"]
+        self._last_saved_at = state["last_saved_at"]
+        self._wait_for_epoch_end = state["wait_for_epoch_end"]
+        self._written = list(state["written"])
+        self._remove(state["to_remove"])
 
     # ------------------------------------------------------------------ when
 
@@ -133,6 +211,12 @@ class ModelCheckpoint(Callback):
                 f"{'write-protected' if there.is_dir() else 'a file'}. Give another dirpath, or "
                 "Trainer(enable_checkpointing=False)."
             )
+        remove_leftovers(self._folder)
+
+    def on_train_start(self, trainer: Trainer, task: TaskModule) -> None:
+        """Start the clock of ``train_time_interval``."""
+        if self.train_time_interval is not None:
+            self._next_time = monotonic() + self.train_time_interval
 
     def on_sanity_check_end(self, trainer: Trainer, task: TaskModule) -> None:
         """Warn early of a ``monitor`` that looks misspelt."""
@@ -148,6 +232,9 @@ class ModelCheckpoint(Callback):
             if trainer.global_step in (0, self._looked_at):
                 return  # no step was made: this batch's gradients were only accumulated
             self._look(trainer, "at this step")
+        if monotonic() >= self._next_time:
+            self._next_time = monotonic() + (self.train_time_interval or 0.0)
+            self._look(trainer, "at this time")
 
     def on_validation_end(self, trainer: Trainer, task: TaskModule) -> None:
         """Look, where there is a ``monitor``."""
@@ -166,9 +253,14 @@ class ModelCheckpoint(Callback):
             self._look(trainer, "at the end of this epoch")
 
     def on_train_end(self, trainer: Trainer, task: TaskModule) -> None:
-        """Save the last weights; say so where ``monitor`` never came."""
+        """Save the last moment; say so where ``monitor`` never came; restore the best weights."""
         if self.save_last and self._last_saved_at != trainer.global_step:
             self._save_last(trainer)
+        if self._writer is not None:
+            self._writer.wait()
+        if self.restore_best and self.best_model_path:
+            load_weights(task, self.best_model_path)
+            log.info("the best weights are back, from %s.", self.best_model_path)
         if self.monitor is not None and self._looked_at < 0 and trainer.global_step:
             warnings.warn(
                 f"ModelCheckpoint(monitor={self.monitor!r}) kept no best weights: training ended "
@@ -178,8 +270,31 @@ class ModelCheckpoint(Callback):
                 stacklevel=2,
             )
 
+    def on_exception(self, trainer: Trainer, task: TaskModule, exception: BaseException) -> None:
+        """Save where training has come to, if that is a moment that can be saved."""
+        first = next(each for each in trainer.callbacks if isinstance(each, ModelCheckpoint))
+        unsafe = isinstance(exception, (NonFiniteError, CheckpointError))
+        if first is not self or not self.save_on_exception or unsafe or not trainer.can_save:
+            return
+        try:
+            self._save_last(trainer)
+            if self._writer is not None:
+                self._writer.wait()
+        except OFEngineError as error:
+            log.error("what was trained since the last checkpoint could not be saved: %s", error)
+        else:
+            log.info(
+                "saved %s (epoch %d, step %d): fit(..., ckpt_path=\"last\") goes on from there.",
+                self.last_model_path, trainer.current_epoch, trainer.global_step,
+            )  # fmt: skip
+
+    def teardown(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
+        """Let the file that is being written become complete."""
+        if self._writer is not None:
+            self._writer.close()
+
     def _epoch_counts(self, trainer: Trainer) -> bool:
-        by_epoch = self.every_n_train_steps is None
+        by_epoch = self.every_n_train_steps is None and self.train_time_interval is None
         return by_epoch and (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
     # ------------------------------------------------------------------ what
@@ -191,7 +306,8 @@ class ModelCheckpoint(Callback):
         if self.monitor is None:
             if self.save_top_k:
                 before = self.best_model_path if self.save_top_k == 1 else ""
-                self.best_model_path = self._save(trainer, metrics, before)
+                path = self._path(trainer, metrics, before)
+                self._save(trainer, path, before, best_model_path=path)
         else:
             if self.monitor not in metrics:
                 raise ConfigurationError(
@@ -204,7 +320,7 @@ class ModelCheckpoint(Callback):
             self._save_last(trainer)
 
     def _save_if_good(self, trainer: Trainer, metrics: Dict[str, float], score: float) -> None:
-        kept = self.best_k_models
+        kept = dict(self.best_k_models)
         out = ""
         if self.save_top_k == 0 or (math.isnan(score) and self.save_top_k != -1):
             return
@@ -212,33 +328,66 @@ class ModelCheckpoint(Callback):
             out = max(kept, key=lambda path: self._badness(kept[path]))
             if self._badness(score) >= self._badness(kept[out]):
                 return
-        path = self._save(trainer, metrics, out)
+        path = self._path(trainer, metrics, out)
         kept.pop(out, None)
         kept[path] = score
+        changes: Dict[str, Any] = {"best_k_models": kept}
         numbers = [each for each in kept if not math.isnan(kept[each])]
         if numbers:
-            self.best_model_path = min(numbers, key=lambda each: self._badness(kept[each]))
-            self.best_model_score = kept[self.best_model_path]
+            best = min(numbers, key=lambda each: self._badness(kept[each]))
+            changes.update(best_model_path=best, best_model_score=kept[best])
+        self._save(trainer, path, out, **changes)
 
     def _badness(self, score: float) -> float:
         return score if self.mode == "min" else -score
 
     # ------------------------------------------------------------------ where
 
-    def _save(self, trainer: Trainer, metrics: Dict[str, float], out: str) -> str:
-        """Save under the template's name; then remove the file ``out``."""
-        path = self._unused(self._folder / self._name(trainer, metrics), out)
-        trainer.save_checkpoint(path)
-        if out and out != str(path):
+    def _save(self, trainer: Trainer, path: str, out: str, **changes: Any) -> None:
+        """Save to ``path``, then remove the file ``out``.
+
+        The attributes in ``changes`` are as they will be already in the state that is saved.
+        """
+        before = {name: getattr(self, name) for name in (*changes, "_written", "_to_remove")}
+        for name, value in changes.items():
+            setattr(self, name, value)
+        self._written = [*dict.fromkeys([*(w for w in self._written if w != out), path])]
+        self._to_remove = out if out != path else ""
+        try:
+            self._write(trainer, path, self._to_remove)
+        except BaseException:
+            for name, value in before.items():
+                setattr(self, name, value)
+            raise
+        self._to_remove = ""
+
+    def _write(self, trainer: Trainer, path: str, out: str) -> None:
+        if self._writer is None:
+            trainer.save_checkpoint(path)
+            self._remove(out)
+            return
+        self._writer.wait()
+        content = trainer.checkpoint_content()
+
+        def work() -> None:
+            write(path, *content)
+            self._remove(out)
+
+        self._writer.submit(work)
+
+    def _remove(self, path: str) -> None:
+        """Remove a file of this folder that is no longer wanted."""
+        if path and Path(path).parent == self._folder:
             with contextlib.suppress(OSError):  # gone already, or somebody holds it: no reason
-                os.remove(out)  # to end the training
-        return str(path)
+                os.remove(path)  # to end the training
 
     def _save_last(self, trainer: Trainer) -> None:
-        path = self._unused(self._folder / f"last{_EXTENSION}", self.last_model_path)
-        trainer.save_checkpoint(path)
-        self.last_model_path = str(path)
-        self._last_saved_at = trainer.global_step
+        path = self._unused(trainer, self._folder / f"last{EXTENSION}", self.last_model_path)
+        changes = {"last_model_path": path, "_last_saved_at": trainer.global_step}
+        self._save(trainer, path, self.last_model_path, **changes)
+
+    def _path(self, trainer: Trainer, metrics: Dict[str, float], out: str) -> str:
+        return self._unused(trainer, self._folder / self._name(trainer, metrics), out)
 
     def _name(self, trainer: Trainer, metrics: Dict[str, float]) -> str:
         values = {**metrics, "epoch": trainer.current_epoch, "step": trainer.global_step}
@@ -255,16 +404,22 @@ class ModelCheckpoint(Callback):
             if self._insert_names:
                 name += field.replace("/", "_") + "="  # else val/acc would make a folder val
             name += format(values[field], spec)
-        return name if name.endswith(_EXTENSION) else name + _EXTENSION
+        return name if name.endswith(EXTENSION) else name + EXTENSION
 
-    @staticmethod
-    def _unused(path: Path, ours: str) -> Path:
-        """``path``, or ``path-v1``, ... where a file other than ``ours`` is there."""
+    def _unused(self, trainer: Trainer, path: Path, ours: str) -> str:
+        """``path``, or ``path-v1``, ... where a file is there that is to stay.
+
+        The file ``ours`` may go, and so may one that this run wrote before it was killed and
+        resumed from an earlier moment.
+        """
         candidate, version = path, 0
         while candidate.exists() and str(candidate) != ours:
+            is_known = str(candidate) in self._written
+            if not is_known and metadata_of(candidate).get("run") == trainer.run_id:
+                break
             version += 1
-            candidate = path.with_name(f"{path.name[: -len(_EXTENSION)]}-v{version}{_EXTENSION}")
-        return candidate
+            candidate = path.with_name(f"{path.name[: -len(EXTENSION)]}-v{version}{EXTENSION}")
+        return str(candidate)
 
 
 def _check_whole(name: str, value: Any, least: int) -> None:

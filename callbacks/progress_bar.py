@@ -81,6 +81,13 @@ class ProgressBar(Callback):
 
     # ------------------------------------------------------------------ training
 
+    def on_train_start(self, trainer: Trainer, task: TaskModule) -> None:
+        """Begin where a resumed run goes on in the middle of an epoch."""
+        if trainer.resumes_within_epoch:
+            self.on_train_epoch_start(trainer, task)
+            if self._epoch is not None:
+                self._epoch.skip(trainer.batch_idx + 1)
+
     def on_train_epoch_start(self, trainer: Trainer, task: TaskModule) -> None:
         """Begin at nought."""
         last = trainer.max_epochs

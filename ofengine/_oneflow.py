@@ -352,7 +352,7 @@ def optimizer_state(optimizer: Optimizer, names: Dict[int, str]) -> Tuple[int, P
     ``names`` are the parameters' names by their ``id``.
     """
     states = {
-        names[id(parameter)]: {key: value for key, value in kept.items()}
+        names[id(parameter)]: dict(kept)
         for parameter, kept in optimizer._state.items()
         if not isinstance(parameter, str) and kept and id(parameter) in names
     }

@@ -68,8 +68,11 @@ def check_clip(value: Any) -> Optional[float]:
     return float(value) or None
 
 
-def seconds_of(max_time: MaxTime) -> Optional[float]:
-    """``max_time`` in seconds: "DD:HH:MM:SS", a timedelta, or a dict of its arguments."""
+def seconds_of(max_time: MaxTime, name: str = "max_time") -> Optional[float]:
+    """``max_time`` in seconds: "DD:HH:MM:SS", a timedelta, or a dict of its arguments.
+
+    ``name`` is the argument that errors speak of; default: ``max_time``.
+    """
     if max_time is None:
         return None
     if isinstance(max_time, dict):
@@ -77,17 +80,17 @@ def seconds_of(max_time: MaxTime) -> Optional[float]:
             max_time = timedelta(**max_time)
         except (TypeError, ValueError, OverflowError) as error:
             raise ConfigurationError(
-                f"max_time={max_time!r}: {error}: write the arguments of datetime.timedelta, such "
+                f"{name}={max_time!r}: {error}: write the arguments of datetime.timedelta, such "
                 "as {'hours': 2}."
             ) from None
     if isinstance(max_time, timedelta):
         if max_time < timedelta(0):
-            raise ConfigurationError(f"max_time={max_time!r}: give a time that is not negative.")
+            raise ConfigurationError(f"{name}={max_time!r}: give a time that is not negative.")
         return max_time.total_seconds()
     match = isinstance(max_time, str) and re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", max_time)
     if not match:
         raise ConfigurationError(
-            f'max_time={max_time!r}: write it as "DD:HH:MM:SS" (days, hours, minutes, seconds), a '
+            f'{name}={max_time!r}: write it as "DD:HH:MM:SS" (days, hours, minutes, seconds), a '
             "datetime.timedelta, or a dict such as {'hours': 2}."
         )
     days, hours, minutes, seconds = map(int, match.groups())

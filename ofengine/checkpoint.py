@@ -234,7 +234,9 @@ def read(path: Union[str, Path]) -> Checkpoint:
         try:
             state = _unpack(json.loads(metadata.pop("state")), arrays)
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is damaged: its state cannot be read: {error}.") from None
+            raise CheckpointError(
+                f"{path} is damaged: its state cannot be read: {error}."
+            ) from None
     return Checkpoint(path, weights, state, metadata)
 
 
@@ -262,6 +264,18 @@ def _verified(path: Path, content: bytes) -> Tuple[Dict[str, str], Dict[str, np.
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged or no safetensors file: {error}.") from error
     return metadata, arrays
+
+
+def metadata_of(path: Path) -> Dict[str, str]:
+    """The texts in the header of a checkpoint file, not verified; empty where there are none."""
+    try:
+        with open(path, "rb") as file:
+            length = file.read(8)
+            header = _header(length + file.read(int.from_bytes(length, "little")))
+    except (OSError, MemoryError, OverflowError):
+        return {}
+    metadata = (header or {}).get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _header(content: bytes) -> Optional[Dict[str, Any]]:

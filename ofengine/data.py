@@ -177,17 +177,15 @@ class Batches:
         self, count: int, accumulate: int, resumption: Optional[Resumption]
     ) -> Iterator[Step]:
         batches = self._from(resumption)
-        batch_idx, last = -1, count - 1
+        last, first = count - 1, 0
         if resumption is not None:
-            done = resumption.done
-            if self.can_skip:
-                batch_idx = done - 1
-            else:
-                for batch_idx, _ in zip(range(done), batches):
-                    pass
-            if batch_idx >= 0:
-                yield from _resumed(_step_of(count, accumulate, batch_idx, STEPPED), resumption)
-        for batch_idx, batch in enumerate(batches, batch_idx + 1):
+            first = resumption.done
+            if not self.can_skip:
+                first = sum(1 for _ in itertools.islice(batches, first))
+            if first:
+                yield from _resumed(_step_of(count, accumulate, first - 1, STEPPED), resumption)
+        batch_idx = first - 1
+        for batch_idx, batch in enumerate(batches, first):
             place = batch_idx % accumulate
             window = min(accumulate, count - (batch_idx - place))
             yield Step(batch_idx, batch, window, place == window - 1, batch_idx == last)

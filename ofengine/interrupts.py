@@ -20,6 +20,8 @@ class InterruptGuard:
 
     def __init__(self) -> None:
         self._received: Optional[int] = None
+        self.hurried = False
+        """True once a second signal came: nothing that takes time should be begun."""
         self._before: Dict[int, Any] = {}
 
     def __enter__(self) -> InterruptGuard:
@@ -43,9 +45,11 @@ class InterruptGuard:
         self._before.clear()
 
     def _receive(self, number: int, frame: Optional[FrameType]) -> None:
-        if self._received is not None:
+        if self._received is None:
+            self._received = number
+        else:
+            self.hurried = True
             self._raise(number)
-        self._received = number
 
     def check(self) -> None:
         """Raise where a signal came since the guard was entered."""

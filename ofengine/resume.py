@@ -164,12 +164,18 @@ def _callback_states(trainer: Trainer) -> List[State]:
 # ---------------------------------------------------------------------- finding
 
 
-def find_checkpoint(trainer: Trainer, ckpt_path: Union[str, Path]) -> Optional[Checkpoint]:
-    """Read the file ``ckpt_path``; for "last" the newest whole one, None where there is none."""
+def find_checkpoint(
+    trainer: Trainer, ckpt_path: Union[str, Path], since: float = 0.0
+) -> Optional[Checkpoint]:
+    """Read the file ``ckpt_path``; for "last" the newest whole one, None where there is none.
+
+    "last" looks only at files written after ``since`` (seconds since 1970).
+    """
     if str(ckpt_path) != "last":
         return read(ckpt_path)
     folders = checkpoint_folders(trainer)
     found = [path for folder in folders for path in folder.glob(f"*{EXTENSION}")]
+    found = [path for path in found if _written_at(path) >= since]
     for path in sorted(found, key=_written_at, reverse=True):
         try:
             checkpoint = read(path)
@@ -183,7 +189,7 @@ def find_checkpoint(trainer: Trainer, ckpt_path: Union[str, Path]) -> Optional[C
 
 def _written_at(path: Path) -> float:
     try:
-        return path.stat().st_mtime_ns
+        return path.stat().st_mtime
     except OSError:
         return 0.0
 
@@ -222,13 +228,12 @@ class Resumed:
     Args:
         trainer: the trainer of the run that goes on.
         checkpoint: a verified file.
-        exact_place: True where the loggers go on in the files of the run before ("last").
 
     Raises:
         CheckpointError: the file holds weights only.
     """
 
-    def __init__(self, trainer: Trainer, checkpoint: Checkpoint, exact_place: bool) -> None:
+    def __init__(self, trainer: Trainer, checkpoint: Checkpoint) -> None:
         if checkpoint.state is None:
             raise CheckpointError(
                 f"{checkpoint.path} holds weights and no run that could be resumed: to start from "
@@ -236,13 +241,24 @@ class Resumed:
             )
         self.checkpoint = checkpoint
         self.state = checkpoint.state
-        self.exact_place = exact_place
         self._point = Point(self.state["loop"]["point"])
 
     def moments(self) -> State:
         """What :func:`state_of_run` would save now: this place is not left yet."""
         keys = ("loop", "metrics", "random", "random_at_pass", "gradients")
         return {key: self.state[key] for key in keys}
+
+    def tell_loggers(self, trainer: Trainer, continue_files: bool) -> None:
+        """Let the loggers know of the run before; nothing is written yet."""
+        for each, kept in zip(trainer.loggers, self.state["loggers"]):
+            if kept:
+                each.load_state_dict(kept, continue_files=continue_files)
+
+    def is_within_epoch(self, trainer: Trainer) -> bool:
+        """True where the run goes on in the middle of an epoch."""
+        if self._point in (Point.EPOCH_END, Point.OVER):
+            return self._is_unfinished(trainer)
+        return self._point is not Point.BEGIN
 
     # -------------------------------------------------- before on_fit_start
 
@@ -293,11 +309,12 @@ class Resumed:
         trainer.should_stop = loop["should_stop"]
         trainer.cut_short = loop["cut_short"]
         self._tell_differences(trainer)
-        for each, kept in zip(trainer.loggers, state["loggers"]):
-            if kept:
-                each.load_state_dict(kept, continue_files=self.exact_place)
         self._restore_callbacks(trainer)
         trainer.task.on_load_checkpoint(state["task"])
+        log.info(
+            "resuming from %s: epoch %d, step %d.",
+            self.checkpoint.path, trainer.current_epoch, trainer.global_step,
+        )  # fmt: skip
 
     def _restore_callbacks(self, trainer: Trainer) -> None:
         waiting = list(self.state["callbacks"])
@@ -382,9 +399,7 @@ class Resumed:
             return False
         epochs_left = trainer.max_epochs == -1 or loop["epoch"] < trainer.max_epochs
         return (
-            epochs_left
-            and not trainer.should_stop
-            and not course.is_out_of_time_or_steps(trainer)
+            epochs_left and not trainer.should_stop and not course.is_out_of_time_or_steps(trainer)
         )
 
     def _mid_epoch(self, trainer: Trainer, train: Batches, point: Point) -> Entry:

@@ -61,8 +61,20 @@ def tries() -> Optional[int]:
     None as well in the processes that a supervised process starts, to whom it passes on its
     environment.
     """
-    number, _, supervisor = os.environ.get(_VARIABLE, "").partition(":")
-    return int(number) if supervisor == str(os.getppid()) and number.isdigit() else None
+    told = _told()
+    return None if told is None else int(told[0])
+
+
+def begun_at() -> float:
+    """When the supervisor of this process was started, in seconds since 1970; 0 without one."""
+    told = _told()
+    return 0.0 if told is None else float(told[2])
+
+
+def _told() -> Optional[List[str]]:
+    """Try, the supervisor's process id, and the time it was started at; None without one."""
+    told = os.environ.get(_VARIABLE, "").split(":")
+    return told if len(told) == 3 and told[1] == str(os.getppid()) else None
 
 
 def supervise(restarts: int) -> NoReturn:
@@ -166,9 +178,9 @@ def _run(restarts: int, folder: str, command: List[str]) -> int:
     # Blocked, signals wait until sigwaitinfo takes them, which also says where they come from.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, waited_for)
     prepare = _child_preparation(before)
-    stopped = False
+    stopped, started = False, time.time()
     for number in range(1, restarts + 2):
-        environment = {**os.environ, _VARIABLE: f"{number}:{os.getpid()}"}
+        environment = {**os.environ, _VARIABLE: f"{number}:{os.getpid()}:{started}"}
         begun = time.monotonic()
         child = subprocess.Popen(command, cwd=folder, env=environment, preexec_fn=prepare)
         stopped = _wait_for(child, waited_for) or stopped

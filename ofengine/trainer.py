@@ -17,13 +17,15 @@ from oneflow import nn
 from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 from oneflow.optim import Optimizer
 
-from ofengine import arguments, connect
+from ofengine import arguments, connect, supervisor
 from ofengine._oneflow import synchronize
 from ofengine.checkpoint import arrays_of, load_weights, write
 from ofengine.course import Point
+from ofengine.crash_report import CrashReport
+from ofengine.culprit import culprit_of
 from ofengine.data import Batches, Limit, describe
 from ofengine.devices import resolve_device
-from ofengine.errors import ConfigurationError, GraphModeError
+from ofengine.errors import ConfigurationError, GraphModeError, OFEngineError
 from ofengine.generators import states_in
 from ofengine.hooks import Callback, HookRunner, warn_of_misspelt_hooks
 from ofengine.interrupts import InterruptGuard
@@ -93,6 +95,9 @@ class Trainer:
         enable_progress_bar: add a ``ProgressBar`` where ``callbacks`` has none.
         enable_model_summary: add a ``ModelSummary`` where ``callbacks`` has none.
         default_root_dir: where logs and checkpoints go. Default: the current folder.
+        restart_on_crash: how often the script is started again where its process dies of a
+            crash (by a signal, in native code): ``fit`` then goes on from the last checkpoint.
+            What stands before ``fit`` in the script runs again each time.
 
     Raises:
         ConfigurationError: an argument is wrong.
@@ -148,6 +153,7 @@ class Trainer:
         enable_progress_bar: bool = True,
         enable_model_summary: bool = True,
         default_root_dir: Union[str, Path, None] = None,
+        restart_on_crash: int = 0,
     ) -> None:
         _configure_logging()
         at_least_one = "a whole number from 1 on"
@@ -197,6 +203,9 @@ class Trainer:
                 f"default_root_dir={default_root_dir!r}: give the path of a folder."
             )
         self.default_root_dir = str(default_root_dir or os.getcwd())
+        self.restart_on_crash = arguments.check_count(
+            "restart_on_crash", restart_on_crash, 0, "a whole number, 0 for never"
+        )
         self._overfit = arguments.check_limit("overfit_batches", overfit_batches) or None
         for name, flag in (
             ("enable_checkpointing", enable_checkpointing),
@@ -258,16 +267,20 @@ class Trainer:
         Raises:
             OFEngineError: something does not fit together; raised before training starts.
         """
+        if self.restart_on_crash:
+            ckpt_path = self._supervised(ckpt_path)
         self._attach(task)
         arguments.check_choice("rates_on_resume", rates_on_resume, POLICIES)
         self._reset_progress()
         connect.check_step(task, "train")
         connect.add_rate_callback(self.callbacks, self.mode)
+        self.resumed = self._find(ckpt_path)
+        _ = self.log_dir  # a folder that cannot be made is told before training
         if self.mode == "graph":
             connect.check_graph_mode(self, task)
         self._run(
             "fit",
-            lambda: self._fit(task, train_dataloaders, val_dataloaders, ckpt_path, rates_on_resume),
+            lambda: self._fit(task, train_dataloaders, val_dataloaders, rates_on_resume),
         )
 
     def validate(
@@ -332,10 +345,29 @@ class Trainer:
             )
         self.mode_runner.settle()
         state = None if self._rates is None else state_of_run(self)
-        progress = {"epoch": self.current_epoch, "global_step": self.global_step}
+        progress: Dict[str, Any] = {"epoch": self.current_epoch, "global_step": self.global_step}
+        if state is not None:
+            progress["run"] = self.run_id
         return arrays_of(self.task), state, progress
 
     # ------------------------------------------------------------------ what callbacks ask
+
+    @property
+    def can_save(self) -> bool:
+        """True in a ``fit`` that has trained, at a moment that can be resumed from exactly."""
+        hurried = self.interrupts.hurried or self.resumed is not None
+        return (
+            self._rates is not None
+            and self.train_batches is not None
+            and self.batches_seen > 0
+            and self.point is not Point.STEP
+            and not hurried
+        )
+
+    @property
+    def resumes_within_epoch(self) -> bool:
+        """True in ``on_train_start`` where a resumed run goes on in the middle of an epoch."""
+        return self.resumed is not None and self.resumed.is_within_epoch(self)
 
     @property
     def optimizer(self) -> Optimizer:
@@ -464,7 +496,6 @@ class Trainer:
         task: TaskModule,
         train_dataloaders: Any,
         val_dataloaders: Any,
-        ckpt_path: Union[str, Path, None],
         rates_on_resume: str,
     ) -> None:
         keep = self._overfit is not None
@@ -486,7 +517,9 @@ class Trainer:
         self.optimization = made
         self._rates = connect.make_plan(task, made, train.count, self.accumulate_grad_batches)
         self.rates.stop = self.total_steps
-        self._resume(ckpt_path, rates_on_resume)
+        if self.resumed is not None:
+            self.resumed.check(self, rates_on_resume)
+            self.resumed.restore_run(self)
         self.hooks.fire("on_fit_start")
         if self.resumed is not None:
             self.resumed.restore_rates(self, rates_on_resume)
@@ -506,22 +539,38 @@ class Trainer:
         }
         self.hooks.fire("on_fit_end")
 
-    def _resume(self, ckpt_path: Union[str, Path, None], rates_on_resume: str) -> None:
-        """Take over the run of a checkpoint, where there is one to be resumed."""
+    def _supervised(self, ckpt_path: Union[str, Path, None]) -> Union[str, Path, None]:
+        """Run the script again as a child; in the child, what ``fit`` resumes from."""
+        if not any(callback.fires_last for callback in self.callbacks):
+            raise ConfigurationError(
+                "restart_on_crash needs checkpoints to go on from: list a ModelCheckpoint, or "
+                "leave enable_checkpointing on."
+            )
+        if supervisor.tries() is None:
+            supervisor.supervise(self.restart_on_crash)
+        if self._rates is not None:
+            raise ConfigurationError(
+                "restart_on_crash starts the whole script again, so it works for one fit() only: "
+                "put the second one into a script of its own."
+            )
+        if supervisor.tries() == 1:
+            return ckpt_path
+        found = find_checkpoint(self, "last", supervisor.begun_at())
+        return ckpt_path if found is None else found.path
+
+    def _find(self, ckpt_path: Union[str, Path, None]) -> Optional[Resumed]:
+        """The run of a checkpoint, where there is one to be resumed; the loggers know of it."""
         if ckpt_path is None:
-            return
+            return None
         checkpoint = find_checkpoint(self, ckpt_path)
         if checkpoint is None:
             log.info("ckpt_path='last': there is no checkpoint yet, training begins anew.")
-            return
-        resumed = Resumed(self, checkpoint, exact_place=str(ckpt_path) == "last")
-        resumed.check(self, rates_on_resume)
-        resumed.restore_run(self)
-        self.resumed = resumed
-        log.info(
-            "resuming from %s: epoch %d, step %d.",
-            checkpoint.path, self.current_epoch, self.global_step,
-        )  # fmt: skip
+            return None
+        resumed = Resumed(self, checkpoint)
+        resumed.tell_loggers(
+            self, continue_files=str(ckpt_path) == "last" or bool(self.restart_on_crash)
+        )
+        return resumed
 
     def _evaluate(
         self, stage: str, task: TaskModule, dataloaders: Any, ckpt_path: Union[str, Path, None]
@@ -565,12 +614,13 @@ class Trainer:
             self.fit_runner = self.mode_runner
         self.interrupts = InterruptGuard()
         status = "failed"
-        with self.interrupts:
+        with CrashReport(), self.interrupts:
             try:
                 self.hooks.fire("setup", stage)
                 body()
                 status = "success"
             except BaseException as error:
+                self._tell_culprit(error)
                 self.hooks.fire("on_exception", error)
                 raise
             finally:
@@ -585,6 +635,16 @@ class Trainer:
                         stack.callback(each.finalize, status)
                     for call in reversed(self.hooks.calls["teardown"]):
                         stack.callback(call, stage)
+
+    def _tell_culprit(self, error: BaseException) -> None:
+        if isinstance(error, (OFEngineError, KeyboardInterrupt, SystemExit)):
+            return  # they speak for themselves
+        culprit = culprit_of(error)
+        if culprit is not None:
+            log.error(
+                "%s raised %s in epoch %d, batch %d (after step %d).",
+                culprit, type(error).__name__, self._current_epoch, self.batch_idx, self.steps_done,
+            )  # fmt: skip
 
     def _attach(self, task: Any) -> None:
         if not isinstance(task, TaskModule):

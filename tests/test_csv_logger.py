@@ -179,8 +179,9 @@ def test_name_and_version_can_be_given(
 def test_another_runs_file_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "runs" / "base").mkdir(parents=True)
     (tmp_path / "runs" / "base" / "metrics.csv").write_text("mine")
+    logger = CSVLogger(tmp_path, "runs", "base")
     with pytest.raises(ConfigurationError, match=r"version='base'.*another version"):
-        CSVLogger(tmp_path, "runs", "base")
+        _ = logger.log_dir
     assert (tmp_path / "runs" / "base" / "metrics.csv").read_text() == "mine"
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import os
 import re
 import warnings
 from pathlib import Path
-from typing import IO, Any, Dict, Iterable, List, Optional, Union
+from typing import IO, Any, Dict, Iterable, List, Optional, Tuple, Union
 
 from ofengine.errors import ConfigurationError, OFEngineWarning
 from ofengine.loggers.base import Logger
@@ -71,11 +72,46 @@ class CSVLogger(Logger):
         self._rows: List[_Row] = []
         self._next_flush = every
         self._warned = False
-        if version is not None and (self._own_folder() / "metrics.csv").exists():
-            raise ConfigurationError(
-                f"CSVLogger(version={version!r}): {self._own_folder() / 'metrics.csv'} is there "
-                "already, from another run: give another version, or remove it."
-            )
+        self._written_rows = 0
+        self._history: Optional[Tuple[Path, int]] = None
+        self._resumed = False
+        self._untouched_rows = 0
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Where the rows are, how many of them, and those that are in no file yet."""
+        if not self._columns:
+            return {}
+        return {
+            "folder": str(self._claim().absolute()),
+            "columns": list(self._columns),
+            "written_rows": self._written_rows if self._history is None else self._history[1],
+            "rows": [[row.epoch, row.step, row.values] for row in self._rows],
+            "next_flush": self._next_flush,
+        }
+
+    def load_state_dict(self, state: Dict[str, Any], continue_files: bool) -> None:
+        """Go on behind these rows; the file is touched when the first new row is written.
+
+        With ``continue_files`` in the same file, from which later rows are taken out, as they
+        will come again; else in a new one, which begins with a copy of these rows.
+        """
+        folder = Path(state["folder"])
+        same_place = self.version is None or folder == self._own_folder().absolute()
+        if continue_files and same_place and folder.is_dir():
+            self._folder = folder
+            self._resumed = True
+        self._columns = list(state["columns"])
+        self._rows = [_Row(epoch, step, values) for epoch, step, values in state["rows"]]
+        self._untouched_rows = len(self._rows)
+        self._next_flush = state["next_flush"]
+        self._history = (folder / "metrics.csv", state["written_rows"])
+
+    def run_dirs(self) -> List[Path]:
+        """The folders of this and of earlier runs with this ``save_dir`` and ``name``."""
+        root = self.save_dir / self.name
+        if self.version is not None:
+            return [self._own_folder()]
+        return [each for each in root.iterdir() if each.is_dir()] if root.is_dir() else []
 
     @property
     def log_dir(self) -> str:
@@ -135,6 +171,12 @@ class CSVLogger(Logger):
             if self.version is None:
                 self._folder = self._next_version()
             else:
+                taken = self._own_folder() / "metrics.csv"
+                if taken.exists() and not self._resumed:
+                    raise ConfigurationError(
+                        f"CSVLogger(version={self.version!r}): {taken} is there already, from "
+                        "another run: give another version, or remove it."
+                    )
                 self._own_folder().mkdir(parents=True, exist_ok=True)
                 self._folder = self._own_folder()
         return self._folder
@@ -162,8 +204,13 @@ class CSVLogger(Logger):
     def _write(self) -> None:
         if not self._rows:
             return
+        if self._history is not None and len(self._rows) == self._untouched_rows:
+            return  # nothing came since the run was resumed
         try:
             path = self._claim() / "metrics.csv"
+            if self._history is not None:
+                self._begin_with(path, *self._history)
+                self._history = None
             if not path.exists():  # at first, or somebody took it away
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._written_columns = 0
@@ -181,17 +228,32 @@ class CSVLogger(Logger):
                     stacklevel=3,
                 )
 
+    def _begin_with(self, path: Path, source: Path, most: int) -> None:
+        """Let ``path`` hold the first ``most`` rows of ``source``, which may be the same file."""
+        self._written_columns = self._written_rows = 0
+        if most == 0 or not source.exists():
+            if path.exists():
+                path.unlink()
+            return
+        self._rewrite(path, source, most)
+        self._written_rows = most
+
     def _add_columns(self, path: Path) -> None:
         """Put the new columns into the header and, empty, into the rows that are there."""
+        self._rewrite(path, path if self._written_columns else None, None)
+
+    def _rewrite(self, path: Path, source: Optional[Path], most: Optional[int]) -> None:
+        """Write the header and the rows of ``source``, at most so many, to ``path``."""
         header = [*_KEYS, *self._columns]
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             with open(temporary, "w", newline="", encoding="utf-8") as new:
                 rows = csv.writer(new, lineterminator="\n")
                 rows.writerow(header)
-                if self._written_columns:
-                    with open(path, newline="", encoding="utf-8") as old:
-                        rows.writerows(_padded(old, len(header)))
+                if source is not None:
+                    with open(source, newline="", encoding="utf-8") as old:
+                        rows.writerows(itertools.islice(_padded(old, len(header)), most))
                 _sync(new)
             os.replace(temporary, path)
         except OSError:
@@ -215,6 +277,7 @@ class CSVLogger(Logger):
             except OSError:
                 os.truncate(path, end)  # no half row: all of them come again at the next flush
                 raise
+        self._written_rows += len(self._rows)
         self._rows.clear()
 
 
@@ -242,7 +305,7 @@ def _padded(file: Iterable[str], columns: int) -> Iterable[List[str]]:
     """The rows below the header of ``file``, filled up with empty cells to ``columns``."""
     rows = iter(csv.reader(file))
     next(rows, None)
-    return ([*row, *[""] * (columns - len(row))] for row in rows)
+    return ([*row, *[""] * (columns - len(row))][:columns] for row in rows)
 
 
 def _sync(file: IO[Any]) -> None:
