@@ -71,7 +71,7 @@ def _train_epoch(trainer: Trainer, train: Batches, validation: List[Batches]) ->
             course.observe_metric(trainer, "step", trainer.steps_done)
         if batch_idx % _RUN_AHEAD == 0:
             if waiting is not None:
-                waiting.numpy()
+                waiting.item()
             waiting = outputs["loss"]
         if validation and course.validation_is_due(trainer, batch_idx, is_last):
             evaluation_loop(trainer, "validation", validation)
