@@ -91,8 +91,8 @@ class Case(NamedTuple):
 CASES: Dict[str, Case] = {
     "linear layer, 32 x 32": Case(linear, 0, 100, 60),
     "small CNN, batch 8": Case(small_cnn, 8, 25, 30),
-    "MobileNetV2, batch 8": Case(mobilenet_v2, 8, 4, 10),
-    "ResNet-18, batch 8": Case(resnet18, 8, 4, 8),
+    "MobileNetV2, batch 2": Case(mobilenet_v2, 2, 4, 8),
+    "ResNet-18, batch 2": Case(resnet18, 2, 4, 8),
 }
 
 
@@ -131,15 +131,28 @@ def hand_step(
     if mode == "eager":
         return eager
 
+    graph = hand_graph(model, loss_fn, made, scheduler, configure)
+    return lambda: graph(x, y)
+
+
+def hand_graph(
+    model: nn.Module,
+    loss_fn: nn.Module,
+    optimizer: Any,
+    scheduler: Optional[Any] = None,
+    configure: Callable[[Any], None] = lambda config: None,
+) -> nn.Graph:
+    """The cookbook's graph."""
+
     class Graph(nn.Graph):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
             self.loss_fn = loss_fn
             if scheduler is None:
-                self.add_optimizer(made)
+                self.add_optimizer(optimizer)
             else:
-                self.add_optimizer(made, lr_sch=scheduler)
+                self.add_optimizer(optimizer, lr_sch=scheduler)
             configure(self.config)
 
         def build(self, x: Any, y: Any) -> Any:
@@ -147,8 +160,7 @@ def hand_step(
             loss.backward()
             return loss
 
-    graph = Graph()
-    return lambda: graph(x, y)
+    return Graph()
 
 
 class Task(TaskModule):

@@ -108,9 +108,7 @@ class Turns:
             if not hand_first:
                 hand = self._time_hand()
             scale = 1e6 / self.block
-            self.measured.append(
-                Pair(hand[0] * scale, hand[1] * scale, wall * scale, cpu * scale)
-            )
+            self.measured.append(Pair(hand[0] * scale, hand[1] * scale, wall * scale, cpu * scale))
 
     def _time_hand(self) -> Any:
         self.synchronize()
@@ -197,9 +195,8 @@ def child(
     process = subprocess.run(
         [python, *arguments],
         env={**os.environ, **(env or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        universal_newlines=True,
+        capture_output=True,
+        text=True,
         timeout=timeout,
     )
     lines = process.stdout.strip().splitlines()

@@ -53,7 +53,7 @@ def main() -> None:
         f"""SGD with momentum, 3x32x32 images. Each row: {rounds} process(es), in which blocks of
         4 to 100 steps of the engine and of the hand-written loop alternate. Median, and in brackets
         the quartiles, of the pairs of neighbouring blocks. The last column is the difference in the
-        CPU time of the thread that runs Python, which other work on the machine hardly disturbs; the
+        CPU time of the thread that runs Python, which other work on the machine disturbs less; the
         wall time of the big networks varies by far more than the engine adds."""
     )
     rows = []
