@@ -109,8 +109,8 @@ def write(folder: Path) -> None:
             before, after = report["load"]
             quick = " with `--quick`, a single round" if report["quick"] else ""
             lines += [
-                f"`benchmarks/{script}.py`{quick}, {report['when']}; load of the machine {before:.1f}"
-                f" before, {after:.1f} after.",
+                f"`benchmarks/{script}.py`{quick}, {report['when']}; load of the machine before: "
+                f"{before:.1f}, after: {after:.1f}.",
                 "",
             ]
     RESULTS.write_text("\n".join(lines).rstrip() + "\n")

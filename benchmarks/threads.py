@@ -25,15 +25,9 @@ ENVIRONMENTS: Dict[str, Tuple[Dict[str, str], int]] = {
     "as it is": ({}, 0),
     "set_num_threads(1)": ({}, 1),
     "OMP_NUM_THREADS=1": ({"OMP_NUM_THREADS": "1"}, 0),
+    "OPENBLAS_NUM_THREADS=1": ({"OPENBLAS_NUM_THREADS": "1"}, 0),
     "VM_COMPUTE_ON_WORKER_THREAD=0": ({"ONEFLOW_VM_COMPUTE_ON_WORKER_THREAD": "0"}, 0),
 }
-
-
-def _straighten(config: Any) -> None:
-    if hasattr(config, "enable_straighten_algorithm"):
-        config.enable_straighten_algorithm("MemoryFirst")
-    else:  # OneFlow 0.9.0
-        config.proto.straighten_algorithm_tag_in_task_graph = 2
 
 
 SWITCHES: Dict[str, Callable[[Any], None]] = {
@@ -42,7 +36,7 @@ SWITCHES: Dict[str, Callable[[Any], None]] = {
     "allow_fuse_cast_scale": lambda config: config.allow_fuse_cast_scale(True),
     "allow_fuse_model_update_ops": lambda config: config.allow_fuse_model_update_ops(True),
     "set_outputs_buffer_size(1)": lambda config: config.set_outputs_buffer_size(1),
-    "straighten, memory first": _straighten,
+    "straighten, memory": lambda config: config.enable_straighten_algorithm("MemoryFirst"),
 }
 
 
