@@ -90,9 +90,9 @@ class Case(NamedTuple):
 
 CASES: Dict[str, Case] = {
     "linear layer, 32 x 32": Case(linear, 0, 100, 60),
-    "small CNN, batch 8": Case(small_cnn, 8, 25, 30),
-    "MobileNetV2, batch 2": Case(mobilenet_v2, 2, 4, 8),
-    "ResNet-18, batch 2": Case(resnet18, 2, 4, 8),
+    "small CNN, batch 8": Case(small_cnn, 8, 20, 12),
+    "MobileNetV2, batch 2": Case(mobilenet_v2, 2, 4, 6),
+    "ResNet-18, batch 2": Case(resnet18, 2, 3, 6),
 }
 
 
@@ -244,5 +244,5 @@ def compare(mode: str, case: Case, quick: bool = False, **arguments: Any) -> Lis
     loss_fn = case.loss()
     reference = hand_step(mode, case.network(), loss_fn, batch)
     pairs = max(3, case.pairs // 5) if quick else case.pairs
-    turns = Turns(batch, reference, synchronize, case.block, pairs)
+    turns = Turns(batch, reference, synchronize, case.block, pairs, min(20, case.block))
     return measure(mode, Task(case.network(), loss_fn), turns, **arguments)

@@ -121,15 +121,15 @@ def main() -> None:
         kind, mode, network, images = options.child.split("|")
         print(json.dumps(run(kind, mode, network, int(images))))
         return
-    rounds = 1 if options.quick else 3
+    rounds = 1 if options.quick else 2
     report = Report("cookbook", "The cookbook's loop, a whole epoch with its data")
     report.note(
-        f"""Batches of {BATCH} images, MobileNetV2 over 320 and the small CNN over 1,600 of them.
+        f"""Batches of {BATCH} images, MobileNetV2 over 160 and the small CNN over 640 of them.
         {rounds} process(es) of each kind, in turns; an epoch after the first, checkpoint and log
         files of the engine's defaults included. Median and quartiles; ratios round by round."""
     )
     rows = []
-    for network, images in (("small_cnn", 1600), ("mobilenet_v2", 320)):
+    for network, images in (("small_cnn", 640), ("mobilenet_v2", 160)):
         for mode in ("eager", "graph"):
             runs = {
                 kind: partial(child, [__file__, "--child", f"{kind}|{mode}|{network}|{images}"])

@@ -74,7 +74,7 @@ def measured(mode: str, axis: str, size: int, quick: bool) -> Any:
     reference = hand_step(
         mode, by_hand, loss_fn, batch, optimizer, schedule(optimizer) if scheduled else None
     )
-    block, pairs = (20, 3) if quick else (40, 20)
+    block, pairs = (20, 3) if quick else (40, 12)
     if size >= 1000 and grouped:
         block = 5
     warm_up = 10 if axis == "steps of a schedule" and size <= 100 else 20

@@ -42,7 +42,7 @@ def main() -> None:
     arguments = [__file__, "--child", "all"] + (["--quick"] if options.quick else [])
     seen: Dict[str, List[List[float]]] = {}
     medians: Dict[str, List[float]] = {}
-    rounds = 1 if options.quick else 3
+    rounds = 1 if options.quick else 2
     for index in range(rounds):
         for key, pairs in child(arguments).items():
             seen.setdefault(key, []).extend(pairs)
@@ -51,7 +51,7 @@ def main() -> None:
     report = Report("step_overhead", "A step, against the loop written by hand")
     report.note(
         f"""SGD with momentum, 3x32x32 images. Each row: {rounds} process(es), in which blocks of
-        4 to 100 steps of the engine and of the hand-written loop alternate. Median, and in brackets
+        3 to 100 steps of the engine and of the hand-written loop alternate. Median, and in brackets
         the quartiles, of the pairs of neighbouring blocks. The last column is the difference in the
         CPU time of the thread that runs Python, which other work on the machine disturbs less; the
         wall time of the big networks varies by far more than the engine adds."""
