@@ -276,9 +276,6 @@ def _read(values: Sequence[Any]) -> List[float]:
         else:
             numbers[position] = value
     for positions in tensors.values():
-        if len(positions) == 1:  # as a rule the loss alone: nothing to stack
-            numbers[positions[0]] = float(values[positions[0]].item())
-            continue
         read = flow.stack([values[position] for position in positions]).numpy()
         for position, number in zip(positions, read.tolist()):
             numbers[position] = float(number)
