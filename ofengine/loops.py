@@ -76,7 +76,7 @@ def _train_epoch(trainer: Trainer, train: Batches, validation: List[Batches]) ->
             course.observe_metric(trainer, "step", trainer.steps_done)
         if batch_idx >= next_wait:
             if waiting is not None:
-                waiting.item()
+                waiting.numpy()  # not item(): it spins, and takes the core from the device
             waiting = outputs["loss"]
             next_wait = batch_idx + _run_ahead(batch)
         if validation and course.validation_is_due(trainer, batch_idx, is_last):
