@@ -121,7 +121,7 @@ def main() -> None:
         kind, mode, network, images = options.child.split("|")
         print(json.dumps(run(kind, mode, network, int(images))))
         return
-    rounds = 1 if options.quick else 2
+    rounds = 1 if options.quick else 3
     report = Report("cookbook", "The cookbook's loop, a whole epoch with its data")
     report.note(
         f"""Batches of {BATCH} images, MobileNetV2 over 160 and the small CNN over 640 of them.

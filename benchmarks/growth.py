@@ -101,8 +101,9 @@ def main() -> None:
         """What the engine adds to a step over a loop by hand with the same groups and schedule, in
         microseconds of the thread that runs Python: median of the pairs of blocks, and quartiles.
         A small linear layer; all defaults off; each point is a process of its own. In graph mode a
-        logged name is one output of the graph more. A number below zero says that the engine
-        costs less than nn.Graph called by hand."""
+        logged name is one output of the graph more, which is copied out of its buffer. Where a step
+        takes Python milliseconds (many groups or parameters by hand), the difference of two such
+        numbers is noise; a number below zero says no more than that."""
     )
     rows = []
     for axis, sizes in AXES.items():

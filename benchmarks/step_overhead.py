@@ -42,7 +42,7 @@ def main() -> None:
     arguments = [__file__, "--child", "all"] + (["--quick"] if options.quick else [])
     seen: Dict[str, List[List[float]]] = {}
     medians: Dict[str, List[float]] = {}
-    rounds = 1 if options.quick else 2
+    rounds = 1 if options.quick else 3
     for index in range(rounds):
         for key, pairs in child(arguments).items():
             seen.setdefault(key, []).extend(pairs)

@@ -117,7 +117,7 @@ def main() -> None:
         )
         print(json.dumps(result))
         return
-    rounds = 1 if options.quick else 2
+    rounds = 1 if options.quick else 3
     report = Report("threads", "Threads and graph switches")
     runs = {
         name: partial(child, [__file__, "--child", f"environment|{threads}"], env)
