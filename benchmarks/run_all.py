@@ -87,7 +87,7 @@ def write(folder: Path) -> None:
         "",
         "Written by `make bench`, but for the findings, which are written by hand.",
         "",
-        f"{processor()}, {os.cpu_count()} cores, Linux, CPython {platform.python_version()}, "
+        f"{processor()}, {os.cpu_count()} cores, Linux, CPython {platform.python_version()},",
         f"{versions}.",
         "No number stands alone: what is compared took turns, and each cell has the median of the",
         "pairs with their quartiles. Only ratios and differences mean anything on another machine.",
