@@ -75,6 +75,8 @@ class Turns:
         self.measured: List[Pair] = []
         self.done: Callable[[], None] = lambda: None
         """Called before the last batch is given: where a run is to end before its length."""
+        self.read: Callable[[Any], Any] = lambda loss: loss.item()
+        """How the hand-written loop reads its loss every :data:`READ_EVERY` steps."""
         self._read = 0
 
     def __len__(self) -> int:
@@ -85,7 +87,7 @@ class Turns:
             loss = self.reference()
             self._read += 1
             if self._read % READ_EVERY == 0:
-                loss.item()
+                self.read(loss)
         self.synchronize()
 
     def __iter__(self) -> Iterator[Any]:
