@@ -2,13 +2,14 @@
 # a wheel for and build .venv with it, once. Nothing outside this folder is changed.
 
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 PYTEST_ARGS ?=
 PYTEST_WORKERS ?= 2
 
 PYTHON := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: help demo test test-slow lint types wheel doctor clean
+.PHONY: help demo test test-slow bench lint types wheel doctor clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -22,6 +23,9 @@ test: $(READY)  ## run the tests but the slow ones (PYTEST_ARGS="-k rates")
 
 test-slow: $(READY)  ## run the slow tests
 	@$(PYTHON) -m pytest -m slow -n $(PYTEST_WORKERS) $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: none
+
+bench: $(READY)  ## run the benchmarks, write benchmarks/RESULTS.md (20 min on two idle cores)
+	@$(PYTHON) benchmarks/run_all.py $(BENCH_ARGS)
 
 lint: $(READY)  ## check style and layout with ruff
 	@$(PYTHON) -m ruff check .

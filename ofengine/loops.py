@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Dict, List, Optional
 
+import oneflow as flow
+
 from ofengine import course
 from ofengine.connect import STEP_OF_STAGE
 from ofengine.course import Point
@@ -13,8 +15,10 @@ if TYPE_CHECKING:
     from ofengine.resume import Entry
     from ofengine.trainer import Trainer
 
-_RUN_AHEAD = 16
-"""Steps that may be handed to the device before the first of them has been waited for."""
+_LEAST_AHEAD, _MOST_AHEAD = 16, 128
+"""Steps that are handed to the device between two waits for it, at least and at most."""
+_BYTES_AHEAD = 64 * 1024 * 1024
+"""The memory that batches of these steps may take where they are more than the least."""
 
 
 def fit_loop(trainer: Trainer, train: Batches, validation: List[Batches]) -> None:
@@ -70,6 +74,7 @@ def _train_epoch(
     expected = trainer.rates.calendar.batches_per_epoch
     logged = trainer.metrics.begin_batches()
     waiting: Any = None
+    next_wait = 0
     batch_idx = -1
     steps = train.steps(trainer.accumulate_grad_batches, entry.data if entry else None)
     if entry is not None:
@@ -92,10 +97,11 @@ def _train_epoch(
                 call(outputs, batch, batch_idx)
             if logged:
                 commit(batch)  # what those hooks logged
-            if batch_idx % _RUN_AHEAD == 0:
+            if batch_idx >= next_wait:
                 if waiting is not None:
-                    waiting.numpy()
+                    waiting.numpy()  # not item(): it spins, and takes the core from the device
                 waiting = outputs["loss"]
+                next_wait = batch_idx + _run_ahead(batch)
         if trainer.point is Point.STEPPED:  # a resumed run may be beyond it
             if closes and trainer.steps_done % log_every == 0:
                 trainer.log_metrics(trainer.metrics.flush())
@@ -116,6 +122,26 @@ def _train_epoch(
     else:
         course.epoch_ended(trainer, batch_idx + 1, train.once)
     trainer.metrics.end_batches()
+
+
+def _run_ahead(batch: Any) -> int:
+    """How many steps like that of ``batch`` may be handed to the device before the next wait.
+
+    Python runs far ahead of the device where nothing stops it, and what waits holds its batch. A
+    wait costs some hundred microseconds, which is much beside the steps of a small network.
+    """
+    size = _bytes_of(batch)
+    return min(_MOST_AHEAD, max(_LEAST_AHEAD, _BYTES_AHEAD // size)) if size else _LEAST_AHEAD
+
+
+def _bytes_of(batch: Any) -> int:
+    if isinstance(batch, flow.Tensor):
+        return int(batch.numel() * batch.element_size())
+    if isinstance(batch, dict):
+        batch = batch.values()
+    elif not isinstance(batch, (list, tuple)):
+        return 0
+    return sum(map(_bytes_of, batch))
 
 
 def _total(loaders: List[Batches], most: Optional[int]) -> Optional[int]:

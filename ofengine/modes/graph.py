@@ -252,7 +252,7 @@ class GraphMode:
             return self._accumulate(compiled, tensors, window, closes)
         if isinstance(graph, TrainGraph):
             masks = compiled.masks.draw() if compiled.masks is not None else []
-            outputs = graph(tensors, masks)
+            outputs = _oneflow.run_compiled(graph, [*tensors, *masks])
             return {**(self._take_outputs(graph, outputs[1:]) or {}), "loss": outputs[0]}
         loss = _loss_of(graph(*tensors))
         if loss.numel() != 1:
@@ -267,7 +267,8 @@ class GraphMode:
     ) -> Dict[str, Any]:
         graph = compiled.graph
         masks = compiled.masks.draw() if compiled.masks is not None else []
-        outputs = graph(tensors, masks, self._window_scale(window))
+        inputs = [*tensors, *masks, self._window_scale(window)]
+        outputs = _oneflow.run_compiled(graph, inputs)
         stop = 1 + len(graph.having)
         total = self._gradients
         for index, gradient in zip(graph.having, outputs[1:stop]):
@@ -279,7 +280,7 @@ class GraphMode:
             if apply is None:
                 apply = self._applies[having] = _Compiled(ApplyGraph(self, having))
                 self._compile(apply.graph, [gradients], "the optimizer step", updates=True)
-            apply.graph(gradients)
+            _oneflow.run_compiled(apply.graph, gradients)
             self._gradients = {}
         return {**(self._take_outputs(graph, outputs[stop:]) or {}), "loss": outputs[0]}
 
@@ -427,7 +428,7 @@ class GraphMode:
             compiled = self._evals[key] = _Compiled(graph)
             self._compile(graph, [tensors], step, updates=False)
         graph = compiled.graph
-        return self._take_outputs(graph, graph(tensors))
+        return self._take_outputs(graph, _oneflow.run_compiled(graph, tensors))
 
     # ------------------------------------------------------------------ compiling
 
