@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, List
 from ofengine._startup import quiet_oneflow_import
 
 if TYPE_CHECKING:
+    from ofengine.checkpoint import load_weights
     from ofengine.errors import (
         CheckpointError,
         ConfigurationError,
@@ -46,6 +47,7 @@ _HOMES = {
     "RatePlan": "ofengine.rates.plan",
     "TaskModule": "ofengine.task",
     "Trainer": "ofengine.trainer",
+    "load_weights": "ofengine.checkpoint",
     "seed_everything": "ofengine.seeding",
 }
 
@@ -64,6 +66,7 @@ __all__ = [
     "TaskModule",
     "Trainer",
     "__version__",
+    "load_weights",
     "seed_everything",
 ]
 

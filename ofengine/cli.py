@@ -15,6 +15,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     _add_doctor(commands)
     _add_rates(commands)
+    _add_checkpoint(commands)
     arguments = parser.parse_args(argv)
     return int(arguments.run(arguments))
 
@@ -56,6 +57,19 @@ def _add_rates(commands: Any) -> None:
     add("--plot", metavar="FILE", help="write the picture as .png, .svg or .pdf")
     add("--arg", default=[], action="append", metavar="KEY=VALUE",
         help="an argument of the task; the value is read as Python, else as a text")  # fmt: skip
+
+
+def _add_checkpoint(commands: Any) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        from ofengine.checkpoint_cli import checkpoint
+
+        return checkpoint(arguments)
+
+    text = "verify a checkpoint and print what is in it, executing nothing of it"
+    parser = commands.add_parser("checkpoint", help=text, description=text)
+    parser.set_defaults(run=run)
+    parser.add_argument("file", metavar="FILE", help="the file that was saved")
+    parser.add_argument("--tensors", action="store_true", help="list every weight")
 
 
 def _count(text: str) -> int:

@@ -1,0 +1,101 @@
+"""`ofengine checkpoint FILE`: what is in a checkpoint, in a screenful."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Tuple
+
+import numpy as np
+
+from ofengine.checkpoint import Checkpoint, read
+from ofengine.errors import CheckpointError
+
+
+def checkpoint(arguments: argparse.Namespace) -> int:
+    """Print what the file holds; exit status 1 where it cannot be used."""
+    try:
+        found = read(arguments.file)
+    except CheckpointError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print("\n".join(describe(found, all_tensors=arguments.tensors)))
+    return 0
+
+
+def describe(found: Checkpoint, all_tensors: bool = False) -> Iterator[str]:
+    """The lines of the description; with ``all_tensors`` one for each weight."""
+    size = found.path.stat().st_size
+    kind = f"format {found.metadata.get('format_version', '?')}, whole"
+    if "blake2b" not in found.metadata:
+        kind = "weights only, no checksum"
+    yield f"{found.path} ({_bytes(size)}, {kind})"
+    if found.state is not None:
+        yield from _describe_run(found.state)
+    yield _row("weights", _sum_up(found.weights.values()))
+    not_finite = [n for n, a in found.weights.items() if a.dtype.kind == "f" and not _finite(a)]
+    if not_finite:
+        yield _row("not finite", f"{len(not_finite)} tensors, first {not_finite[0]!r}")
+    if all_tensors:
+        for name, array in found.weights.items():
+            yield f"    {name}  {tuple(array.shape)}  {array.dtype}"
+
+
+def _describe_run(state: Mapping[str, Any]) -> Iterator[str]:
+    run, loop, rates = state["run"], state["loop"], state["rates"]
+    saved = datetime.datetime.fromtimestamp(run["saved_at"]).strftime("%Y-%m-%d %H:%M:%S")
+    versions = ", ".join(f"{name} {version}" for name, version in state["versions"].items())
+    yield _row("saved", f"{saved}, by {versions}")
+    where = f"epoch {loop['epoch']}, {loop['batches_done']} batches of it done"
+    yield _row("place", f"{where}, step {loop['global_step']} ({loop['point'].replace('_', ' ')})")
+    yield _row("run", f"{run['id'][:8]}, {run['mode']} mode, seed {run['seed']}, "
+               f"{run['seconds']:.0f} s trained")  # fmt: skip
+    optimizer = state["optimizer"]
+    kept = [array for states in optimizer["states"].values() for array in states.values()]
+    text = f"{optimizer['class']}, {optimizer['steps']} steps"
+    yield _row("optimizer", text + (f", {_sum_up(kept)}" if kept else ", without a state"))
+    schedule = rates["schedule"]
+    yield _row("schedule", "none" if schedule is None else
+               f"{schedule['class']}, by {rates['interval']}")  # fmt: skip
+    now: List[Any] = rates["rates"].get("0") or [None] * len(rates["groups"])
+    for group, rate in zip(rates["groups"], now):
+        shown = "" if rate is None else f", next rate {rate:.6g}"
+        yield _row("group", f"{group['name']}: {group['numbers']:,} numbers{shown}")
+    metrics = state["metrics"]["known"]
+    if metrics:
+        yield _row("metrics", ", ".join(f"{k}={v:.6g}" for k, v in metrics.items()))
+    named = [each["class"] for each in state["callbacks"] if each["state"]]
+    yield _row("callbacks", ", ".join(named) if named else "none with a state")
+    for title, values in (("hparams", state["hparams"]), ("task", state["task"])):
+        if values:
+            yield _row(title, ", ".join(_pairs(values)))
+
+
+def _pairs(values: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in values.items():
+        yield f"{key}=array{value.shape}" if isinstance(value, np.ndarray) else f"{key}={value!r}"
+
+
+def _row(title: str, text: str) -> str:
+    return f"  {title:<10} {text}"
+
+
+def _sum_up(arrays: Iterable[np.ndarray]) -> str:
+    totals: Dict[str, Tuple[int, int]] = {}
+    for array in arrays:
+        tensors, numbers = totals.get(str(array.dtype), (0, 0))
+        totals[str(array.dtype)] = (tensors + 1, numbers + array.size)
+    return "; ".join(f"{t} tensors, {n:,} numbers ({dtype})" for dtype, (t, n) in totals.items())
+
+
+def _finite(array: np.ndarray) -> bool:
+    return bool(np.isfinite(array).all())
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
