@@ -12,6 +12,7 @@ from ofengine.generators import global_states, states_in
 from ofengine.seeding import seed_epoch
 
 if TYPE_CHECKING:
+    from ofengine.state import RunState
     from ofengine.trainer import Trainer
 
 
@@ -44,7 +45,7 @@ def is_done(trainer: Trainer) -> bool:
     return epochs or trainer.should_stop or is_out_of_time_or_steps(trainer)
 
 
-def is_out_of_time_or_steps(trainer: Trainer) -> bool:
+def is_out_of_time_or_steps(trainer: RunState) -> bool:
     """True where ``max_steps`` or ``max_time`` is used up."""
     if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
         return True

@@ -215,7 +215,7 @@ def _cpu_part(raw: np.ndarray) -> Optional[int]:
 def _position(generator: Any, words: np.ndarray) -> int:
     """How many of the twister's ``words`` are used up, found by drawing."""
     twister = np.random.MT19937()
-    state: Dict[str, Any] = dict(twister.state)
+    state: Any = twister.state
     state["state"] = {"key": words.view(np.int64).astype(np.uint32), "pos": 0}
     twister.state = state
     following = _as_uniform(twister.random_raw(_WORDS + 4))

@@ -29,6 +29,7 @@ from ofengine.generators import global_states, set_global_states, set_states_in,
 from ofengine.rates.resume import check_groups_fit, plan_state, resume_plan
 
 if TYPE_CHECKING:
+    from ofengine.state import RunState
     from ofengine.trainer import Trainer
 
 log = logging.getLogger("ofengine")
@@ -39,7 +40,7 @@ State = Dict[str, Any]
 # ---------------------------------------------------------------------- saving
 
 
-def state_of_run(trainer: Trainer) -> State:
+def state_of_run(trainer: RunState) -> State:
     """Everything of the run but the weights, as a nested dict of plain values and arrays.
 
     Raises :class:`ConfigurationError` inside a step, where half of it would be saved.
@@ -87,7 +88,7 @@ def state_of_run(trainer: Trainer) -> State:
     }
 
 
-def _moments(trainer: Trainer) -> State:
+def _moments(trainer: RunState) -> State:
     """Where exactly the run is: loop, metrics, generators, gradients of an open window."""
     point = trainer.point
     in_epoch = point not in (Point.BEGIN, Point.EPOCH_START, Point.EPOCH_END, Point.OVER)
@@ -132,7 +133,7 @@ def _arrays(tensors: Dict[str, Any]) -> Dict[str, np.ndarray]:
     return {name: array_of(tensor) for name, tensor in tensors.items()}
 
 
-def _options(trainer: Trainer) -> List[State]:
+def _options(trainer: RunState) -> List[State]:
     """The plain options of each group, rates left out: they are the plan's."""
     return [
         {
@@ -154,7 +155,7 @@ def _plain_hparams(task: Any) -> State:
     return {key: value for key, value in task.hparams.items() if _is_plain(value)}
 
 
-def _callback_states(trainer: Trainer) -> List[State]:
+def _callback_states(trainer: RunState) -> List[State]:
     return [
         {"class": type(callback).__qualname__, "state": callback.state_dict()}
         for callback in trainer.callbacks
@@ -254,7 +255,7 @@ class Resumed:
             if kept:
                 each.load_state_dict(kept, continue_files=continue_files)
 
-    def is_within_epoch(self, trainer: Trainer) -> bool:
+    def is_within_epoch(self, trainer: RunState) -> bool:
         """True where the run goes on in the middle of an epoch."""
         if self._point in (Point.EPOCH_END, Point.OVER):
             return self._is_unfinished(trainer)
@@ -392,7 +393,7 @@ class Resumed:
                 return None
         return entry
 
-    def _is_unfinished(self, trainer: Trainer) -> bool:
+    def _is_unfinished(self, trainer: RunState) -> bool:
         """True where the epoch was cut short by a limit that is no limit any more."""
         loop = self.state["loop"]
         if loop["cut_short"] is None:
