@@ -32,16 +32,26 @@ class Calendar:
         self._lengths: List[int] = []
         self._events: Dict[int, List[int]] = {}
 
-    def state(self) -> Dict[str, Any]:
-        """How long epochs were and are expected to be, for a checkpoint."""
-        return {"batches_per_epoch": self.batches_per_epoch, "lengths": list(self._lengths)}
+    def state(self, step: int) -> Dict[str, Any]:
+        """How long epochs were before ``step`` and are expected to be, for a checkpoint."""
+        lengths = list(self._lengths)
+        if self.batches_per_epoch is not None:
+            lengths += [self.batches_per_epoch] * (self.epoch_of(step) - len(lengths))
+        return {"batches_per_epoch": self.batches_per_epoch, "lengths": lengths}
 
-    def load_state(self, state: Dict[str, Any]) -> None:
-        """Take over from :meth:`state` how long the past epochs were."""
-        if self.batches_per_epoch is None:
-            self.batches_per_epoch = state["batches_per_epoch"]
+    def load_state(self, state: Dict[str, Any], step: int) -> None:
+        """Take over from :meth:`state` at ``step`` how long the past epochs were.
+
+        What is expected of the epochs to come is what the data says now. Where the data does not
+        say, or where the epoch going on is known to be longer, it is what was expected before.
+        """
         for length in state["lengths"]:
             self._record(length)
+        kept = state["batches_per_epoch"]
+        if self.batches_per_epoch is None:
+            self.batches_per_epoch = kept
+        elif kept is None and self.epoch_of(step) > len(state["lengths"]):
+            self.batches_per_epoch = None
 
     def outgrown(self, epoch: int) -> None:
         """``epoch``, going on, has more batches than was expected: expect nothing any more."""
@@ -63,9 +73,12 @@ class Calendar:
         return batches != expected
 
     def _record_regular(self, epoch: int) -> None:
-        """Write down the epochs before ``epoch`` that were as long as expected."""
+        """Write down the epochs before ``epoch`` that were as long as expected, and no others."""
         while len(self._lengths) < epoch and self.batches_per_epoch is not None:
             self._record(self.batches_per_epoch)
+        if len(self._lengths) > epoch:  # a checkpoint of the last batch took it for over
+            del self._lengths[epoch:], self._starts[epoch + 1 :]
+            self._events.clear()
 
     def _record(self, batches: int) -> None:
         step, batch = self._starts[-1]

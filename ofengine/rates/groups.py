@@ -39,6 +39,8 @@ class Group:
     """How many numbers they hold."""
     declares_scale: bool
     """True where the user wrote ``lr_scale`` or ``lr_decay_scale``."""
+    parameters: Tuple[str, ...] = attrs.field(default=(), converter=tuple)
+    """The full names of its parameters in the task."""
 
 
 def check_groups(task: nn.Module, optimizer: Optimizer, scheduled: bool = False) -> List[Group]:
@@ -53,7 +55,7 @@ def check_groups(task: nn.Module, optimizer: Optimizer, scheduled: bool = False)
     """
     names = {id(parameter): name for name, parameter in task.named_parameters()}
     groups = [
-        _describe(index, options, optimizer, scheduled)
+        _describe(index, options, optimizer, scheduled, names)
         for index, options in enumerate(optimizer.param_groups)
     ]
     _check_names([group.name for group in groups])
@@ -62,7 +64,9 @@ def check_groups(task: nn.Module, optimizer: Optimizer, scheduled: bool = False)
     return groups
 
 
-def _describe(index: int, options: Any, optimizer: Optimizer, scheduled: bool) -> Group:
+def _describe(
+    index: int, options: Any, optimizer: Optimizer, scheduled: bool, names: Dict[int, str]
+) -> Group:
     given = dict(options.options)
     name = given.get("name", f"group_{index}")
     if not isinstance(name, str) or not name:
@@ -77,6 +81,7 @@ def _describe(index: int, options: Any, optimizer: Optimizer, scheduled: bool) -
         tensors=len(parameters),
         numbers=sum(parameter.numel() for parameter in parameters),
         declares_scale="lr_scale" in given or "lr_decay_scale" in given,
+        parameters=[names[id(p)] for p in parameters if id(p) in names],
     )
 
 

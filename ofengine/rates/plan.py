@@ -196,6 +196,7 @@ class RatePlan:
             if self.schedule is not None and group.lr != self.groups[index].lr:
                 self.schedule.rebase(index, group.lr, 0)
         self.groups = self.initial_groups = tuple(groups)
+        self.changes = []
         self.decay = decay
         self._forget()
 

@@ -7,14 +7,18 @@ from typing import Any, Dict, List, Optional
 import attrs
 
 from ofengine.errors import CheckpointError, RateError
-from ofengine.optimizers import Optimization
+from ofengine.optimizers import Optimization, make_schedule
 from ofengine.rates.groups import Group
 from ofengine.rates.plan import DecayEvents, RatePlan
-from ofengine.rates.schedule import PlateauSchedule, describe_schedule, same_kind
+from ofengine.rates.schedule import PlateauSchedule, as_read, describe_schedule, same_kind
 
 POLICIES = ("checkpoint", "config")
-_SAMPLES = (0, 1, 2, 10, 100)
-"""So many steps ahead rates are noted, to notice a function that gives others now."""
+_AHEAD = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+"""So many steps ahead rates are noted, to tell where checkpoint and code part."""
+_NEAR = 10_000
+"""The last step's rates are noted too where it is no more steps away."""
+_AROUND = (-500, -200, -100, -50, -20, -10, *range(-4, 33), 50, 100, 200, 500, 1000)
+"""So many positions from where it stands a schedule is noted, to notice another function."""
 
 
 def plan_state(plan: RatePlan, made: Optimization, step: int) -> Dict[str, Any]:
@@ -29,17 +33,43 @@ def plan_state(plan: RatePlan, made: Optimization, step: int) -> Dict[str, Any]:
         "frequency": made.frequency,
         "changes": [list(change) for change in plan.changes],
         "plateau": schedule.state() if isinstance(schedule, PlateauSchedule) else None,
-        "calendar": plan.calendar.state(),
-        "rates": {str(ahead): rates for ahead, rates in _samples(plan, step).items()},
+        "calendar": plan.calendar.state(step),
+        "rates": _rates_ahead(plan, step),
+        "positions": _rates_by_position(plan, step),
     }
 
 
-def _samples(plan: RatePlan, step: int) -> Dict[int, List[float]]:
-    return {
-        ahead: plan.rates(step + ahead)
-        for ahead in _SAMPLES
-        if plan.stop is None or step + ahead < plan.stop
-    }
+def _rates_ahead(plan: RatePlan, step: int) -> Dict[str, List[float]]:
+    """The rates of all groups so many steps after ``step``."""
+    left = None if plan.stop is None else plan.stop - step
+    noted = [ahead for ahead in _AHEAD if left is None or ahead < left]
+    if left is not None and 0 < left <= _NEAR:
+        noted.append(left - 1)
+    rates = {}
+    for ahead in noted:
+        try:
+            rates[str(ahead)] = plan.rates(step + ahead)
+        except Exception:  # a user's function need not know the steps after the last
+            break
+    return rates
+
+
+def _rates_by_position(plan: RatePlan, step: int) -> Dict[str, List[float]]:
+    """The schedule alone, of all groups, at some positions around that of ``step``."""
+    schedule = plan.schedule
+    if schedule is None or isinstance(schedule, PlateauSchedule):
+        return {}
+    here = plan.position(max(step - 1, 0))  # one that was asked for already, if any was
+    last = here if plan.stop is None else plan.position(max(plan.stop - 1, step - 1, 0))
+    rates = {}
+    noted = {here + around for around in _AROUND}
+    if last - here <= _NEAR:
+        noted.add(last)
+    for position in sorted(noted):
+        # Of a run without an end no function is asked for more than it was asked for already.
+        if schedule.earliest() <= position <= last:
+            rates[str(position)] = [schedule.lr(i, position) for i in range(len(plan.groups))]
+    return rates
 
 
 def check_groups_fit(plan: RatePlan, state: Dict[str, Any]) -> None:
@@ -52,12 +82,18 @@ def check_groups_fit(plan: RatePlan, state: Dict[str, Any]) -> None:
             f"{plan.names}: a run is resumed with the groups it was begun with. To start anew from "
             "its weights: ofengine.load_weights(task, path)."
         )
+    mend = "a run is resumed with the groups it was begun with."
     for before, now in zip(kept, plan.groups):
         if (before.tensors, before.numbers) != (now.tensors, now.numbers):
             raise CheckpointError(
                 f"group {now.name!r} has {now.tensors} parameters ({now.numbers:,} numbers), and "
-                f"{before.tensors} ({before.numbers:,}) in the checkpoint: a run is resumed with "
-                "the groups it was begun with."
+                f"{before.tensors} ({before.numbers:,}) in the checkpoint: {mend}"
+            )
+        others = sorted(set(now.parameters) - set(before.parameters))
+        if others:
+            raise CheckpointError(
+                f"group {now.name!r} holds {others[0]!r}, which it did not in the checkpoint: "
+                f"{mend}"
             )
 
 
@@ -73,33 +109,55 @@ def resume_plan(
     epochs that ended.
 
     Returns:
-        A line for each group whose rate at this step differs between the two.
+        A line for each group that has another rate by the code than by the checkpoint, at this
+        step or at one of those ahead that the checkpoint has noted.
 
     Raises:
         RateError: the checkpoint's schedule cannot go on, because the code has one of another
             kind, or a function that gives other rates.
     """
-    plan.calendar.load_state(state["calendar"])
     step = state["step"]
-    if plan.stop is not None and step >= plan.stop:
-        return []
-    own, kept = plan.rates(step), state["rates"].get("0")
+    plan.calendar.load_state(state["calendar"], step)
+    by_code = _rates_ahead(_by_code(plan, made, state, policy), step)
     if policy == "checkpoint":
         _take_over(plan, made, state)
-        _check_samples(plan, state)
+        _check_positions(plan, state)
+    counting = _rates_ahead(plan, step)
     lines = []
-    for name, by_code, by_checkpoint in zip(plan.names, own, kept or own):
-        if by_code != by_checkpoint:
-            counts = by_checkpoint if policy == "checkpoint" else by_code
+    for index, name in enumerate(plan.names):
+        for ahead, kept in state["rates"].items():
+            if ahead not in by_code or kept[index] == by_code[ahead][index]:
+                continue
             lines.append(
-                f"group {name!r}: its rate at step {step} is {by_checkpoint:g} by the checkpoint "
-                f"and {by_code:g} by the code; {counts:g} counts (rates_on_resume={policy!r})."
+                f"group {name!r}: its rate at step {step + int(ahead)} is {kept[index]:.9g} by the "
+                f"checkpoint and {by_code[ahead][index]:.9g} by the code; "
+                f"{counting.get(ahead, kept)[index]:.9g} counts (rates_on_resume={policy!r})."
             )
+            break
     return lines
 
 
+def _by_code(plan: RatePlan, made: Optimization, state: Dict[str, Any], policy: str) -> RatePlan:
+    """The code's plan, apart from ``plan``, with what happened in the run where that counts."""
+    if policy != "checkpoint":
+        return plan
+    groups = plan.initial_groups
+    schedule = make_schedule(made, plan.names, [group.lr for group in groups])
+    other = RatePlan(groups, plan.calendar, schedule, made.interval, made.frequency)
+    other.decay, other.stop = plan.decay, plan.stop
+    for step, group, lr in state["changes"]:
+        other.set_lr(group, lr, step)
+    if isinstance(schedule, PlateauSchedule) and state["plateau"] is not None:
+        now = as_read(describe_schedule(made.scheduler, plan.names))
+        if now == state["schedule"] and [g.lr for g in groups] == [
+            group["lr"] for group in state["groups"]
+        ]:
+            schedule.load_state(state["plateau"])
+    return other
+
+
 def _take_over(plan: RatePlan, made: Optimization, state: Dict[str, Any]) -> None:
-    kept, own = state["schedule"], describe_schedule(made.scheduler, plan.names)
+    kept, own = state["schedule"], as_read(describe_schedule(made.scheduler, plan.names))
     moved_on = (state["interval"], state["frequency"])
     if not same_kind(kept, own) or (kept and moved_on != (made.interval, made.frequency)):
         raise RateError(
@@ -117,18 +175,23 @@ def _take_over(plan: RatePlan, made: Optimization, state: Dict[str, Any]) -> Non
         plan.schedule.load_state(state["plateau"])
 
 
-def _check_samples(plan: RatePlan, state: Dict[str, Any]) -> None:
-    for ahead, kept in state["rates"].items():
-        step = state["step"] + int(ahead)
-        if plan.stop is not None and step >= plan.stop:
+def _check_positions(plan: RatePlan, state: Dict[str, Any]) -> None:
+    """Raise :class:`RateError` where the schedule gives another rate than it did."""
+    schedule = plan.schedule
+    if schedule is None:
+        return
+    for position, kept in state["positions"].items():
+        if int(position) < schedule.earliest():
             continue
-        for name, now, before in zip(plan.names, plan.rates(step), kept):
+        for index, before in enumerate(kept):
+            now = schedule.lr(index, int(position))
             if now != before:
                 raise RateError(
-                    f"the rate of group {name!r} at step {step} was to be {before:g} by the "
-                    f"checkpoint, and the schedule gives {now:g} now: it has become another. Put "
-                    "the one before back, or take this one with "
-                    "fit(..., rates_on_resume='config')."
+                    f"the schedule gave group {plan.names[index]!r} the rate {before:.9g} at "
+                    f"{state['interval']} {int(position) * state['frequency']} in the checkpoint, "
+                    f"and gives {now:.9g} now: it has become another, and the one before cannot be "
+                    "read from the checkpoint. Put it back into configure_optimizers(), or take "
+                    "the code's with fit(..., rates_on_resume='config')."
                 )
 
 
@@ -136,4 +199,15 @@ def _in_words(description: Optional[Dict[str, Any]], interval: str, frequency: i
     if description is None:
         return "none"
     every = interval if frequency == 1 else f"{frequency} {interval}s"
-    return f"{description['class']} by {every}"
+    return f"{_what(description)} by {every}"
+
+
+def _what(description: Optional[Dict[str, Any]]) -> str:
+    """The classes of a schedule and of those inside it."""
+    if description is None:
+        return "none"
+    inside = list(description.get("by_group", []))
+    for parts in description.get("parts", {}).values():
+        inside += parts
+    what = str(description["class"])
+    return f"{what} ({', '.join(map(_what, inside))})" if inside else what

@@ -26,6 +26,10 @@ class Schedule:
         """Let ``lr`` be the base rate of ``group`` from ``position`` on."""
         raise NotImplementedError
 
+    def earliest(self) -> int:
+        """The first position that can be asked for; :meth:`rebase` may forget earlier ones."""
+        return 0
+
     def adopt(self, kept: Any) -> None:
         """Go on with the schedule of a checkpoint, as :func:`describe_schedule` describes it.
 
@@ -89,6 +93,10 @@ class PerGroupSchedule(Schedule):
     def rebase(self, group: int, lr: float, position: int) -> None:
         """See :class:`Schedule`."""
         self.schedules[group].rebase(group, lr, position)
+
+    def earliest(self) -> int:
+        """See :class:`Schedule`."""
+        return max(schedule.earliest() for schedule in self.schedules)
 
     def adopt(self, kept: Any) -> None:
         """See :class:`Schedule`."""
@@ -194,6 +202,10 @@ class RecordedSchedule(Schedule):
         twin.step()
         self._start_over(twin, position)
 
+    def earliest(self) -> int:
+        """See :class:`Schedule`."""
+        return self._first
+
     def lr(self, group: int, position: int) -> float:
         """See :class:`Schedule`."""
         number, within = divmod(position - self._first, _CHUNK)
@@ -207,7 +219,7 @@ class RecordedSchedule(Schedule):
         twin = _twin_of(self.scheduler)
         _write_values(twin, kept)
         for group, lr in zip(twin.optimizer.param_groups, twin.base_lrs):
-            group["initial_lr"] = lr
+            group["lr"] = group["initial_lr"] = lr
         twin.last_step -= 1  # and forward again, now with these values
         twin.step()
         self._start_over(twin, 0)
@@ -294,6 +306,15 @@ def describe_schedule(scheduler: Any, names: Sequence[str] = ()) -> Any:
             values[key] = value
     kind = type(scheduler)
     return {"class": kind.__qualname__, "values": values, "parts": parts_by_name}
+
+
+def as_read(description: Any) -> Any:
+    """``description`` as it is once it was written to a file and read: tuples are lists."""
+    if isinstance(description, dict):
+        return {key: as_read(value) for key, value in description.items()}
+    if isinstance(description, (list, tuple)):
+        return [as_read(value) for value in description]
+    return description
 
 
 def same_kind(kept: Any, own: Any) -> bool:
