@@ -382,9 +382,7 @@ class Resumed:
             return False
         epochs_left = trainer.max_epochs == -1 or loop["epoch"] < trainer.max_epochs
         return (
-            epochs_left
-            and not trainer.should_stop
-            and not course.is_out_of_time_or_steps(trainer)
+            epochs_left and not trainer.should_stop and not course.is_out_of_time_or_steps(trainer)
         )
 
     def _mid_epoch(self, trainer: Trainer, train: Batches, point: Point) -> Entry:

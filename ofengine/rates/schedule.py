@@ -26,7 +26,6 @@ class Schedule:
         """Let ``lr`` be the base rate of ``group`` from ``position`` on."""
         raise NotImplementedError
 
-
     def adopt(self, kept: Any) -> None:
         """Go on with the schedule of a checkpoint, as :func:`describe_schedule` describes it.
 
