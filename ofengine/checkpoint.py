@@ -112,6 +112,8 @@ def encode(
         raise CheckpointError(f"the parameter {odd[0]!r} begins with {_APART!r}: rename it.")
     arrays = dict(weights)
     texts = {key: str(value) for key, value in (metadata or {}).items()}
+    if "state" in texts:
+        raise CheckpointError("metadata has the key 'state', which is the format's own: rename it.")
     if state is not None:
         texts["state"] = json.dumps(_pack(state, [], arrays))
     texts.update(
@@ -175,12 +177,16 @@ def _pack(value: Any, place: List[str], arrays: Dict[str, np.ndarray]) -> Any:
         value = array_of(value)
     if isinstance(value, np.generic):
         value = value.item()
+    where = "/".join(place) or "the state"
     if isinstance(value, np.ndarray):
-        name = _APART + "/".join(place)
-        if value.dtype.kind not in "biuf":
+        if value.dtype.kind not in "biuf" or value.dtype.itemsize > 8:
             raise CheckpointError(
-                f"{'/'.join(place)} is an array of {value.dtype}: a checkpoint keeps numbers only."
+                f"{where} is an array of {value.dtype}: a checkpoint keeps numbers only, of at "
+                "most 64 bits."
             )
+        name = _APART + "/".join(place)
+        while name in arrays:  # {"a/b": ...} beside {"a": {"b": ...}}
+            name += "'"
         arrays[name] = np.array(value, order="C")
         return {_APART: name}
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -190,7 +196,7 @@ def _pack(value: Any, place: List[str], arrays: Dict[str, np.ndarray]) -> Any:
         for key, each in value.items():
             if not isinstance(key, str) or key == _APART:
                 raise CheckpointError(
-                    f"{'/'.join(place)} has the key {key!r}: keys in a checkpoint are texts"
+                    f"{where} has the key {key!r}: keys in a checkpoint are texts"
                     f"{f', and not {_APART!r}' if key == _APART else ''}."
                 )
             packed[key] = _pack(each, [*place, key], arrays)
@@ -198,7 +204,7 @@ def _pack(value: Any, place: List[str], arrays: Dict[str, np.ndarray]) -> Any:
     if isinstance(value, (list, tuple)):
         return [_pack(each, [*place, str(index)], arrays) for index, each in enumerate(value)]
     raise CheckpointError(
-        f"{'/'.join(place)} is a {type(value).__name__}, which a checkpoint cannot keep: give "
+        f"{where} is a {type(value).__name__}, which a checkpoint cannot keep: give "
         "None, numbers, texts, tensors or arrays, in lists and dicts."
     )
 
@@ -230,7 +236,7 @@ def read(path: Union[str, Path]) -> Checkpoint:
     metadata, arrays = _verified(path, content)
     weights = {name: array for name, array in arrays.items() if not name.startswith(_APART)}
     state = None
-    if "state" in metadata:
+    if metadata.get("format") == FORMAT and "state" in metadata:
         try:
             state = _unpack(json.loads(metadata.pop("state")), arrays)
         except (ValueError, KeyError, TypeError) as error:
@@ -291,7 +297,7 @@ def _header(content: bytes) -> Optional[Dict[str, Any]]:
 
 def _check_format(path: Path, metadata: Mapping[str, Any], version: str) -> None:
     known = {"1": "ofengine-weights", str(FORMAT_VERSION): FORMAT}
-    if metadata.get("format") == FORMAT and version.isdigit() and int(version) > FORMAT_VERSION:
+    if metadata.get("format") == FORMAT and version.isdecimal() and int(version) > FORMAT_VERSION:
         raise CheckpointError(
             f"{path} was written by ofengine {metadata.get('ofengine', '?')} in format {version}, "
             f"and this is ofengine {__version__}, which reads formats up to {FORMAT_VERSION}: "
