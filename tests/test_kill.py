@@ -1,0 +1,70 @@
+"""A run that is killed, as often as it may be, ends as the one that never stopped: every bit."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, List
+
+import pytest
+from kill_harness import SCENARIOS, start, until_the_end
+
+QUICK = ["batch:9", "replace:7"]
+CHOSEN = [
+    "batch:1", "batch:20", "validation:3", "fsync:3", "fsync:8", "replaced:4", "replaced:9",
+    "teardown:1",
+]  # fmt: skip
+
+
+@functools.lru_cache(maxsize=None)
+def _never_stopped(mode: str, scenario: str, root: str) -> Any:
+    return start(mode, Path(root), scenario, None)
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What a run gives that never stopped, by mode and scenario."""
+    root = tmp_path_factory.mktemp("never-stopped")
+    return lambda mode, scenario: _never_stopped(mode, scenario, str(root / f"{mode}-{scenario}"))
+
+
+def check(modes: List[str], root: Path, scenario: str, kills: List[str], reference: Any) -> None:
+    """Killed at these points, one after the other, the run ends as if it never had been."""
+    outcome, hits = until_the_end(modes, root, scenario, kills)
+    assert hits == len(kills)
+    assert outcome == reference(modes[0], scenario)
+
+
+@pytest.mark.parametrize("kill", QUICK)
+def test_killed_at_a_chosen_point(mode: str, tmp_path: Path, kill: str, reference: Any) -> None:
+    check([mode], tmp_path, "plain", [kill], reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", CHOSEN)
+def test_killed_at_further_points(mode: str, tmp_path: Path, kill: str, reference: Any) -> None:
+    check([mode], tmp_path, "plain", [kill], reference)
+
+
+@pytest.mark.slow
+def test_killed_while_the_graph_is_compiled(tmp_path: Path, reference: Any) -> None:
+    check(["graph"], tmp_path, "plain", ["compile:1", "batch:5", "compile:1"], reference)
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_a_step(tmp_path: Path, reference: Any) -> None:
+    check(["eager"], tmp_path, "accumulation", ["step:8", "step:6", "step:3"], reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", sorted(set(SCENARIOS) - {"adamw"}))
+@pytest.mark.parametrize("modes", [["eager", "graph"], ["graph", "eager"]])
+def test_killed_often_and_resumed_in_the_other_mode(
+    tmp_path: Path, modes: List[str], scenario: str, reference: Any
+) -> None:
+    check(modes, tmp_path, scenario, ["batch:7", "replace:5", "validation:3"], reference)
+
+
+@pytest.mark.slow
+def test_killed_often_with_adamw(mode: str, tmp_path: Path, reference: Any) -> None:
+    check([mode], tmp_path, "adamw", ["batch:7", "replace:5", "validation:3"], reference)
