@@ -41,6 +41,10 @@ class _SeededIndices(List[Any]):
         seed_everything(derive_seed(*self.parts))
         return super().__iter__()
 
+    def __reduce__(self) -> Any:
+        # By itself a list is pickled by going through it, which would seed this very process.
+        return _SeededIndices, (self[:], self.parts)
+
 
 class _Indices:
     """A batch sampler (or sampler) from the ``skipped``-th of its batches on."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
+import random
 from collections import OrderedDict, defaultdict
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
@@ -25,6 +27,7 @@ from ofengine.data import (
     to_device,
     unflatten,
 )
+from ofengine.loading import _SeededIndices
 
 CPU = flow.device("cpu")
 # The fixture that changes the folder acts once for all examples, which is what is wanted.
@@ -489,3 +492,16 @@ def test_reseed_works_for_an_iterable_dataset() -> None:
     batches.reseed(5)
     assert order(batches) == [0.0, 1.0, 2.0, 3.0]
     assert batches.count is None
+
+
+def test_indices_that_go_to_a_worker_seed_there_and_not_here() -> None:
+    indices = _SeededIndices([4, 2], (1, 2, 3))
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    there = pickle.loads(pickle.dumps(indices))
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+    assert type(there) is _SeededIndices
+    assert list(there) == [4, 2]
+    assert (random.getstate(), np.random.get_state()[1].tolist()) != before
+    first = np.random.rand()
+    list(there)
+    assert np.random.rand() == first

@@ -21,6 +21,10 @@ ENGINE_KEYS = ("name", "lr_scale", "lr_decay_scale")
 _OTHER_KEYS = ("params", "lr", "initial_lr", "clip_grad_max_norm", "clip_grad_norm_type")
 
 
+def _as_tuple(names: Iterable[str]) -> Tuple[str, ...]:
+    return tuple(names)
+
+
 @attrs.frozen
 class Group:
     """What the engine knows of one parameter group.
@@ -39,7 +43,7 @@ class Group:
     """How many numbers they hold."""
     declares_scale: bool
     """True where the user wrote ``lr_scale`` or ``lr_decay_scale``."""
-    parameters: Tuple[str, ...] = attrs.field(default=(), converter=tuple)
+    parameters: Tuple[str, ...] = attrs.field(default=(), converter=_as_tuple)
     """The full names of its parameters in the task."""
 
 
