@@ -31,13 +31,15 @@ SCENARIOS: Dict[str, Dict[str, Any]] = {
     "averaged": {"ema": True},
     "adamw": {"optimizer": "AdamW"},
 }
+RESTARTED = {"restarts": 9, "signal": signal.SIGSEGV}
+"""What the Trainer starts again by itself, after a crash."""
 EPOCHS, SAMPLES, BATCH = 4, 37, 5
 
 
 # ---------------------------------------------------------------------- the child
 
 
-def _die_at(point: str, number: int) -> None:
+def _die_at(point: str, number: int, by: int) -> None:
     """Let this process kill itself when ``point`` is passed for the ``number``-th time."""
     count = 0
 
@@ -45,7 +47,7 @@ def _die_at(point: str, number: int) -> None:
         nonlocal count
         count += 1
         if count == number:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), by)
 
     if point in ("fsync", "replace"):
         real = getattr(os, point)
@@ -166,7 +168,7 @@ def child(mode: str, root: str, scenario: Dict[str, Any], kill: Optional[str]) -
 
         threading.Thread(target=strike, daemon=True).start()
     elif point:
-        _die_at(point, int(number))
+        _die_at(point, int(number), scenario.get("signal", signal.SIGKILL))
     np.random.seed(5)
     generator = flow.Generator("cpu")
     generator.manual_seed(3)
@@ -193,6 +195,7 @@ def child(mode: str, root: str, scenario: Dict[str, Any], kill: Optional[str]) -
         default_root_dir=root,
         enable_progress_bar=False,
         enable_model_summary=False,
+        restart_on_crash=scenario.get("restarts", 0),
     )
     task = Net()
     trainer.fit(task, train, DataLoader(Noisy(), 20, collate_fn=collate), ckpt_path="last")
@@ -227,16 +230,21 @@ def _outcome(trainer: Any, task: Any) -> Dict[str, Any]:
 # ---------------------------------------------------------------------- the parent
 
 
+def run(mode: str, root: Path, scenario: str, kill: str) -> subprocess.CompletedProcess[str]:
+    """Run one process to its end."""
+    command = [sys.executable, __file__, "--child", mode, str(root), scenario, kill]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
 def start(mode: str, root: Path, scenario: str, kill: Optional[str]) -> Optional[Dict[str, Any]]:
     """Run one process to its end; what came out, None where it was killed.
 
     Raises AssertionError where it ended in any other way.
     """
-    command = [sys.executable, __file__, "--child", mode, str(root), scenario, kill or ""]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run(mode, root, scenario, kill or "")
     if done.returncode == -signal.SIGKILL:
         return None
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, f"{done.args}\n{done.stdout}\n{done.stderr}"
     outcome: Dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return outcome
 
@@ -285,6 +293,6 @@ def main() -> int:
 if __name__ == "__main__":
     if "--child" in sys.argv:
         a = sys.argv[sys.argv.index("--child") + 1 :]
-        child(a[0], a[1], SCENARIOS[a[2]], a[3] or None)
+        child(a[0], a[1], {**SCENARIOS, "restarted": RESTARTED}[a[2]], a[3] or None)
     else:
         sys.exit(main())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any, List
 
 import pytest
-from kill_harness import SCENARIOS, start, until_the_end
+from kill_harness import SCENARIOS, run, start, until_the_end
 
 QUICK = ["batch:9", "replace:7"]
 CHOSEN = [
@@ -68,3 +69,16 @@ def test_killed_often_and_resumed_in_the_other_mode(
 @pytest.mark.slow
 def test_killed_often_with_adamw(mode: str, tmp_path: Path, reference: Any) -> None:
     check([mode], tmp_path, "adamw", ["batch:7", "replace:5", "validation:3"], reference)
+
+
+def test_a_trainer_that_restarts_on_crash_ends_as_if_there_had_been_none(
+    mode: str, tmp_path: Path, reference: Any
+) -> None:
+    done = run(mode, tmp_path, "restarted", "batch:12")
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    assert outcome == reference(mode, "plain")
+    crashes = [line for line in done.stderr.splitlines() if "died of SIGSEGV" in line]
+    # There are 32 batches. Each try dies in its twelfth, and the next goes on from the tenth:
+    # in batches 12, 22 and 32.
+    assert len(crashes) == 3
