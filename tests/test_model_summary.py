@@ -181,7 +181,7 @@ def test_on_a_narrow_terminal_it_leaves_columns_out(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((60, 24)))
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda *_, **__: os.terminal_size((60, 24)))
     trainer = quiet_trainer(max_epochs=1, callbacks=ModelSummary(2))
     trainer.fit(Task(), [flow.ones(3, 4)])
     lines = capsys.readouterr().out.splitlines()

@@ -89,7 +89,8 @@ def check_groups_fit(plan: RatePlan, state: Dict[str, Any]) -> None:
                 f"group {now.name!r} has {now.tensors} parameters ({now.numbers:,} numbers), and "
                 f"{before.tensors} ({before.numbers:,}) in the checkpoint: {mend}"
             )
-        others = sorted(set(now.parameters) - set(before.parameters))
+        # Files of the first days of this format do not name them.
+        others = sorted(set(now.parameters) - set(before.parameters or now.parameters))
         if others:
             raise CheckpointError(
                 f"group {now.name!r} holds {others[0]!r}, which it did not in the checkpoint: "
