@@ -31,7 +31,7 @@ class EMAWeightAveraging(Callback):
     update after that. Validation, test and prediction run with the averages in the task's
     place; the training weights come back after them bit for bit, after an exception or Ctrl-C
     in their middle too. Training goes on with its own weights and leaves them in the task:
-    :meth:`copy_to` writes the averages there. What a ``ModelCheckpoint`` writes are the training
+    :meth:`copy_to` writes the averages there. Every checkpoint holds the training
     weights.
 
     Outside of ``fit``, ``trainer.validate``, ``test`` and ``predict`` use the averages where the
@@ -56,6 +56,7 @@ class EMAWeightAveraging(Callback):
 
     Raises:
         ConfigurationError: at once for a wrong argument.
+            Before training where two of these callbacks would evaluate.
         CheckpointError: before training, where a resumed state is of other parameters.
 
     Source: Polyak and Juditsky (https://doi.org/10.1137/0330046), with weights that fade.
@@ -180,6 +181,12 @@ class EMAWeightAveraging(Callback):
     def setup(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
         """Start anew where training does."""
         self._stage = stage
+        evaluating = [e for e in trainer.callbacks if isinstance(e, EMAWeightAveraging)]
+        if sum(each.evaluate for each in evaluating) > 1:
+            raise ConfigurationError(
+                "an evaluation can run with the averages of one EMAWeightAveraging only: give the "
+                "others evaluate=False."
+            )
         if stage == "fit":
             self._forget()
 
@@ -260,13 +267,14 @@ class EMAWeightAveraging(Callback):
             return
         own = self._tensors_of(task)
         with flow.no_grad():
-            kept = [(own[name], own[name].clone()) for name in self._average]
-        self._kept = kept  # complete before the first weight is overwritten
+            kept = {name: own[name].clone() for name in self._average}
+        self._kept = [(own[name], tensor) for name, tensor in kept.items()]
+        trainer.weights_aside = kept  # complete before the first weight is overwritten
         _copy([(own[name], tensor) for name, tensor in self._average.items()])
 
     def on_validation_end(self, trainer: Trainer, task: TaskModule) -> None:
         """Put the weights back."""
-        self._restore()
+        self._restore(trainer)
 
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
@@ -278,16 +286,17 @@ class EMAWeightAveraging(Callback):
 
     def on_exception(self, trainer: Trainer, task: TaskModule, exception: BaseException) -> None:
         """Put the weights back, where the exception came in the middle of an evaluation."""
-        self._restore()
+        self._restore(trainer)
 
     def teardown(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
         """Put the weights back, and let go of the task; the averages stay."""
-        self._restore()
+        self._restore(trainer)
         self._flats, self._trained = [], None
 
-    def _restore(self) -> None:
-        _copy(self._kept)
-        self._kept = []
+    def _restore(self, trainer: Trainer) -> None:
+        if self._kept:
+            _copy(self._kept)
+            self._kept, trainer.weights_aside = [], {}
 
 
 class _Flat:

@@ -134,13 +134,18 @@ def begin_epoch(trainer: Trainer, train: Batches) -> None:
     trainer.point = Point.EPOCH_START
 
 
+def note_layers_in_eval_mode(trainer: Trainer) -> None:
+    """Note which layers training has in eval mode: validation, or the user, will change it."""
+    trainer.layers_in_eval_mode = [n for n, m in trainer.task.named_modules() if not m.training]
+
+
 def begin_validation(trainer: Trainer, validation: List[Batches]) -> None:
     """Note the generators' states, so that a run that is cut off here can validate again."""
     trainer.states_before_validation = {
         "global": global_states(),
         "data": [states_in(None, loader.source) for loader in validation],
     }
-    trainer.layers_in_eval_mode = [n for n, m in trainer.task.named_modules() if not m.training]
+    note_layers_in_eval_mode(trainer)
     for index, loader in enumerate(validation):
         loader.pass_seed = (trainer.run_seed, trainer.batches_seen, 1 + index)
     trainer.point = Point.VALIDATING

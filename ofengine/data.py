@@ -203,7 +203,7 @@ class Batches:
 
     def hold(self, states: Optional[RandomState]) -> None:
         """Where batches are kept: take them anew as the pass took them that was begun so."""
-        if self.keep and self._kept is None:
+        if self.keep and self._kept is None and states is not None:
             self.set_states(states)
             iter(self)
 
@@ -368,6 +368,6 @@ def stage_loaders(
             "oneflow.utils.data.DataLoader objects."
         )
     return [
-        Batches(loader, limit, device, what, limit_name, keep)
+        Batches(loader, limit, device, what, limit_name, keep, resumable=keep)
         for loader in (loaders if several else [loaders])
     ]

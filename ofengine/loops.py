@@ -50,6 +50,7 @@ def fit_loop(trainer: Trainer, train: Batches, validation: List[Batches]) -> Non
         hooks.fire("on_train_epoch_end")
         _end_epoch(trainer)
     trainer.point = Point.OVER
+    course.note_layers_in_eval_mode(trainer)
     hooks.fire("on_train_end")
     trainer.log_metrics(trainer.metrics.close_epoch())  # what that hook logged
     trainer.metrics.end()

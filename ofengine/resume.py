@@ -119,12 +119,15 @@ def _moments(trainer: RunState) -> State:
             "epoch_length": trainer.num_training_batches,
             "frozen": [n for n, p in task.named_parameters() if not p.requires_grad],
             "in_eval_mode": [n for n, m in task.named_modules() if not m.training]
-            if point not in (Point.VALIDATING, Point.VALIDATED)
+            if point not in (Point.VALIDATING, Point.VALIDATED, Point.OVER)
             else trainer.layers_in_eval_mode,
         },
         "metrics": trainer.metrics.state(),
         "random": states,
         "random_at_pass": train.states_at_start if train is not None else after["at_pass"],
+        "random_at_validation": [each.states_at_start for each in trainer.validation_batches]
+        if train is not None
+        else after["at_validation"],
         "gradients": _arrays(gradients),
     }
 
@@ -247,7 +250,8 @@ class Resumed:
     def moments(self) -> State:
         """What :func:`state_of_run` would save now: this place is not left yet."""
         keys = ("loop", "metrics", "random", "random_at_pass", "gradients")
-        return {key: self.state[key] for key in keys}
+        later = {"random_at_validation": self.state.get("random_at_validation", [])}
+        return {**{key: self.state[key] for key in keys}, **later}
 
     def tell_loggers(self, trainer: Trainer, continue_files: bool) -> None:
         """Let the loggers know of the run before; nothing is written yet."""
@@ -374,7 +378,12 @@ class Resumed:
         loop, random = self.state["loop"], self.state["random"]
         train.pass_seed = (trainer.run_seed, loop["epoch"])
         train.hold(self.state["random_at_pass"])
+        for each, states in zip(
+            trainer.validation_batches, self.state.get("random_at_validation", [])
+        ):
+            each.hold(states)
         self._set_states(trainer, train, random)
+        self._restore_layers(trainer)
         point, entry = self._point, None
         if point in (Point.EPOCH_END, Point.OVER):
             if self._is_unfinished(trainer):
@@ -388,7 +397,6 @@ class Resumed:
             entry = self._mid_epoch(trainer, train, point)
         if entry is not None:
             trainer.cut_short = None
-            self._restore_layers(trainer)
             if course.is_done(trainer) and not (entry.data and entry.data.again):
                 return None
         return entry

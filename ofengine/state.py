@@ -12,7 +12,7 @@ import oneflow as flow
 from oneflow import nn
 from oneflow.optim import Optimizer
 
-from ofengine.checkpoint import arrays_of, write
+from ofengine.checkpoint import array_of, arrays_of, write
 from ofengine.course import Point
 from ofengine.errors import ConfigurationError
 from ofengine.hooks import Callback, HookRunner
@@ -105,7 +105,9 @@ class RunState:
         progress: Dict[str, Any] = {"epoch": self.current_epoch, "global_step": self.global_step}
         if state is not None:
             progress["run"] = self.run_id
-        return arrays_of(self.task), state, progress
+        weights = arrays_of(self.task)
+        weights.update((name, array_of(kept)) for name, kept in self.weights_aside.items())
+        return weights, state, progress
 
     # ------------------------------------------------------------------ what callbacks ask
 
@@ -260,8 +262,15 @@ class RunState:
         self.cut_short: Optional[Dict[str, Any]] = None
         self.states_before_validation: Optional[Dict[str, Any]] = None
         self.layers_in_eval_mode: List[str] = []
+        self.weights_aside: Dict[str, Any] = {}
+        """Training's weights, by name, while a callback has others in the task; a checkpoint
+        holds these."""
         self.train_batches: Optional[Batches] = None
-        self.data_states_after_fit: Dict[str, Any] = {"now": {}, "at_pass": None}
+        self.data_states_after_fit: Dict[str, Any] = {
+            "now": {},
+            "at_pass": None,
+            "at_validation": [],
+        }
         self.validation_batches: List[Batches] = []
         self.run_id = uuid.uuid4().hex
         self.run_seed = flow.default_generator.initial_seed() if self.seed is None else self.seed

@@ -338,6 +338,7 @@ class Trainer(RunState):
         self.data_states_after_fit = {
             "now": states_in(None, train.source),
             "at_pass": train.states_at_start,
+            "at_validation": [each.states_at_start for each in validation],
         }
         self.hooks.fire("on_fit_end")
 

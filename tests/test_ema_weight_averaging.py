@@ -537,3 +537,13 @@ def test_a_state_of_another_callback_is_an_error() -> None:
 def test_wrong_arguments_are_errors_at_once(wrong: Dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigurationError, match=match):
         EMAWeightAveraging(**wrong)
+
+
+def test_two_that_would_evaluate_are_an_error_before_training(mode: str) -> None:
+    two = [EMAWeightAveraging(), EMAWeightAveraging(0.9)]
+    with pytest.raises(ConfigurationError, match="give the others evaluate=False"):
+        quiet_trainer(mode=mode, max_epochs=1, callbacks=two).fit(Small(), batches())
+    two[1].evaluate = False
+    trainer = quiet_trainer(mode=mode, max_epochs=1, callbacks=two)
+    trainer.fit(Small(), batches(), batches(1))
+    assert [each.count for each in two] == [4, 4]

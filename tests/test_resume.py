@@ -7,6 +7,7 @@ from typing import Any, Dict, List
 
 import pytest
 from helpers import MODES, largest_difference
+from oneflow import nn
 from oneflow.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 from oneflow.utils.data import DataLoader
 from resuming import (
@@ -151,15 +152,23 @@ def test_every_optimizer_from_every_point(
 
 @pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "momentum"])
 def test_every_optimizer_across_the_modes(mode: str, optimizer: str, tmp_path: Path) -> None:
-    # Eager and graph mode round their bias corrections differently; weights are of size 1.
+    # Eager and graph mode round their bias corrections differently, which a few steps at these
+    # rates amplify to 2e-5 (weights are of size 1); a state that is lost makes 1e-2. The gradient
+    # of a bias in front of a batch norm is zero but for rounding, and Adam's steps do
+    # not depend on a gradient's size.
+    def task() -> Net:
+        made = Net(optimizer)
+        made.body = nn.Linear(4, 8, bias=False)
+        return made
+
     other = "graph" if mode == "eager" else "eager"
-    whole = run(mode, task=lambda: Net(optimizer))
-    saved = run(mode, task=lambda: Net(optimizer), save_to=tmp_path).saves
+    whole = run(mode, task=task)
+    saved = run(mode, task=task, save_to=tmp_path).saves
     assert saved is not None
     path = [each for each in saved.files if "batch" in each.name][3]
-    resumed = run(other, task=lambda: Net(optimizer), resume_from=path)
+    resumed = run(other, task=task, resume_from=path)
     assert len(resumed.rows) == len(whole.rows) - saved.rows_before[path]
-    assert largest_difference(resumed.weights, whole.weights)[0] < 2e-6
+    assert largest_difference(resumed.weights, whole.weights)[0] < 1e-4
 
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
