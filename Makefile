@@ -21,8 +21,12 @@ demo: $(READY)  ## fine-tune on digits, in graph mode (DEMO_ARGS="--epochs 1")
 test: $(READY)  ## run the tests but the slow ones (PYTEST_ARGS="-k rates")
 	@$(PYTHON) -m pytest -m "not slow" -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
+# In two, because OneFlow aborts a process that compiles some 1,365 graphs.
 test-slow: $(READY)  ## run the slow tests
-	@$(PYTHON) -m pytest -m slow -n $(PYTEST_WORKERS) $(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: none
+	@$(PYTHON) -m pytest -m slow -n $(PYTEST_WORKERS) --ignore tests/test_resume.py \
+		$(PYTEST_ARGS) || [ $$? -eq 5 ]  # 5: none
+	@$(PYTHON) -m pytest -m slow -n $(PYTEST_WORKERS) tests/test_resume.py \
+		$(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 bench: $(READY)  ## run the benchmarks, write benchmarks/RESULTS.md (20 min on two idle cores)
 	@$(PYTHON) benchmarks/run_all.py $(BENCH_ARGS)

@@ -64,7 +64,7 @@ trainer = Trainer(
 )
 trainer.fit(Task(), batches, batches[:5])
 assert trainer.global_step == steps
-mended = _oneflow.mend_launch_race()
+mended = _launch_race.mend_launch_race()
 assert (mended == "mended") == (wanted == "mended"), mended
 """
 

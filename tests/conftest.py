@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Iterator
 
 import pytest
 from hypothesis import settings
+from oneflow import nn
 
 # The same examples every time, and no limit on the seconds an example takes.
 settings.register_profile("ofengine", deadline=None, derandomize=True, database=None)
@@ -16,6 +18,32 @@ settings.load_profile("ofengine")
 def mode(request: pytest.FixtureRequest) -> str:
     """Each mode in turn."""
     return request.param
+
+
+_graphs = [0]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _graphs_are_counted() -> Iterator[None]:
+    """Count all graphs that this process compiles, those of tests among them."""
+    compile_graph = nn.Graph.finish_complie_and_init_runtime
+
+    def counting(graph: nn.Graph) -> None:
+        _graphs[0] += 1
+        compile_graph(graph)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Graph, "finish_complie_and_init_runtime", counting)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _no_more_graphs_than_a_process_may_compile() -> None:
+    if _graphs[0] > 1_200:
+        pytest.fail(
+            f"{_graphs[0]:,} graphs were compiled in this process, and OneFlow aborts one at about "
+            "the 1,365th: let the Makefile run the tests in more processes, one after the other."
+        )
 
 
 @pytest.fixture(autouse=True)

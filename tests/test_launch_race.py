@@ -14,10 +14,11 @@ from typing import Iterator, List
 
 import pytest
 
-from ofengine import _oneflow
+from ofengine import _launch_race
+from ofengine._launch_race import mend_launch_race
 
 pytestmark = pytest.mark.skipif(
-    _oneflow.mend_launch_race() != "mended", reason=f"not mended: {_oneflow.mend_launch_race()}"
+    mend_launch_race() != "mended", reason=f"not mended: {mend_launch_race()}"
 )
 
 A, B = 0x1000, 0x2000
@@ -27,7 +28,7 @@ class _Queue:
     """The two functions of the mend over data of their own, called as OneFlow calls them."""
 
     def __init__(self) -> None:
-        self.at, dequeue = _oneflow._load_queue_code()
+        self.at, dequeue = _launch_race._load_queue_code()
         kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)  # releases the GIL
         self._wait, self._dequeue = kind(self.at), kind(dequeue)
 
@@ -40,15 +41,15 @@ class _Queue:
 
     @property
     def last(self) -> int:
-        return ctypes.c_uint64.from_address(self.at + _oneflow._PAGE).value
+        return ctypes.c_uint64.from_address(self.at + _launch_race._PAGE).value
 
     @property
     def in_flight(self) -> int:
-        return ctypes.c_int32.from_address(self.at + _oneflow._PAGE + 8).value
+        return ctypes.c_int32.from_address(self.at + _launch_race._PAGE + 8).value
 
     @property
     def someone_sleeps(self) -> bool:
-        return ctypes.c_int32.from_address(self.at + _oneflow._PAGE + 12).value == 1
+        return ctypes.c_int32.from_address(self.at + _launch_race._PAGE + 12).value == 1
 
 
 @pytest.fixture
@@ -127,7 +128,7 @@ def test_the_code_is_not_writable_and_nothing_is_shared_with_forked_processes(
     runs: _Queue,
 ) -> None:
     assert _permissions(runs.at) == "r-xp"
-    assert _permissions(runs.at + _oneflow._PAGE) == "rw-p"
+    assert _permissions(runs.at + _launch_race._PAGE) == "rw-p"
 
 
 def test_where_memory_cannot_be_changed_nothing_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,17 +137,15 @@ def test_where_memory_cannot_be_changed_nothing_is(monkeypatch: pytest.MonkeyPat
 
     target = ctypes.create_string_buffer(b"abcdef")
     at = ctypes.addressof(target)
-    monkeypatch.setattr(_oneflow, "_protect", refuse)
+    monkeypatch.setattr(_launch_race, "_protect", refuse)
     with pytest.raises(OSError, match="memory protection"):
-        _oneflow._overwrite({at: b"xx", at + 4: b"yy"})
+        _launch_race._overwrite({at: b"xx", at + 4: b"yy"})
     assert target.value == b"abcdef"
 
 
 def test_many_threads_mend_once() -> None:
     found: List[str] = []
-    threads = [
-        threading.Thread(target=lambda: found.append(_oneflow.mend_launch_race())) for _ in range(8)
-    ]
+    threads = [threading.Thread(target=lambda: found.append(mend_launch_race())) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -157,16 +156,16 @@ def test_many_threads_mend_once() -> None:
 _CLEARED = """
 import gc
 import oneflow as flow
-from ofengine import _oneflow
+from ofengine import _launch_race
 
 class Twice(flow.nn.Graph):
     def build(self, x):
         return x * 2
 
-assert _oneflow.mend_launch_race() == "mended"
+assert _launch_race.mend_launch_race() == "mended"
 graph, x = Twice(), flow.ones(2)
 graph(x).numpy()
-_oneflow.__dict__.clear()  # as Python does while it ends
+_launch_race.__dict__.clear()  # as Python does while it ends
 gc.collect()
 print(graph(x).numpy().tolist())
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, Iterable, List
 
 import pytest
 from helpers import MODES, largest_difference
@@ -29,8 +29,13 @@ from ofengine.callbacks import EarlyStopping, EMAWeightAveraging, GradualUnfreez
 EVERY = pytest.param(None, marks=pytest.mark.slow, id="every_point")
 
 
+def some_slow(values: Iterable[Any], *quick: Any) -> List[Any]:
+    """Parameters of which all but the ``quick`` ones are left to ``make test-slow``."""
+    return [v if v in quick else pytest.param(v, marks=pytest.mark.slow) for v in values]
+
+
 @pytest.mark.parametrize("other", MODES)
-@pytest.mark.parametrize("seed", [None, 7])
+@pytest.mark.parametrize("seed", some_slow([None, 7], None))
 @pytest.mark.parametrize("most", [pytest.param(1, id="a_point_of_each_kind"), EVERY])
 def test_from_every_point_in_and_across_the_modes(
     mode: str, other: str, seed: Any, most: Any, tmp_path: Path
@@ -42,7 +47,7 @@ def test_from_every_point_in_and_across_the_modes(
 
 
 @pytest.mark.parametrize("other", MODES)
-@pytest.mark.parametrize("accumulate", [2, 3])
+@pytest.mark.parametrize("accumulate", some_slow([2, 3], 3))
 def test_from_within_an_accumulation_window(
     mode: str, other: str, accumulate: int, tmp_path: Path
 ) -> None:
@@ -59,7 +64,7 @@ def test_from_everywhere_with_accumulation(
     check_exact(tmp_path, mode, other, None, accumulate_grad_batches=2, seed=seed)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", some_slow([1, 2], 2))
 def test_data_of_unknown_length(mode: str, accumulate: int, tmp_path: Path) -> None:
     check_exact(tmp_path, mode, data=Endless, accumulate_grad_batches=accumulate)
 
@@ -98,7 +103,9 @@ DATA_ARGUMENTS: Dict[str, Dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", DATA_ARGUMENTS)
+@pytest.mark.parametrize(
+    "name", some_slow(DATA_ARGUMENTS, "the same batches again and again", "validation in between")
+)
 def test_arguments_of_data(mode: str, name: str, tmp_path: Path) -> None:
     check_exact(tmp_path, mode, **DATA_ARGUMENTS[name])
 
@@ -130,7 +137,7 @@ def test_batches_that_were_done_are_not_loaded_again(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- optimizers and rates
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", some_slow(OPTIMIZERS, "momentum", "amsgrad"))
 def test_every_optimizer(mode: str, optimizer: str, tmp_path: Path) -> None:
     whole = run(mode, task=lambda: Net(optimizer))
     saved = run(mode, task=lambda: Net(optimizer), save_to=tmp_path).saves
@@ -150,7 +157,7 @@ def test_every_optimizer_from_every_point(
     check_exact(tmp_path, mode, "", None, task=task, accumulate_grad_batches=accumulate)
 
 
-@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "momentum"])
+@pytest.mark.parametrize("optimizer", some_slow(OPTIMIZERS, "adam", "rmsprop"))
 def test_every_optimizer_across_the_modes(mode: str, optimizer: str, tmp_path: Path) -> None:
     # Eager and graph mode round their bias corrections differently, which a few steps at these
     # rates amplify to 2e-5 (weights are of size 1); a state that is lost makes 1e-2. The gradient
@@ -186,7 +193,7 @@ def plateau_by_step(optimizer: Any) -> Any:
     return {"scheduler": scheduler, "monitor": "train_step", "interval": "step", "frequency": 2}
 
 
-@pytest.mark.parametrize("scheduler", [plateau, plateau_by_step])
+@pytest.mark.parametrize("scheduler", some_slow([plateau, plateau_by_step], plateau))
 def test_reduce_lr_on_plateau(mode: str, scheduler: Any, tmp_path: Path) -> None:
     whole = check_exact(
         tmp_path, mode, task=lambda: Net(scheduler=scheduler), max_epochs=4, log_every_n_steps=1
@@ -199,7 +206,7 @@ def by_epoch(optimizer: Any) -> Any:
     return {"scheduler": CosineAnnealingLR(optimizer, 3), "interval": "epoch"}
 
 
-@pytest.mark.parametrize("data", [shuffled(), Endless])
+@pytest.mark.parametrize("data", some_slow([shuffled(), Endless], Endless))
 def test_a_schedule_by_epochs(mode: str, data: Any, tmp_path: Path) -> None:
     check_exact(tmp_path, mode, task=lambda: Net(scheduler=by_epoch), data=data, max_epochs=3)
 
@@ -231,7 +238,7 @@ def test_averaged_weights(mode: str, tmp_path: Path) -> None:
     assert whole.states[0]["count"] > 0
 
 
-@pytest.mark.parametrize("on_train", [False, True])
+@pytest.mark.parametrize("on_train", some_slow([False, True], True))
 def test_early_stopping(mode: str, on_train: bool, tmp_path: Path) -> None:
     def callbacks() -> List[Callback]:
         return [

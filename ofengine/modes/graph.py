@@ -17,16 +17,20 @@ from oneflow import nn
 from oneflow.optim import Optimizer
 
 from ofengine import _oneflow
+from ofengine._launch_race import mend_launch_race
 from ofengine.data import Structure, describe, flatten, unflatten
 from ofengine.errors import ConfigurationError, DataError, GraphModeError, OFEngineError, warn
 from ofengine.hooks import HookRunner, overrides
 from ofengine.metrics import LogSpec
-from ofengine.modes.layers import (
-    Masks,
+from ofengine.modes.batch_norms import counted_batch_norms
+from ofengine.modes.draws import (
+    Draws,
+    DrawsMet,
+    Feed,
     active_dropouts,
-    counted_batch_norms,
-    masked_dropout,
-    recorded_dropout,
+    no_numbers_frozen,
+    noted_calls,
+    warn_of_unfed,
 )
 from ofengine.modes.steps import split_outputs, step_arity
 from ofengine.task import TaskModule
@@ -65,13 +69,20 @@ class _StepGraph(nn.Graph):
         self.assigned: List[str] = []
         self.rest: Structure = flatten(None, [])
 
-    def call_step(self, tensors: Sequence[Any]) -> Any:
-        """Trace the task's step; keep the specs of what it logs, return (outputs, logged)."""
+    def call_step(self, tensors: Sequence[Any], drawn: Sequence[Any]) -> Any:
+        """Trace the task's step; keep the specs of what it logs, return (outputs, logged).
+
+        ``drawn`` holds the numbers of its random calls. Raises :class:`DrawsMet` where there are
+        more of these.
+        """
         batch = unflatten(self.structure, iter(tensors))
         arguments = (batch, self.index, *self.extra)[: self.arity]
         task = _oneflow.instance_in_trace(self.task)
-        with Trace() as trace:
+        feeding = Feed(drawn).replacing_calls()
+        with Trace() as trace, feeding as feed, no_numbers_frozen(self.step):
             outputs = getattr(task, self.step)(*arguments)
+        feed.stop_if_met()
+        warn_of_unfed(self.step, feed.unfed, "draw with oneflow.rand, or in the dataset")
         self.assigned = _oneflow.assignments_in_trace(task)
         tensor_logs = [(s, v) for s, v in trace.logs if isinstance(v, flow.Tensor)]
         self.specs = [spec for spec, _ in tensor_logs]
@@ -91,12 +102,10 @@ class _StepGraph(nn.Graph):
 
 
 class _TrainStepGraph(_StepGraph):
-    def trained_loss(self, tensors: Sequence[Any], masks: Sequence[Any], scale: Any) -> Any:
+    def trained_loss(self, tensors: Sequence[Any], drawn: Sequence[Any], scale: Any) -> Any:
         """Forward and backward; (loss, outputs besides it, logged)."""
-        (task,) = self.origin
-        with masked_dropout(task, list(masks)):
-            outputs, logged = self.call_step(tensors)
-        loss, rest = split_outputs(outputs, type(task).__name__)
+        outputs, logged = self.call_step(tensors, drawn)
+        loss, rest = split_outputs(outputs, type(self.origin[0]).__name__)
         (loss if scale is None else loss * scale).backward()
         return loss, rest, logged
 
@@ -109,9 +118,9 @@ class TrainGraph(_TrainStepGraph):
         self.trainer = mode.trainer
         self.add_optimizer(mode.trainer.optimizer)
 
-    def build(self, tensors: List[Any], masks: List[Any]) -> List[Any]:
+    def build(self, tensors: List[Any], drawn: List[Any]) -> List[Any]:
         """Trace the whole step."""
-        loss, rest, logged = self.trained_loss(tensors, masks, None)
+        loss, rest, logged = self.trained_loss(tensors, drawn, None)
         self.trainer.clip()
         return self.put_out(rest, logged, [loss])
 
@@ -125,9 +134,9 @@ class GradientGraph(_TrainStepGraph):
         self.having: List[int] = []
         _oneflow.allow_backward(self)
 
-    def build(self, tensors: List[Any], masks: List[Any], scale: Any) -> List[Any]:
+    def build(self, tensors: List[Any], drawn: List[Any], scale: Any) -> List[Any]:
         """Trace forward and backward of ``loss * scale``."""
-        loss, rest, logged = self.trained_loss(tensors, masks, scale)
+        loss, rest, logged = self.trained_loss(tensors, drawn, scale)
         (parameters,) = self.parameters
         self.having = [i for i, p in enumerate(parameters) if p.grad is not None]
         gradients = [parameters[i].grad for i in self.having]
@@ -161,30 +170,20 @@ class ApplyGraph(nn.Graph):
 class EvalGraph(_StepGraph):
     """A step without gradients."""
 
-    def build(self, tensors: List[Any]) -> List[Any]:
+    def build(self, tensors: List[Any], drawn: List[Any]) -> List[Any]:
         """Trace the step."""
         with flow.no_grad():
-            outputs, logged = self.call_step(tensors)
+            outputs, logged = self.call_step(tensors, drawn)
             # A graph must put out something, even where the step neither logs nor returns.
             return self.put_out(outputs, logged, []) or [_oneflow.identity(tensors[0])]
 
 
-class _ProbeDone(Exception):
-    """Ends the trace that only looks for dropout calls."""
-
-
 class _ProbeGraph(_StepGraph):
-    """Traces the forward to learn the shapes that dropout layers see; never compiled."""
-
-    def __init__(self, task: TaskModule, structure: Structure) -> None:
-        super().__init__(task, "training_step", structure, ())
-        self.calls: List[Tuple[nn.Dropout, Tuple[int, ...], Any]] = []
+    """Traces the forward to learn what it draws; never compiled."""
 
     def build(self, tensors: List[Any]) -> None:
-        (task,) = self.origin
-        with recorded_dropout(task, self.calls):
-            self.call_step(tensors)
-        raise _ProbeDone
+        self.call_step(tensors, [])
+        raise DrawsMet([])
 
 
 @attrs.define
@@ -192,7 +191,7 @@ class _Compiled:
     """A graph, with what its calls need."""
 
     graph: Any
-    masks: Optional[Masks] = None
+    draws: Draws
     batch_norms: Dict[Any, int] = attrs.Factory(dict)
     """How often one run calls each batch norm."""
     runs: int = 0
@@ -204,7 +203,7 @@ class GraphMode:
 
     def __init__(self, trainer: Trainer, task: TaskModule, hooks: HookRunner) -> None:
         _oneflow.start_session()
-        _oneflow.mend_launch_race()
+        mend_launch_race()
         self.trainer = trainer
         self.task = task
         self._hooks = hooks
@@ -223,6 +222,8 @@ class GraphMode:
         """How many graphs were compiled so far."""
         self.rebuilds = 0
         """How often training graphs were compiled anew, for other rates or parameters."""
+        self._draws = False
+        """True where training steps draw outside of dropout layers."""
 
     # ------------------------------------------------------------------ training
 
@@ -251,8 +252,7 @@ class GraphMode:
         if trainer.accumulate_grad_batches > 1:
             return self._accumulate(compiled, tensors, window, closes)
         if isinstance(graph, TrainGraph):
-            masks = compiled.masks.draw() if compiled.masks is not None else []
-            outputs = _oneflow.run_compiled(graph, [*tensors, *masks])
+            outputs = _oneflow.run_compiled(graph, [*tensors, *compiled.draws.draw()])
             return {**(self._take_outputs(graph, outputs[1:]) or {}), "loss": outputs[0]}
         loss = _loss_of(graph(*tensors))
         if loss.numel() != 1:
@@ -266,8 +266,7 @@ class GraphMode:
         self, compiled: _Compiled, tensors: List[Any], window: int, closes: bool
     ) -> Dict[str, Any]:
         graph = compiled.graph
-        masks = compiled.masks.draw() if compiled.masks is not None else []
-        inputs = [*tensors, *masks, self._window_scale(window)]
+        inputs = [*tensors, *compiled.draws.draw(), self._window_scale(window)]
         outputs = _oneflow.run_compiled(graph, inputs)
         stop = 1 + len(graph.having)
         total = self._gradients
@@ -278,7 +277,7 @@ class GraphMode:
             apply = self._applies.get(having)
             gradients = [total[index] for index in having]
             if apply is None:
-                apply = self._applies[having] = _Compiled(ApplyGraph(self, having))
+                apply = self._applies[having] = _Compiled(ApplyGraph(self, having), Draws())
                 self._compile(apply.graph, [gradients], "the optimizer step", updates=True)
             _oneflow.run_compiled(apply.graph, gradients)
             self._gradients = {}
@@ -314,10 +313,24 @@ class GraphMode:
         return TrainGraph(self, self._structure)
 
     def _compile_step(self, structure: Structure, tensors: List[Any]) -> _Compiled:
-        masks = self._probe_dropout(structure, tensors)
-        drawn = masks.placeholders() if masks is not None else []
-        compiled = _Compiled(None, masks)
-        inputs: List[Any] = [tensors, drawn]
+        draws = Draws()
+        if not has_own_graph(self.task) and (self._draws or active_dropouts(self.task)):
+            try:
+                probe = _ProbeGraph(self.task, "training_step", structure, ())
+                self._trace(probe, _oneflow.trace_only, [tensors], "training_step")
+            except DrawsMet as met:
+                draws = Draws(met.calls)
+        try:
+            return self._compile_step_with(draws, structure, tensors)
+        except DrawsMet as met:  # nothing told so before
+            self._draws = True
+            return self._compile_step_with(Draws(met.calls), structure, tensors)
+
+    def _compile_step_with(
+        self, draws: Draws, structure: Structure, tensors: List[Any]
+    ) -> _Compiled:
+        compiled = _Compiled(None, draws)
+        inputs: List[Any] = [tensors, draws.placeholders()]
         what, updates = "training_step", True
         if self.trainer.accumulate_grad_batches > 1:
             graph: Any = GradientGraph(self, structure)
@@ -331,15 +344,13 @@ class GraphMode:
                 inputs, what = tensors, f"{type(graph).__name__}.build"
         compiled.graph = graph
         with counted_batch_norms(self.task, compiled.batch_norms):
-            self._compile(graph, inputs, what, updates)
+            if inputs is not tensors:
+                self._compile(graph, inputs, what, updates)
+                return compiled
+            with noted_calls() as names:
+                self._compile(graph, inputs, what, updates)
+        warn_of_unfed(what, names, "where that matters, leave build_graph() as it is")
         return compiled
-
-    def _probe_dropout(self, structure: Structure, tensors: List[Any]) -> Optional[Masks]:
-        if not active_dropouts(self.task) or has_own_graph(self.task):
-            return None
-        probe = _ProbeGraph(self.task, structure)
-        self._trace(probe, _oneflow.trace_only, [tensors], "training_step")
-        return Masks(probe.calls).to(self.trainer.device) if probe.calls else None
 
     def _check_own_graph(self, graph: Any) -> None:
         """Refuse what a graph of the user's own cannot be made to do."""
@@ -425,10 +436,19 @@ class GraphMode:
         compiled = self._evals.get(key)
         if compiled is None:
             graph = EvalGraph(self.task, step, structure, (dataloader_idx,))
-            compiled = self._evals[key] = _Compiled(graph)
-            self._compile(graph, [tensors], step, updates=False)
+            compiled = self._evals[key] = self._compile_eval(graph, tensors, Draws())
         graph = compiled.graph
-        return self._take_outputs(graph, _oneflow.run_compiled(graph, tensors))
+        outputs = _oneflow.run_compiled(graph, [*tensors, *compiled.draws.draw()])
+        return self._take_outputs(graph, outputs)
+
+    def _compile_eval(self, graph: EvalGraph, tensors: List[Any], draws: Draws) -> _Compiled:
+        inputs = [tensors, draws.placeholders()]
+        try:
+            self._compile(graph, inputs, graph.step, updates=False)
+        except DrawsMet as met:
+            again = EvalGraph(self.task, graph.step, graph.structure, graph.extra)
+            return self._compile_eval(again, tensors, Draws(met.calls))
+        return _Compiled(graph, draws)
 
     # ------------------------------------------------------------------ compiling
 
@@ -444,6 +464,12 @@ class GraphMode:
 
     def _compile(self, graph: nn.Graph, inputs: Sequence[Any], what: str, updates: bool) -> None:
         """Compile ``graph`` for ``inputs``; where it ``updates``, over the shared state."""
+        if _oneflow.graphs_compiled() >= _oneflow.MOST_GRAPHS:
+            raise GraphModeError(
+                f"this process has compiled {_oneflow.graphs_compiled():,} graphs, and OneFlow "
+                "aborts a process at about the 1,365th: go on in a new one, from a checkpoint with "
+                "fit(..., ckpt_path='last')."
+            )
         if updates:
             self._hooks.fire("on_before_graph_compile", graph)
             names = {id(p): name for name, p in self.task.named_parameters()}
@@ -467,8 +493,8 @@ class GraphMode:
         try:
             with _oneflow.compile_quietly(), _oneflow.no_garbage_collected():
                 run(graph, inputs)
-        except _ProbeDone:
-            pass
+        except DrawsMet:
+            raise
         except OFEngineError as error:
             if isinstance(error, ConfigurationError):
                 raise
