@@ -110,11 +110,15 @@ class EarlyStopping(Callback):
             "last_score": self._last_score,
             "stopped_epoch": self.stopped_epoch,
             "wait_count": self.wait_count,
+            "validated": self._validated,
+            "waits_for_epoch_end": self._wait_for_epoch_end,
+            "missed": self._missed,
         }
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Go on counting from ``state``."""
-        lacking = sorted(set(self.state_dict()) - set(state))
+        needed = {"best_score", "last_score", "stopped_epoch", "wait_count"}
+        lacking = sorted(needed - set(state))
         if lacking:
             raise CheckpointError(f"the state of EarlyStopping lacks {', '.join(lacking)}.")
         last, epoch = state["last_score"], state["stopped_epoch"]
@@ -122,6 +126,9 @@ class EarlyStopping(Callback):
         self.wait_count = int(state["wait_count"])
         self.stopped_epoch = None if epoch is None else int(epoch)
         self._last_score = None if last is None else float(last)
+        self._validated = bool(state.get("validated", False))
+        self._wait_for_epoch_end = bool(state.get("waits_for_epoch_end", False))
+        self._missed = bool(state.get("missed", False))
 
     # ------------------------------------------------------------------ when
 

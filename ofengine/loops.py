@@ -111,7 +111,7 @@ def _train_epoch(
         if (
             validation
             and course.validation_is_due(trainer, batch_idx, is_last)
-            and trainer.point is not Point.VALIDATED
+            and trainer.point not in (Point.VALIDATED, Point.READY)
         ):
             course.begin_validation(trainer, validation)
             evaluation_loop(trainer, "validation", validation)

@@ -397,7 +397,7 @@ class Resumed:
             entry = self._mid_epoch(trainer, train, point)
         if entry is not None:
             trainer.cut_short = None
-            if course.is_done(trainer) and not (entry.data and entry.data.again):
+            if entry.data is None and course.is_done(trainer) and not trainer.should_stop:
                 return None
         return entry
 
@@ -426,7 +426,7 @@ class Resumed:
             )
         data = Resumption(
             done=done,
-            again=done > 0 and point in (Point.STEPPED, Point.VALIDATING, Point.VALIDATED),
+            again=done > 0 and (point is not Point.READY or course.is_done(trainer)),
             begin=lambda: train.set_states(self.state["random_at_pass"]),
             reached=lambda: self._set_states(trainer, train, self.state["random"]),
         )

@@ -1,13 +1,15 @@
 """Kills real training processes and starts them again until they end.
 
-``python tests/kill_harness.py --kills 200`` is the long form: random instants in all scenarios.
-``test_kill.py`` uses the same pieces for its chosen ones.
+``python tests/kill_harness.py --kills 200`` is the long form: random instants in all scenarios,
+by SIGKILL, SIGTERM or SIGINT, and now and then the newest checkpoint is damaged before the next
+start. ``test_kill.py`` uses the same pieces for its chosen ones.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -17,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -30,7 +33,15 @@ SCENARIOS: Dict[str, Dict[str, Any]] = {
     "background": {"background": True},
     "averaged": {"ema": True},
     "adamw": {"optimizer": "AdamW"},
+    "stopped early": {"stopping": True, "top": 2},
+    "functional": {"functional": True, "accumulate": 2},
 }
+ENDS = {
+    signal.SIGKILL: -signal.SIGKILL,
+    signal.SIGTERM: 128 + signal.SIGTERM,
+    signal.SIGINT: -signal.SIGINT,  # which a shell calls 130
+}
+"""What a process exits with that was stopped by a signal."""
 RESTARTED = {"restarts": 9, "signal": signal.SIGSEGV}
 """What the Trainer starts again by itself, after a crash."""
 EPOCHS, SAMPLES, BATCH = 4, 37, 5
@@ -107,7 +118,7 @@ def child(mode: str, root: str, scenario: Dict[str, Any], kill: Optional[str]) -
     from oneflow.utils.data import DataLoader
 
     from ofengine import Callback, TaskModule, Trainer
-    from ofengine.callbacks import EMAWeightAveraging, ModelCheckpoint
+    from ofengine.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 
     class Net(TaskModule):
         def __init__(self) -> None:
@@ -127,6 +138,8 @@ def child(mode: str, root: str, scenario: Dict[str, Any], kill: Optional[str]) -
 
         def loss(self, batch: Any) -> Any:
             hidden = self.drop(self.norm(self.body(batch[0])).relu())
+            if scenario.get("functional"):
+                hidden = nn.functional.dropout(hidden, 0.2) + 0.1 * flow.rand(16)
             return nn.functional.cross_entropy(self.head(hidden), batch[1])
 
         def configure_optimizers(self) -> Any:
@@ -159,16 +172,20 @@ def child(mode: str, root: str, scenario: Dict[str, Any], kill: Optional[str]) -
             _passes("compile")
 
     point, _, number = (kill or "").partition(":")
+    number, _, given = number.partition(":")
+    by = int(given or scenario.get("signal", signal.SIGKILL))
     if point == "after":
-        seconds = float(number)
 
         def strike() -> None:
-            time.sleep(seconds)
-            os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(float(number))
+            os.kill(os.getpid(), by)
 
-        threading.Thread(target=strike, daemon=True).start()
+        class Strikes(Callback):
+            def setup(self, *_: Any) -> None:
+                threading.Thread(target=strike, daemon=True).start()
+
     elif point:
-        _die_at(point, int(number), scenario.get("signal", signal.SIGKILL))
+        _die_at(point, int(number), by)
     np.random.seed(5)
     generator = flow.Generator("cpu")
     generator.manual_seed(3)
@@ -177,12 +194,20 @@ def child(mode: str, root: str, scenario: Dict[str, Any], kill: Optional[str]) -
         Noisy(), BATCH, shuffle=True, num_workers=workers, collate_fn=collate, generator=generator
     )
     callbacks: List[Callback] = [Points(), Compiles()]
+    if point == "after":
+        callbacks.append(Strikes())
     if scenario.get("ema"):
         callbacks.append(EMAWeightAveraging(decay=0.9))
+    if scenario.get("stopping"):
+        callbacks.append(EarlyStopping("val_loss", min_delta=0.2, patience=2))
     background = scenario.get("background", False)
     callbacks.append(
         ModelCheckpoint(every_n_train_steps=2, save_last=True, in_background=background)
     )
+    if scenario.get("top"):
+        callbacks.append(
+            ModelCheckpoint(Path(root, "best"), monitor="val_loss", save_top_k=scenario["top"])
+        )
     trainer = Trainer(
         mode=mode,
         device="cpu",
@@ -223,7 +248,8 @@ def _outcome(trainer: Any, task: Any) -> Dict[str, Any]:
         "optimizer": digest(kept),
         "metrics": Path(trainer.log_dir, "metrics.csv").read_text(),
         "files": files,
-        "folder": os.path.relpath(trainer.log_dir, trainer.default_root_dir),
+        "best": sorted(each.name for each in Path(trainer.default_root_dir).glob("best/*")),
+        "steps": trainer.global_step,
     }
 
 
@@ -237,28 +263,73 @@ def run(mode: str, root: Path, scenario: str, kill: str) -> subprocess.Completed
 
 
 def start(mode: str, root: Path, scenario: str, kill: Optional[str]) -> Optional[Dict[str, Any]]:
-    """Run one process to its end; what came out, None where it was killed.
+    """Run one process to its end; what came out, None where a signal stopped it.
 
     Raises AssertionError where it ended in any other way.
     """
     done = run(mode, root, scenario, kill or "")
-    if done.returncode == -signal.SIGKILL:
+    with open(root.parent / f"{root.name}.log", "a") as log:  # to be read where it ends otherwise
+        log.write(f"--- {mode} {kill or 'to the end'}: {done.returncode}\n{done.stderr}\n")
+    if kill and done.returncode == ENDS[_signal_of(kill)]:
         return None
     assert done.returncode == 0, f"{done.args}\n{done.stdout}\n{done.stderr}"
     outcome: Dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return outcome
 
 
+def _signal_of(kill: str) -> signal.Signals:
+    parts = kill.split(":")
+    return signal.Signals(int(parts[2])) if len(parts) == 3 else signal.SIGKILL
+
+
 def until_the_end(modes: List[str], root: Path, scenario: str, kills: List[str]) -> Tuple[Any, int]:
     """Start again and again, in ``modes`` by turns, with the next of ``kills``.
 
-    Returns what came out at the end, and how many kills came before it.
+    A kill that begins with "damage " is followed by damage to the newest checkpoint, where there
+    is another. Returns what came out at the end, and how many kills came before it.
     """
     for number, kill in enumerate([*kills, ""]):
+        damage, kill = kill.startswith("damage "), kill.replace("damage ", "")
         outcome = start(modes[number % len(modes)], root, scenario, kill)
         if outcome is not None:
             return outcome, number
+        if damage:
+            _damage_newest(root)
     raise AssertionError("the last start has no kill")
+
+
+def _damage_newest(root: Path) -> None:
+    found = sorted(root.rglob("*.safetensors"), key=lambda path: path.stat().st_mtime)
+    if len(found) > 1:
+        content = bytearray(found[-1].read_bytes())
+        content[len(content) // 3] ^= 4
+        found[-1].write_bytes(content)
+
+
+def _one_run(chance: random.Random, references: Dict[Tuple[str, str], Any]) -> Tuple[str, int]:
+    """A run with some kills at random instants: how it ended, and how many hit."""
+    scenario = chance.choice(sorted({name for name, _ in references}))
+    modes = chance.choice([["eager"], ["graph"], ["eager", "graph"], ["graph", "eager"]])
+    if scenario == "adamw":
+        modes = modes[:1]  # its kernels differ between the modes in the last digits
+    kills = []
+    for _ in range(chance.randint(1, 8)):
+        by = chance.choice([signal.SIGKILL] * 4 + [signal.SIGTERM, signal.SIGINT])
+        damage = "damage " if chance.random() < 0.15 else ""
+        kills.append(f"{damage}after:{chance.uniform(0.0, 1.2):.3f}:{int(by)}")
+    what = f"{scenario}, {'/'.join(modes)}"
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            outcome, hits = until_the_end(modes, Path(folder, "run"), scenario, kills)
+        except AssertionError as error:
+            return f"OTHER: {what}: {error}", 0
+        log = Path(folder, "run.log").read_text()
+    expected = references[scenario, modes[0]]
+    if outcome == expected:
+        return f"same: {what}", hits
+    pairs = [f"{key}: {outcome[key]}, not {expected[key]}" for key in expected]
+    unequal = [pair for key, pair in zip(expected, pairs) if outcome[key] != expected[key]]
+    return "\n".join([f"OTHER: {what} after {kills}", *unequal, log]), hits
 
 
 def main() -> int:
@@ -266,26 +337,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--kills", type=int, default=200, help="stop after so many that hit")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scenario", choices=sorted(SCENARIOS), help="only this one")
+    parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
     arguments = parser.parse_args()
-    chance = random.Random(arguments.seed)
     references: Dict[Tuple[str, str], Any] = {}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
+
+        def reference(key: Tuple[str, str]) -> None:
+            references[key] = start(key[1], Path(folder, *key), key[0], None)
+
+        names = [arguments.scenario] if arguments.scenario else list(SCENARIOS)
+        list(pool.map(reference, itertools.product(names, ("eager", "graph"))))
     hits = runs = bad = 0
-    while hits < arguments.kills:
-        scenario = chance.choice(sorted(SCENARIOS))
-        modes = chance.choice([["eager"], ["graph"], ["eager", "graph"], ["graph", "eager"]])
-        if scenario == "adamw":
-            modes = modes[:1]  # its kernels differ between the modes in the last digits
-        with tempfile.TemporaryDirectory() as folder:
-            if (scenario, modes[0]) not in references:
-                reference = start(modes[0], Path(folder, "reference"), scenario, None)
-                references[scenario, modes[0]] = reference
-            kills = [f"after:{chance.uniform(0.6, 3.0):.3f}" for _ in range(chance.randint(1, 6))]
-            outcome, hit = until_the_end(modes, Path(folder, "killed"), scenario, kills)
-        hits, runs = hits + hit, runs + 1
-        same = outcome == references[scenario, modes[0]]
-        bad += not same
-        verdict = "same" if same else f"OTHER, after {kills}"
-        print(f"{hits:4} kills, {runs:3} runs: {scenario} {'/'.join(modes)} {verdict}", flush=True)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        while hits < arguments.kills:
+            seeds = range(runs, runs + 8 * arguments.jobs)
+            chances = [random.Random(f"{arguments.seed} {number}") for number in seeds]
+            for verdict, hit in pool.map(lambda chance: _one_run(chance, references), chances):
+                hits, runs, bad = hits + hit, runs + 1, bad + verdict.startswith("OTHER")
+                print(f"{hits:4} kills, {runs:3} runs: {verdict}", flush=True)
     print(f"{hits} kills in {runs} runs, {bad} ended otherwise")
     return 1 if bad else 0
 

@@ -226,11 +226,22 @@ def test_a_resumed_run_stops_where_the_whole_run_stops(cut: int) -> None:
 
 def test_the_state_survives_the_round_trip() -> None:
     state = state_after([3, 2, 2], patience=3)
-    assert state == {"best_score": 2.0, "last_score": 2.0, "stopped_epoch": None, "wait_count": 1}
+    assert state == {
+        "best_score": 2.0,
+        "last_score": 2.0,
+        "stopped_epoch": None,
+        "wait_count": 1,
+        "validated": True,
+        "waits_for_epoch_end": False,
+        "missed": False,
+    }
     fresh = EarlyStopping("val_loss")
     assert fresh.state_dict()["best_score"] == math.inf
     fresh.load_state_dict(state)
     assert fresh.state_dict() == state
+    # Of the first days of this format.
+    fresh.load_state_dict({name: state[name] for name in list(state)[:4]})
+    assert fresh.state_dict() == {**state, "validated": False}
 
 
 STOPPED: List[Tuple[Dict[str, Any], List[float]]] = [

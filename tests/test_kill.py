@@ -66,6 +66,22 @@ def test_killed_often_and_resumed_in_the_other_mode(
     check(modes, tmp_path, scenario, ["batch:7", "replace:5", "validation:3"], reference)
 
 
+OTHERS = {
+    "SIGTERM and Ctrl-C": ("plain", ["batch:7:15", "batch:9:2"]),
+    "SIGTERM in the validation after which training stops": ("stopped early", ["validation:7:15"]),
+    "SIGTERM in the very last batch": ("accumulation", ["batch:32:15"]),
+    "a damaged file": ("plain", ["damage batch:9", "batch:12"]),
+    "killed between validation and the end of the epoch": ("stopped early", ["replaced:10"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_stopped_otherwise(mode: str, name: str, tmp_path: Path, reference: Any) -> None:
+    scenario, kills = OTHERS[name]
+    check([mode], tmp_path / "run", scenario, kills, reference)
+
+
 @pytest.mark.slow
 def test_killed_often_with_adamw(mode: str, tmp_path: Path, reference: Any) -> None:
     check([mode], tmp_path, "adamw", ["batch:7", "replace:5", "validation:3"], reference)
@@ -78,6 +94,7 @@ def test_a_trainer_that_restarts_on_crash_ends_as_if_there_had_been_none(
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout.splitlines()[-1])
     assert outcome == reference(mode, "plain")
+    assert [each.name for each in (tmp_path / "ofengine_logs").iterdir()] == ["version_0"]
     crashes = [line for line in done.stderr.splitlines() if "died of SIGSEGV" in line]
     # There are 32 batches. Each try dies in its twelfth, and the next goes on from the tenth:
     # in batches 12, 22 and 32.

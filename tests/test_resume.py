@@ -258,3 +258,13 @@ def test_layers_that_hooks_froze_or_put_into_eval_mode(mode: str, tmp_path: Path
                 task.body.bias.requires_grad_(False)
 
     check_exact(tmp_path, mode, callbacks=lambda: [Freezes()], max_epochs=3)
+
+
+def test_early_stopping_between_validation_and_the_end_of_the_epoch(tmp_path: Path) -> None:
+    # What is logged in the epoch too is looked at once, whatever the moment of the resumption.
+    def callbacks() -> List[Callback]:
+        return [EarlyStopping("val", min_delta=0.3, patience=3)]
+
+    arguments = {"callbacks": callbacks, "max_epochs": 9, "val_check_interval": 2}
+    whole = check_exact(tmp_path, "eager", "", None, **arguments)
+    assert 1 < whole.trainer.current_epoch < 9

@@ -75,7 +75,7 @@ class CSVLogger(Logger):
         self._written_rows = 0
         self._history: Optional[Tuple[Path, int]] = None
         self._resumed = False
-        self._untouched_rows = 0
+        self._untouched = False
 
     def state_dict(self) -> Dict[str, Any]:
         """Where the rows are, how many of them, and those that are in no file yet."""
@@ -102,7 +102,7 @@ class CSVLogger(Logger):
             self._resumed = True
         self._columns = list(state["columns"])
         self._rows = [_Row(epoch, step, values) for epoch, step, values in state["rows"]]
-        self._untouched_rows = len(self._rows)
+        self._untouched = True
         self._next_flush = state["next_flush"]
         self._history = (folder / "metrics.csv", state["written_rows"])
 
@@ -135,6 +135,7 @@ class CSVLogger(Logger):
         if not metrics:
             return
         values = {name: _number(name, value) for name, value in metrics.items()}
+        self._untouched = False
         known = set(self._columns)
         self._columns.extend(name for name in values if name not in known)
         last = self._rows[-1] if self._rows else None
@@ -204,7 +205,7 @@ class CSVLogger(Logger):
     def _write(self) -> None:
         if not self._rows:
             return
-        if self._history is not None and len(self._rows) == self._untouched_rows:
+        if self._history is not None and self._untouched:
             return  # nothing came since the run was resumed
         try:
             path = self._claim() / "metrics.csv"
