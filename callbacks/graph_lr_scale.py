@@ -58,7 +58,7 @@ class GraphLRScaleCallback(Callback):
     ) -> None:
         """Refuse a rate written into a group by hand, which the graph would not see."""
         if trainer.mode == "graph":
-            trainer.rates.check_untouched(trainer.optimizer)
+            trainer.rates.check_untouched()
 
     def on_before_graph_compile(self, trainer: Trainer, task: TaskModule, graph: nn.Graph) -> None:
         """Lower the rates from this step on into ``graph``."""

@@ -21,6 +21,11 @@ _BYTES_AHEAD = 64 * 1024 * 1024
 """The memory that batches of these steps may take where they are more than the least."""
 
 
+# In a step, a name costs less than a look into an enum.
+_STEP, _STEPPED, _READY = Point.STEP, Point.STEPPED, Point.READY
+_VALIDATION_IS_OVER = (Point.VALIDATED, Point.READY)
+
+
 def fit_loop(trainer: Trainer, train: Batches, validation: List[Batches]) -> None:
     """Train ``trainer.task``: epochs, batches, validation where it is due."""
     hooks = trainer.hooks
@@ -72,6 +77,8 @@ def _train_epoch(
     step, commit = trainer.mode_runner.train_step, trainer.metrics.commit
     log_every = trainer.log_every_n_steps
     observes_steps = course.observes_steps(trainer)
+    is_limited = trainer.max_steps != -1 or trainer.deadline is not None
+    interrupts = trainer.interrupts
     expected = trainer.rates.calendar.batches_per_epoch
     logged = trainer.metrics.begin_batches()
     waiting: Any = None
@@ -84,7 +91,7 @@ def _train_epoch(
     for batch_idx, batch, window, closes, is_last in steps:
         trainer.batch_idx = batch_idx
         if batch is not STEPPED:
-            trainer.point = Point.STEP
+            trainer.point = _STEP
             if batch_idx + 1 == expected and not is_last:
                 course.epoch_outgrew(trainer)
             for call in batch_start:
@@ -92,7 +99,7 @@ def _train_epoch(
             outputs = step(batch, batch_idx, window, closes)
             trainer.steps_done += closes
             trainer.batches_seen += 1
-            trainer.point = Point.STEPPED
+            trainer.point = _STEPPED
             commit(batch, outputs["loss"])
             for call in batch_end:
                 call(outputs, batch, batch_idx)
@@ -103,7 +110,7 @@ def _train_epoch(
                     waiting.numpy()  # not item(): it spins, and takes the core from the device
                 waiting = outputs["loss"]
                 next_wait = batch_idx + _run_ahead(batch)
-        if trainer.point is Point.STEPPED:  # a resumed run may be beyond it
+        if trainer.point is _STEPPED:  # a resumed run may be beyond it
             if closes and trainer.steps_done % log_every == 0:
                 trainer.log_metrics(trainer.metrics.flush())
             if closes and observes_steps:
@@ -111,13 +118,15 @@ def _train_epoch(
         if (
             validation
             and course.validation_is_due(trainer, batch_idx, is_last)
-            and trainer.point not in (Point.VALIDATED, Point.READY)
+            and trainer.point not in _VALIDATION_IS_OVER
         ):
             course.begin_validation(trainer, validation)
             evaluation_loop(trainer, "validation", validation)
-        trainer.point = Point.READY
-        trainer.interrupts.check()
-        if trainer.should_stop or (closes and course.is_out_of_time_or_steps(trainer)):
+        trainer.point = _READY
+        interrupts.check()
+        if trainer.should_stop or (
+            is_limited and closes and course.is_out_of_time_or_steps(trainer)
+        ):
             course.epoch_cut_short(trainer, batch_idx + 1, is_last)
             break
     else:

@@ -22,30 +22,36 @@ class EagerMode:
     def __init__(self, trainer: Trainer, task: TaskModule, hooks: HookRunner) -> None:
         self._trainer = trainer
         self._task = task
-        self._calls = hooks.calls
+        self._before_backward = hooks.calls["on_before_backward"]
+        self._after_backward = hooks.calls["on_after_backward"]
+        self._before_update = hooks.calls["on_before_optimizer_step"]
+        self._before_zero_grad = hooks.calls["on_before_zero_grad"]
         self._arity: Dict[str, int] = {}
         self._task_name = type(task).__name__
 
     def train_step(self, batch: Any, batch_idx: int, window: int, closes: bool) -> Dict[str, Any]:
         """Forward and backward of one batch; the update where it ``closes`` its window."""
-        trainer, calls = self._trainer, self._calls
-        outputs = self._call("training_step", batch, batch_idx, 0)
+        trainer, step = self._trainer, self._task.training_step
+        if self._step_arity == 2:
+            outputs = step(batch, batch_idx)
+        else:
+            outputs = step(*(batch, batch_idx, 0)[: self._step_arity])
         loss, rest = split_outputs(outputs, self._task_name)
-        for call in calls["on_before_backward"]:
+        for call in self._before_backward:
             call(loss)
         (loss if window == 1 else loss / window).backward()
-        for call in calls["on_after_backward"]:
+        for call in self._after_backward:
             call()
         if closes:
             optimizer = self._optimizer
-            for call in calls["on_before_optimizer_step"]:
+            for call in self._before_update:
                 call(optimizer)
             if trainer.gradient_clip_val is not None:
                 trainer.clip()
             if self._clips_groups:
                 clip_in_groups(optimizer)
             optimizer.step()
-            for call in calls["on_before_zero_grad"]:
+            for call in self._before_zero_grad:
                 call(optimizer)
             optimizer.zero_grad(set_to_none=True)
         rest["loss"] = loss.detach()
@@ -54,6 +60,7 @@ class EagerMode:
     def start(self, optimizer: Optimizer) -> None:
         """Training with ``optimizer`` is about to begin."""
         self._optimizer = optimizer
+        self._step_arity = step_arity(self._task, "training_step")
         optimizer.zero_grad(set_to_none=True)  # what a run that was cut off left behind
         self._clips_groups = any("clip_grad_max_norm" in g for g in optimizer.param_groups)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import attrs
 import numpy as np
@@ -73,6 +73,8 @@ class RatePlan:
         self.frequency = frequency
         self._decayed: Dict[int, List[float]] = {}
         self._constant: Optional[List[float]] = None
+        self._options: List[Dict[str, Any]] = []
+        """The live options of each group, once they are watched."""
         self._standing: List[float] = []
         self._standing_scales: List[float] = []
         self.changes: List[Tuple[int, str, float]] = []
@@ -204,22 +206,27 @@ class RatePlan:
 
     def watch(self, optimizer: Optimizer) -> None:
         """Remember the rates and scales that stand in the groups now."""
-        self._standing = [group["lr"] for group in optimizer.param_groups]
-        self._standing_scales = [g.options.get("lr_scale", 1.0) for g in optimizer.param_groups]
+        self._options = [group.options for group in optimizer.param_groups]
+        self._standing = [options["lr"] for options in self._options]
+        self._standing_scales = [options.get("lr_scale", 1.0) for options in self._options]
 
-    def check_untouched(self, optimizer: Optimizer) -> None:
-        """Raise :class:`RateError` where somebody else wrote a rate or a scale since."""
-        rows = zip(optimizer.param_groups, self._standing, self._standing_scales)
-        for index, (group, lr, scale) in enumerate(rows):
-            options = group.options
-            if options["lr"] != lr:
-                raise self._changed_by_hand(index, "lr", lr, options["lr"])
-            if options.get("lr_scale", 1.0) != scale:
-                after = options.get("lr_scale", 1.0)
-                raise self._changed_by_hand(index, "lr_scale", scale, after)
+    def check_untouched(self) -> None:
+        """Raise :class:`RateError` where somebody wrote a rate or a scale since :meth:`watch`."""
+        for options, lr, scale in zip(self._options, self._standing, self._standing_scales):
+            if options["lr"] != lr or options.get("lr_scale", 1.0) != scale:
+                raise self._changed_by_hand()
 
-    def _changed_by_hand(self, index: int, key: str, before: float, after: float) -> RateError:
-        name = self.names[index]
+    def _changed_by_hand(self) -> RateError:
+        rows = zip(self.names, self._options, self._standing, self._standing_scales)
+        name, key, before, after = next(
+            (name, key, before, after)
+            for name, options, lr, scale in rows
+            for key, before, after in (
+                ("lr", lr, options["lr"]),
+                ("lr_scale", scale, options.get("lr_scale", 1.0)),
+            )
+            if before != after
+        )
         call = f"set_lr({name!r}, {after:g})" if key == "lr" else f"set_lr({name!r}, ...)"
         return RateError(
             f"the {key} of group {name!r} was changed by hand from {before:g} to {after:g} during "
@@ -229,7 +236,7 @@ class RatePlan:
 
     def write(self, optimizer: Optimizer, step: int) -> None:
         """Write the rates of ``step`` into the groups, for eager mode; none beyond the run."""
-        self.check_untouched(optimizer)
+        self.check_untouched()
         if self.stop is not None and step >= self.stop:
             return
         rates = self.rates(step)
