@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         RateError,
     )
     from ofengine.hooks import Callback
+    from ofengine.in_memory import ImageArrays, in_memory_loader
     from ofengine.rates.plan import RatePlan
     from ofengine.seeding import seed_everything
     from ofengine.task import TaskModule
@@ -40,6 +41,7 @@ _HOMES = {
     "DataError": "ofengine.errors",
     "DeviceError": "ofengine.errors",
     "GraphModeError": "ofengine.errors",
+    "ImageArrays": "ofengine.in_memory",
     "NonFiniteError": "ofengine.errors",
     "OFEngineError": "ofengine.errors",
     "OFEngineWarning": "ofengine.errors",
@@ -47,6 +49,7 @@ _HOMES = {
     "RatePlan": "ofengine.rates.plan",
     "TaskModule": "ofengine.task",
     "Trainer": "ofengine.trainer",
+    "in_memory_loader": "ofengine.in_memory",
     "load_weights": "ofengine.checkpoint",
     "seed_everything": "ofengine.seeding",
 }
@@ -58,6 +61,7 @@ __all__ = [
     "DataError",
     "DeviceError",
     "GraphModeError",
+    "ImageArrays",
     "NonFiniteError",
     "OFEngineError",
     "OFEngineWarning",
@@ -66,6 +70,7 @@ __all__ = [
     "TaskModule",
     "Trainer",
     "__version__",
+    "in_memory_loader",
     "load_weights",
     "seed_everything",
 ]

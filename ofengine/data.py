@@ -213,8 +213,9 @@ class Batches:
             generator = flow.Generator("cpu")
             generator.manual_seed(seed)
             batch_sampler: Any = self.source.batch_sampler
-            inner = getattr(batch_sampler, "sampler", None)
-            holders: Tuple[Any, ...] = (self.source, self.source.sampler, batch_sampler, inner)
+            sampler: Any = self.source.sampler
+            inner = [getattr(each, "sampler", None) for each in (batch_sampler, sampler)]
+            holders: Tuple[Any, ...] = (self.source, sampler, batch_sampler, *inner)
             for holder in holders:
                 if hasattr(holder, "generator"):
                     holder.generator = generator

@@ -44,6 +44,7 @@ ENDS = {
 """What a process exits with that was stopped by a signal."""
 RESTARTED = {"restarts": 9, "signal": signal.SIGSEGV}
 """What the Trainer starts again by itself, after a crash."""
+OVER = "fit is over"
 EPOCHS, SAMPLES, BATCH = 4, 37, 5
 
 
@@ -224,6 +225,7 @@ def child(mode: str, root: str, scenario: Dict[str, Any], kill: Optional[str]) -
     )
     task = Net()
     trainer.fit(task, train, DataLoader(Noisy(), 20, collate_fn=collate), ckpt_path="last")
+    print(OVER, flush=True)
     print(json.dumps(_outcome(trainer, task)))
 
 
@@ -272,7 +274,9 @@ def start(mode: str, root: Path, scenario: str, kill: Optional[str]) -> Optional
         log.write(f"--- {mode} {kill or 'to the end'}: {done.returncode}\n{done.stderr}\n")
     if kill and done.returncode == ENDS[_signal_of(kill)]:
         return None
-    assert done.returncode == 0, f"{done.args}\n{done.stdout}\n{done.stderr}"
+    if kill and done.returncode == -_signal_of(kill) and OVER in done.stdout:
+        return None  # the handler of ``fit`` is gone when it is over
+    assert done.returncode == 0, f"{done.args}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     outcome: Dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return outcome
 

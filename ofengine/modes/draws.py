@@ -228,5 +228,6 @@ def no_numbers_frozen(what: str) -> Iterator[None]:
 
 
 def _numpy_state() -> Tuple[Any, ...]:
-    name, keys, *rest = np.random.get_state()
+    state: Any = np.random.get_state()
+    name, keys, *rest = state
     return (name, keys.tobytes(), *rest)
