@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import glob
+import logging
 import mmap
 import os
 import platform
@@ -16,6 +17,8 @@ from typing import Dict, Optional, Tuple
 import oneflow as flow
 
 from ofengine._oneflow import synchronize
+
+log = logging.getLogger("ofengine")
 
 # OneFlow 0.9.0 notes that a graph's run is in flight (EnqueueNNGraph) after it has started the
 # run. Where the run ends before that, DequeueNNGraph pops from an empty std::queue, and the
@@ -34,6 +37,7 @@ _EXPECTED = {  # how each begins in the wheels that were looked at
 _PAGE = mmap.PAGESIZE
 _DEQUEUE_AT = 0x80
 _launch_race: Optional[str] = None
+_told = False
 _launch_race_lock = threading.Lock()
 
 
@@ -59,6 +63,19 @@ def mend_launch_race() -> str:
                 except (OSError, AttributeError) as error:
                     _launch_race = f"not possible here: {error}"
         return _launch_race
+
+
+def mend_or_tell() -> None:
+    """Mend the race; where that is not done, say so, once a process."""
+    global _told
+    found = mend_launch_race()
+    if found != "mended" and not _told:
+        _told = True
+        log.warning(
+            "OneFlow's race at the start of a graph's run is not mended (%s): on a busy machine, "
+            "graph steps of less than a millisecond may crash. Trainer(restart_on_crash=3) goes "
+            "on after that.", found,
+        )  # fmt: skip
 
 
 def _mend_launch_race() -> str:

@@ -51,6 +51,8 @@ def passed(check, found=None):
 
 import oneflow as flow
 passed("import", flow.__version__)
+from ofengine._launch_race import mend_launch_race
+passed("race", mend_launch_race())
 weight = flow.ones(2, requires_grad=True)
 (weight * weight).sum().backward()
 flow.optim.SGD([weight], lr=0.25).step()
@@ -178,6 +180,10 @@ def report(facts: Facts, problems: List[Problem]) -> str:
         else:
             lines.append(_row(title, "not reached" if failed else "FAILED"))
             failed = failed or check
+    race = facts.passed.get("race", "mended")
+    if race != "mended":
+        lines.append(_row("short graph steps", "may crash on a busy machine:"))
+        lines += _wrap(f"OneFlow's launch race is not mended: {race}.", "    ")
     lines.append("")
     if problems:
         lines.append("To mend")

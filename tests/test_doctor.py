@@ -222,6 +222,12 @@ def test_ranks_are_not_waited_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     assert "ImportError: no rank" in result.stdout
 
 
+def test_a_race_that_is_not_mended_is_told() -> None:
+    assert "launch race" not in report(facts({**PASSED, "race": "mended"}), [])
+    text = report(facts({**PASSED, "race": "not for this machine"}), [])
+    assert "OneFlow's launch race is not mended: not for this machine." in text
+
+
 def test_the_exit_status_follows_the_problems(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

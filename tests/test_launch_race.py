@@ -176,3 +176,15 @@ def test_the_code_outlives_python_modules() -> None:
         [sys.executable, "-c", _CLEARED], env=os.environ, stdout=subprocess.PIPE, text=True
     )
     assert (done.returncode, done.stdout.strip()) == (0, "[2.0, 2.0]")
+
+
+def test_where_it_is_not_mended_a_line_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(_launch_race, "mend_launch_race", lambda: "not for this machine")
+    monkeypatch.setattr(_launch_race, "_told", False)
+    _launch_race.mend_or_tell()
+    _launch_race.mend_or_tell()
+    (record,) = caplog.records
+    assert "is not mended (not for this machine)" in record.getMessage()
+    assert "Trainer(restart_on_crash=3)" in record.getMessage()

@@ -17,7 +17,7 @@ from oneflow import nn
 from oneflow.optim import Optimizer
 
 from ofengine import _oneflow
-from ofengine._launch_race import mend_launch_race
+from ofengine._launch_race import mend_or_tell
 from ofengine.data import Structure, describe, flatten, unflatten
 from ofengine.errors import ConfigurationError, DataError, GraphModeError, OFEngineError, warn
 from ofengine.hooks import HookRunner, overrides
@@ -203,7 +203,7 @@ class GraphMode:
 
     def __init__(self, trainer: Trainer, task: TaskModule, hooks: HookRunner) -> None:
         _oneflow.start_session()
-        mend_launch_race()
+        mend_or_tell()
         self.trainer = trainer
         self.task = task
         self._hooks = hooks

@@ -148,6 +148,13 @@ def _check_membership(
                     f"not part of {type(task).__name__}: assign its module to an attribute of the "
                     "task, or take it out of param_groups()."
                 )
+            if parameter.requires_grad and not parameter.is_contiguous():
+                name = names[id(parameter)]
+                raise RateError(
+                    f"parameter {name!r} is not contiguous in memory, and OneFlow's optimizers never "
+                    "change such a parameter: make it with .contiguous(), as in "
+                    f"nn.Parameter({name.rpartition('.')[2]}.contiguous())."
+                )
             other = owner.get(id(parameter))
             owner[id(parameter)] = group
             if other is not None:

@@ -333,3 +333,24 @@ def test_the_base_rate_under_a_scheduler_is_the_group_s_own() -> None:
     assert optimizer.param_groups[1]["lr"] == 0.025
     groups = check_groups(task, optimizer, scheduled=True)
     assert [group.lr for group in groups] == [0.5, 0.25]
+
+
+def test_oneflow_never_trains_a_parameter_that_is_not_contiguous_so_it_is_refused() -> None:
+    weight = nn.Parameter(flow.ones(3, 4).t())
+    optimizer = flow.optim.SGD([weight], lr=0.1)
+    weight.sum().backward()
+    optimizer.step()
+    assert set(weight.numpy().ravel()) == {1.0}
+
+    class Turned(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.turned = nn.Parameter(flow.ones(3, 4).t())
+
+    with pytest.raises(
+        RateError, match=r"'turned' is not contiguous .* nn.Parameter\(turned\.cont"
+    ):
+        check(Turned())
+    task = Turned()
+    task.turned.requires_grad_(False)
+    check(task)
