@@ -151,8 +151,8 @@ def _check_membership(
             if parameter.requires_grad and not parameter.is_contiguous():
                 name = names[id(parameter)]
                 raise RateError(
-                    f"parameter {name!r} is not contiguous in memory, and OneFlow's optimizers never "
-                    "change such a parameter: make it with .contiguous(), as in "
+                    f"parameter {name!r} is not contiguous in memory, and OneFlow's optimizers "
+                    "never change such a parameter: make it with .contiguous(), as in "
                     f"nn.Parameter({name.rpartition('.')[2]}.contiguous())."
                 )
             other = owner.get(id(parameter))
