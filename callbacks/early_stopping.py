@@ -126,7 +126,7 @@ class EarlyStopping(Callback):
         self.wait_count = int(state["wait_count"])
         self.stopped_epoch = None if epoch is None else int(epoch)
         self._last_score = None if last is None else float(last)
-        self._validated = bool(state.get("validated", False))
+        self._validated = bool(state.get("validated", True))
         self._wait_for_epoch_end = bool(state.get("waits_for_epoch_end", False))
         self._missed = bool(state.get("missed", False))
 

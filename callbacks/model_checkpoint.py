@@ -162,6 +162,7 @@ class ModelCheckpoint(Callback):
         self._looked_at = -1
         self._last_saved_at = -1
         self._wait_for_epoch_end = False
+        self._validated = False
         self._written: List[str] = []
         self._to_remove = ""
         self._next_time = math.inf
@@ -178,6 +179,7 @@ class ModelCheckpoint(Callback):
             "looked_at": self._looked_at,
             "last_saved_at": self._last_saved_at,
             "wait_for_epoch_end": self._wait_for_epoch_end,
+            "validated": self._validated,
             "written": list(self._written),
             "to_remove": self._to_remove,
         }
@@ -191,6 +193,7 @@ class ModelCheckpoint(Callback):
         self._looked_at = state["looked_at"]
         self._last_saved_at = state["last_saved_at"]
         self._wait_for_epoch_end = state["wait_for_epoch_end"]
+        self._validated = state.get("validated", True)
         self._written = list(state["written"])
         self._remove(state["to_remove"])
 
@@ -238,7 +241,10 @@ class ModelCheckpoint(Callback):
 
     def on_validation_end(self, trainer: Trainer, task: TaskModule) -> None:
         """Look, where there is a ``monitor``."""
-        if trainer.sanity_checking or self.monitor is None or not self._epoch_counts(trainer):
+        if trainer.sanity_checking or self.monitor is None:
+            return
+        self._validated = True
+        if not self._epoch_counts(trainer):
             return
         if self.monitor not in trainer.callback_metrics:
             self._wait_for_epoch_end = True  # it may be an epoch's mean of training_step
@@ -247,6 +253,8 @@ class ModelCheckpoint(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, task: TaskModule) -> None:
         """Look, where there is no ``monitor`` or no validation."""
+        if not self._validated and self.monitor in trainer.callback_metrics:
+            self._wait_for_epoch_end = True  # only training can have logged it
         if not self._epoch_counts(trainer):
             return
         if self.monitor is None or self._wait_for_epoch_end or not trainer.has_validation:

@@ -193,8 +193,8 @@ def test_without_validation_a_metric_of_training_is_looked_at_after_each_epoch(
     assert epochs_in(tmp_path) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("validated", [False, True])
-def test_an_epochs_mean_of_training_is_that_epochs(tmp_path: Path, validated: bool) -> None:
+@pytest.mark.parametrize("validated", [0, 1, 2])
+def test_an_epochs_mean_of_training_is_that_epochs(tmp_path: Path, validated: int) -> None:
     class Means(Task):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             # The means over two batches are 2.5, 0.5 and 1.5.
@@ -203,7 +203,9 @@ def test_an_epochs_mean_of_training_is_that_epochs(tmp_path: Path, validated: bo
             return super().training_step(batch, batch_idx)
 
     checkpoint = ModelCheckpoint(tmp_path, "{epoch}-{train_x}", monitor="train_x", save_top_k=-1)
-    trainer = quiet_trainer(max_epochs=3, callbacks=checkpoint)
+    trainer = quiet_trainer(
+        max_epochs=3, callbacks=checkpoint, check_val_every_n_epoch=validated or 1
+    )
     trainer.fit(Means([0.0] * 3), BATCHES, BATCHES if validated else None)
     assert files(tmp_path) == [
         "epoch=0-train_x=2.5.safetensors",
