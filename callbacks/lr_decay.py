@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from functools import partial
+from typing import Any, Callable, Optional
 
 from ofengine.arguments import is_whole
 from ofengine.errors import ConfigurationError
@@ -39,6 +40,7 @@ class LRDecayCallback(Callback):
         key: str = "lr_decay_scale",
     ) -> None:
         self._decay: Optional[DecayEvents] = None
+        self._write: Optional[Callable[[int], None]] = None
         if every_n_batches is not None:
             self._decay = checked_decay(type(self).__name__, every_n_batches, per_epoch, key)
 
@@ -49,9 +51,11 @@ class LRDecayCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, task: TaskModule) -> None:
         """Write the first step's rates."""
+        self._write = None
         if trainer.mode == "eager":
             trainer.rates.watch(trainer.optimizer)
             trainer.rates.write(trainer.optimizer, trainer.global_step)
+            self._write = partial(trainer.rates.write, trainer.optimizer)
 
     def on_train_epoch_start(self, trainer: Trainer, task: TaskModule) -> None:
         """Write again: the epoch before may have had another length than was expected."""
@@ -62,8 +66,12 @@ class LRDecayCallback(Callback):
         self, trainer: Trainer, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write the next step's rates."""
-        if trainer.mode == "eager":
-            trainer.rates.write(trainer.optimizer, trainer.global_step)
+        if self._write is not None:
+            self._write(trainer.steps_done)  # global_step, without its guard
+
+    def teardown(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
+        """Let go of the plan and the optimizer."""
+        self._write = None
 
 
 def checked_decay(owner: str, every_n_batches: int, per_epoch: bool, key: str) -> DecayEvents:

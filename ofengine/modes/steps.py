@@ -54,7 +54,7 @@ def split_outputs(outputs: Any, task_name: str) -> Tuple[Any, Dict[str, Any]]:
             f"the loss of {task_name}.training_step depends on no trainable parameter: was it "
             "detached, or is the whole model frozen?"
         )
-    return (loss.reshape(()) if loss.ndim else loss), rest
+    return (loss.reshape(()) if loss.dim() else loss), rest
 
 
 def clip_in_groups(optimizer: Any) -> None:

@@ -237,6 +237,8 @@ class RatePlan:
     def write(self, optimizer: Optimizer, step: int) -> None:
         """Write the rates of ``step`` into the groups, for eager mode; none beyond the run."""
         self.check_untouched()
+        if self._constant is not None and self._constant is self._standing:
+            return
         if self.stop is not None and step >= self.stop:
             return
         rates = self.rates(step)
