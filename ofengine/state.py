@@ -25,7 +25,7 @@ from ofengine.modes.steps import clip_gradients
 from ofengine.optimizers import Optimization
 from ofengine.rates.calendar import ceil_div
 from ofengine.rates.plan import RatePlan
-from ofengine.resume import state_of_run
+from ofengine.snapshot import state_of_run
 from ofengine.tracing import forbid_in_trace
 
 if TYPE_CHECKING:

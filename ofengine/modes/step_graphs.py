@@ -1,0 +1,156 @@
+"""The graphs of graph mode: what is traced for a step, an update, an evaluation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, List, Sequence, Tuple
+
+import oneflow as flow
+from oneflow import nn
+
+from ofengine import _oneflow
+from ofengine.data import Structure, flatten, unflatten
+from ofengine.errors import DataError, GraphModeError
+from ofengine.metrics import LogSpec
+from ofengine.modes.draws import DrawsMet, Feed, no_numbers_frozen, warn_of_unfed
+from ofengine.modes.steps import split_outputs, step_arity
+from ofengine.task import TaskModule
+from ofengine.tracing import Trace, TracedIndex, warn_of_assignments
+
+if TYPE_CHECKING:
+    from ofengine.modes.graph import GraphMode
+
+
+class StepGraph(nn.Graph):
+    """A step of the task over the tensors of one batch; what comes out besides the loss."""
+
+    def __init__(
+        self, task: TaskModule, step: str, structure: Structure, extra: Sequence[Any]
+    ) -> None:
+        super().__init__()
+        self.task = task
+        self.origin = [task]  # in a list, or nn.Graph would make it a block
+        self.step = step
+        self.arity = step_arity(task, step)
+        self.structure = structure
+        self.extra = tuple(extra)
+        self.index = TracedIndex()
+        self.specs: List[LogSpec] = []
+        self.constants: List[Tuple[LogSpec, float]] = []
+        self.assigned: List[str] = []
+        self.rest: Structure = flatten(None, [])
+
+    def call_step(self, tensors: Sequence[Any], drawn: Sequence[Any]) -> Any:
+        """Trace the task's step; keep the specs of what it logs, return (outputs, logged).
+
+        ``drawn`` holds the numbers of its random calls. Raises :class:`DrawsMet` where there are
+        more of these.
+        """
+        batch = unflatten(self.structure, iter(tensors))
+        arguments = (batch, self.index, *self.extra)[: self.arity]
+        task = _oneflow.instance_in_trace(self.task)
+        feeding = Feed(drawn).replacing_calls()
+        with Trace() as trace, feeding as feed, no_numbers_frozen(self.step):
+            outputs = getattr(task, self.step)(*arguments)
+        feed.stop_if_met()
+        warn_of_unfed(self.step, feed.unfed, "draw with oneflow.rand, or in the dataset")
+        self.assigned = _oneflow.assignments_in_trace(task)
+        tensor_logs = [(s, v) for s, v in trace.logs if isinstance(v, flow.Tensor)]
+        self.specs = [spec for spec, _ in tensor_logs]
+        self.constants = [(s, v) for s, v in trace.logs if not isinstance(v, flow.Tensor)]
+        return outputs, [value for _, value in tensor_logs]
+
+    def put_out(self, outputs: Any, logged: List[Any], first: List[Any]) -> List[Any]:
+        """The graph's outputs: ``first``, what was logged, the tensors in ``outputs``."""
+        warn_of_assignments(self.step, self.assigned)
+        rest: List[Any] = []
+        try:
+            self.rest = flatten(outputs, rest, f"{self.step} returns")
+        except DataError as error:
+            raise GraphModeError(str(error)) from None
+        # One tensor may not be put out twice.
+        return [*first, *(_oneflow.identity(tensor) for tensor in [*logged, *rest])]
+
+
+class _TrainStepGraph(StepGraph):
+    def trained_loss(self, tensors: Sequence[Any], drawn: Sequence[Any], scale: Any) -> Any:
+        """Forward and backward; (loss, outputs besides it, logged)."""
+        outputs, logged = self.call_step(tensors, drawn)
+        loss, rest = split_outputs(outputs, type(self.origin[0]).__name__)
+        (loss if scale is None else loss * scale).backward()
+        return loss, rest, logged
+
+
+class TrainGraph(_TrainStepGraph):
+    """Forward, backward, clipping and update in one."""
+
+    def __init__(self, mode: GraphMode, structure: Structure) -> None:
+        super().__init__(mode.task, "training_step", structure, ())
+        self.trainer = mode.trainer
+        self.add_optimizer(mode.trainer.optimizer)
+
+    def build(self, tensors: List[Any], drawn: List[Any]) -> List[Any]:
+        """Trace the whole step."""
+        loss, rest, logged = self.trained_loss(tensors, drawn, None)
+        self.trainer.clip()
+        return self.put_out(rest, logged, [loss])
+
+
+class GradientGraph(_TrainStepGraph):
+    """Forward and backward; the gradients are outputs."""
+
+    def __init__(self, mode: GraphMode, structure: Structure) -> None:
+        super().__init__(mode.task, "training_step", structure, ())
+        self.parameters = [mode.trainer.parameters]
+        self.having: List[int] = []
+        _oneflow.allow_backward(self)
+
+    def build(self, tensors: List[Any], drawn: List[Any], scale: Any) -> List[Any]:
+        """Trace forward and backward of ``loss * scale``."""
+        loss, rest, logged = self.trained_loss(tensors, drawn, scale)
+        (parameters,) = self.parameters
+        self.having = [i for i, p in enumerate(parameters) if p.grad is not None]
+        gradients = [parameters[i].grad for i in self.having]
+        return self.put_out(rest, logged, [loss, *gradients])
+
+
+class ApplyGraph(nn.Graph):
+    """Clipping and update, from gradients that are inputs."""
+
+    def __init__(self, mode: GraphMode, having: Sequence[int]) -> None:
+        super().__init__()
+        self.task = mode.task
+        self.trainer = mode.trainer
+        self.having = tuple(having)
+        self.add_optimizer(mode.trainer.optimizer)
+
+    def build(self, gradients: List[Any]) -> Any:
+        """Trace the update."""
+        lazy = _oneflow.build_parameters(self.task)
+        anchor = min((p for p in lazy if p.requires_grad), key=lambda p: p.numel()).sum()
+        anchor.backward()  # a graph with an optimizer must have a loss
+        parameters = self.trainer.parameters
+        for parameter in parameters:
+            parameter.grad = None
+        for index, gradient in zip(self.having, gradients):
+            parameters[index].grad = gradient
+        self.trainer.clip()
+        return anchor
+
+
+class EvalGraph(StepGraph):
+    """A step without gradients."""
+
+    def build(self, tensors: List[Any], drawn: List[Any]) -> List[Any]:
+        """Trace the step."""
+        with flow.no_grad():
+            outputs, logged = self.call_step(tensors, drawn)
+            # A graph must put out something, even where the step neither logs nor returns.
+            return self.put_out(outputs, logged, []) or [_oneflow.identity(tensors[0])]
+
+
+class ProbeGraph(StepGraph):
+    """Traces the forward to learn what it draws; never compiled."""
+
+    def build(self, tensors: List[Any]) -> None:
+        self.call_step(tensors, [])
+        raise DrawsMet([])
