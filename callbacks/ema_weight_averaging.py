@@ -318,12 +318,11 @@ class _Flat:
             start += each.numel()
         tensors = [getattr(module, name) for module, name in sources]
         self._pieces = _vectors(tensors)
-        # A parameter's memory stays where it is; a buffer may be assigned anew in a step, and
-        # what is not contiguous has no view as a vector.
+        # A parameter's memory stays where it is; a buffer may be assigned anew in a step.
         self._moving = [
             (index, *source)
             for index, (source, tensor) in enumerate(zip(sources, tensors))
-            if not isinstance(tensor, nn.Parameter) or not tensor.is_contiguous()
+            if not isinstance(tensor, nn.Parameter)
         ]
 
     def update(self, decay: float) -> None:

@@ -175,24 +175,6 @@ def test_a_buffer_that_is_assigned_anew_is_followed() -> None:
     assert expected["seen"][0] > 6
 
 
-def test_a_parameter_in_a_transposed_layout_is_followed() -> None:
-    class Transposed(Small):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(flow.ones(6, 2).t())
-
-    class Writes(Callback):  # OneFlow's optimizers leave such a parameter as it is
-        def on_train_batch_start(self, trainer: Any, task: Any, *args: Any) -> None:
-            with flow.no_grad():
-                task.scale.copy_(flow.arange(12).reshape(2, 6).float() * trainer.global_step)
-
-    ema, seen = EMAWeightAveraging(decay=0.75), Weights()
-    fit(ema, Transposed(), also=[Writes(), seen])
-    expected = averaged_by_hand(seen.steps, ["scale"], 0.75)
-    assert_equal({"scale": ema.averaged["scale"].numpy()}, expected)
-    assert expected["scale"][1, 5] > 11
-
-
 def test_accumulated_batches_do_not_count(mode: str) -> None:
     ema, seen = EMAWeightAveraging(decay=0.75), Weights()
     fit(ema, also=[seen], mode=mode, accumulate_grad_batches=3)

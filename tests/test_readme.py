@@ -21,8 +21,19 @@ READMES = ["README.md", "README.zh.md"]
 PRELUDE = """
 import warnings
 warnings.filterwarnings("ignore", message="ReLU6 module")
+import numpy as np
 import oneflow as flow
+from flowvision.transforms import ToTensor
+from ofengine import ImageArrays
+
 train_dataloader = [(flow.randn(2, 3, 32, 32), flow.tensor([3, 7])) for _ in range(2)]
+transform = ToTensor()
+
+
+def CIFAR10(root, transform):
+    return ImageArrays(np.zeros((40, 32, 32, 3), "uint8"), [0] * 40, transform)
+
+
 """
 
 
