@@ -180,6 +180,15 @@ def functions_by_name(name: str) -> List[Tuple[Any, Any]]:
     return [(each, getattr(each, name)) for each in holders if hasattr(each, name)]
 
 
+_RANDOM = ("bernoulli", "exponential", "normal", "randperm", "uniform", "uniform_int")
+
+
+def random_operations(graph: nn.Graph) -> List[str]:
+    """The kinds of operations in ``graph``, which is compiled, that draw random numbers."""
+    kinds = {each.user_conf.op_type_name for each in graph._full_job_proto.net.op}
+    return sorted(kind for kind in kinds if kind in _RANDOM or kind.endswith("dropout"))
+
+
 MOST_GRAPHS = 1_300
 """How many graphs a process may compile, of any kind and alive or not.
 

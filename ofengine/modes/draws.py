@@ -25,8 +25,6 @@ from ofengine.errors import GraphModeError, warn
 
 _FACTORIES = ("normal", "rand", "randint", "randn", "randperm")
 _ALIKE = ("randint_like", "randn_like")
-_OTHERS = ("bernoulli_", "exponential_", "gumbel_softmax", "multinomial", "uniform_")
-"""What cannot be drawn ahead: it depends on what the step computes, or writes into it."""
 
 
 @attrs.frozen
@@ -80,20 +78,17 @@ class Feed:
         self._rand = flow.rand  # before it is replaced
         self.met: List[Draw] = []
         """The calls for which nothing was drawn."""
-        self.unfed: List[str] = []
-        """The functions that were called and cannot be fed."""
 
     @contextlib.contextmanager
-    def replacing_calls(self, feeding: bool = True) -> Iterator[Feed]:
+    def replacing_calls(self) -> Iterator[Feed]:
         """Let OneFlow's random functions ask this object in the ``with`` block.
 
-        Where it is not ``feeding`` they do what they do, and are noted.
+        Those are left alone that cannot be drawn ahead: what they draw depends on what the step
+        computes (``multinomial``), or goes into a tensor of it (``bernoulli_``).
         """
         makers: Dict[str, Any] = {"dropout": self._dropout, "bernoulli": self._bernoulli}
         makers.update(dict.fromkeys(_FACTORIES, self._factory))
         makers.update(dict.fromkeys(_ALIKE, self._alike))
-        for name in _OTHERS if feeding else (*makers, *_OTHERS):
-            makers[name] = partial(self._other, name)
         with contextlib.ExitStack() as stack:
             for name, make in makers.items():
                 for holder, original in functions_by_name(name):
@@ -178,11 +173,6 @@ class Feed:
         self._note(prepare, result.shape, result.dtype, result.device)
         return result
 
-    def _other(self, name: str, original: Any, *args: Any, **kwargs: Any) -> Any:
-        if name not in self.unfed:
-            self.unfed.append(name)
-        return original(*args, **kwargs)
-
 
 def active_dropouts(task: nn.Module) -> List[nn.Module]:
     """The dropout layers of ``task`` that draw masks now."""
@@ -193,20 +183,12 @@ def active_dropouts(task: nn.Module) -> List[nn.Module]:
     ]
 
 
-@contextlib.contextmanager
-def noted_calls() -> Iterator[List[str]]:
-    """The names of OneFlow's random functions that the block calls; they do what they do."""
-    feed = Feed()
-    with feed.replacing_calls(feeding=False):
-        yield feed.unfed
-
-
-def warn_of_unfed(what: str, names: Sequence[str], mend: str) -> None:
+def warn_of_unfed(what: str, operations: Sequence[str], mend: str) -> None:
     """Say which random numbers of the compiled step ``what`` are not those of eager mode."""
-    if names:
+    if operations:
         warn(
-            f"{what} calls {', '.join(names)} in a compiled step, which draws there from a "
-            f"sequence that is not eager mode's and starts anew on a resume: {mend}."
+            f"{what} draws inside the compiled graph ({', '.join(operations)}), from a sequence "
+            f"that is not eager mode's and starts anew on a resume: {mend}."
         )
 
 

@@ -26,7 +26,6 @@ from ofengine.modes.draws import (
     Draws,
     DrawsMet,
     active_dropouts,
-    noted_calls,
     warn_of_unfed,
 )
 from ofengine.modes.step_graphs import (
@@ -212,12 +211,7 @@ class GraphMode:
                 inputs, what = tensors, f"{type(graph).__name__}.build"
         compiled.graph = graph
         with counted_batch_norms(self.task, compiled.batch_norms):
-            if inputs is not tensors:
-                self._compile(graph, inputs, what, updates)
-                return compiled
-            with noted_calls() as names:
-                self._compile(graph, inputs, what, updates)
-        warn_of_unfed(what, names, "where that matters, leave build_graph() as it is")
+            self._compile(graph, inputs, what, updates)
         return compiled
 
     def _check_own_graph(self, graph: Any) -> None:
@@ -348,6 +342,10 @@ class GraphMode:
             if self._states:
                 _oneflow.share_optimizer_states(graph, self._states)
         self._trace(graph, _oneflow.trace_and_compile, inputs, what)
+        own = "where that matters, leave build_graph() as it is"
+        mend = "call flow.rand and its like by these names, or draw in the dataset"
+        is_ours = isinstance(graph, (StepGraph, ApplyGraph))
+        warn_of_unfed(what, _oneflow.random_operations(graph), mend if is_ours else own)
         self.compilations += 1
         if updates:
             # Kept where a graph has them no more: what is frozen now may train again later.

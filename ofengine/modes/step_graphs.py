@@ -11,7 +11,7 @@ from ofengine import _oneflow
 from ofengine.data import Structure, flatten, unflatten
 from ofengine.errors import DataError, GraphModeError
 from ofengine.metrics import LogSpec
-from ofengine.modes.draws import DrawsMet, Feed, no_numbers_frozen, warn_of_unfed
+from ofengine.modes.draws import DrawsMet, Feed, no_numbers_frozen
 from ofengine.modes.steps import split_outputs, step_arity
 from ofengine.task import TaskModule
 from ofengine.tracing import Trace, TracedIndex, warn_of_assignments
@@ -52,7 +52,6 @@ class StepGraph(nn.Graph):
         with Trace() as trace, feeding as feed, no_numbers_frozen(self.step):
             outputs = getattr(task, self.step)(*arguments)
         feed.stop_if_met()
-        warn_of_unfed(self.step, feed.unfed, "draw with oneflow.rand, or in the dataset")
         self.assigned = _oneflow.assignments_in_trace(task)
         tensor_logs = [(s, v) for s, v in trace.logs if isinstance(v, flow.Tensor)]
         self.specs = [spec for spec, _ in tensor_logs]

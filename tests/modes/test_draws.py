@@ -140,13 +140,26 @@ def test_oneflow_has_its_functions_back(mode: str) -> None:
     assert all(one is other for one, other in zip(after, before))
 
 
-def multinomial(x: Any) -> Any:
-    return x * flow.multinomial(flow.ones(6), 6).to(flow.float32)
+by_another_name = flow.rand
+
+NOT_FED: Dict[str, Callable[[Any], Any]] = {
+    "exponential": lambda x: x * flow.multinomial(flow.ones(6), 6).to(flow.float32),
+    "uniform": lambda x: x * by_another_name(6),
+    "bernoulli": lambda x: x * (x * 0.0 + 0.5).bernoulli_(0.5),
+}
 
 
-def test_what_cannot_be_drawn_ahead_is_told() -> None:
-    with pytest.warns(UserWarning, match="training_step calls multinomial in a compiled step"):
-        run("graph", multinomial)
+@pytest.mark.parametrize("operation", NOT_FED)
+def test_what_cannot_be_drawn_ahead_is_told(operation: str) -> None:
+    told = rf"training_step draws inside the compiled graph \({operation}\)"
+    with pytest.warns(UserWarning, match=told):
+        run("graph", NOT_FED[operation])
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_is_drawn_ahead_is_not_told(name: str, recwarn: pytest.WarningsRecorder) -> None:
+    run("graph", CALLS[name], layer=True)
+    assert not [each for each in recwarn if "draws inside" in str(each.message)]
 
 
 def test_draws_in_a_graph_of_ones_own_are_told(recwarn: pytest.WarningsRecorder) -> None:
@@ -167,8 +180,8 @@ def test_draws_in_a_graph_of_ones_own_are_told(recwarn: pytest.WarningsRecorder)
 
     task = WithOwn(levit_drop, layer=True)
     quiet_trainer(mode="graph", max_epochs=1).fit(task, batches())
-    texts = [str(w.message) for w in recwarn if "compiled step" in str(w.message)]
-    assert any("Own.build calls dropout, rand in a compiled step" in text for text in texts)
+    texts = [str(each.message) for each in recwarn]
+    assert any("Own.build draws inside the compiled graph (dropout, uniform)" in t for t in texts)
 
 
 @pytest.mark.parametrize("name", ["random", "numpy.random"])
