@@ -39,7 +39,7 @@ class Draw:
 
     def placeholder(self) -> Any:
         """A tensor of the same kind; draws nothing."""
-        return flow.zeros(*self.shape, dtype=self.dtype, device=self.device)
+        return flow.zeros(self.shape, dtype=self.dtype, device=self.device)
 
 
 class Draws:
@@ -127,7 +127,7 @@ class Feed:
         shape, dtype, device = tuple(input.shape), input.dtype, input.device
 
         def prepare() -> Callable[[], Any]:
-            ones = flow.ones(*shape, dtype=dtype, device=device)
+            ones = flow.ones(shape, dtype=dtype, device=device)
             return partial(original, ones, p, True, False, generator)
 
         self._note(prepare, shape, dtype, device)
@@ -168,7 +168,7 @@ class Feed:
         result = original(input, *args, **kwargs)
 
         def prepare() -> Callable[[], Any]:
-            return partial(original, flow.zeros(*shape, **spec), *args, **kwargs)
+            return partial(original, flow.zeros(shape, **spec), *args, **kwargs)
 
         self._note(prepare, result.shape, result.dtype, result.device)
         return result

@@ -46,6 +46,7 @@ CALLS: Dict[str, Callable[[Any], Any]] = {
     "randint_like": lambda x: x * flow.randint_like(x, 1, 3).to(flow.float32),
     "normal": lambda x: x + flow.normal(0.0, 0.1, (6,)),
     "randperm": lambda x: x[:, flow.randperm(6)],
+    "a single number": lambda x: x * (flow.rand(()) + functional.dropout(x.mean(), 0.3)),
     "a generator": from_generator,
 }
 
