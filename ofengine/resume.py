@@ -302,9 +302,19 @@ class Resumed:
         """What hooks have frozen, or put into eval mode, since the epoch began or before."""
         loop = self.state["loop"]
         frozen, in_eval_mode = set(loop["frozen"]), set(loop["in_eval_mode"])
-        for name, parameter in trainer.task.named_parameters():
-            if parameter.requires_grad is (name in frozen):
-                parameter.requires_grad_(name not in frozen)
+        others = [
+            (name, parameter)
+            for name, parameter in trainer.task.named_parameters()
+            if parameter.requires_grad is (name in frozen)
+        ]
+        for name, parameter in others:
+            parameter.requires_grad_(name not in frozen)
+        if others:
+            log.info(
+                "resume: %d parameters are frozen or train again as in the checkpoint, and not as "
+                "the code has them at the start: %s%s.",
+                len(others), others[0][0], ", ..." if len(others) > 1 else "",
+            )  # fmt: skip
         for name, module in trainer.task.named_modules():
             module.training = name not in in_eval_mode
 
