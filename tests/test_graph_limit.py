@@ -97,6 +97,10 @@ import sys
 import oneflow as flow
 from oneflow import nn
 
+from ofengine._launch_race import mend_launch_race
+
+mend_launch_race()  # or the many short graphs may wait for each other for ever
+
 
 class Own(nn.Graph):
     def __init__(self, layer):
@@ -119,7 +123,7 @@ for _ in range(int(sys.argv[1])):
 @pytest.mark.parametrize("graphs, ends_well", [(_oneflow.MOST_GRAPHS + 20, True), (1_400, False)])
 def test_the_limit_is_where_the_engine_believes_it_to_be(graphs: int, ends_well: bool) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(graphs)], capture_output=True, text=True, timeout=900
+        [sys.executable, "-c", SCRIPT, str(graphs)], capture_output=True, text=True, timeout=500
     )
     assert (done.returncode == 0) is ends_well, done.stderr[-2000:]
     assert ("stream_index <= kMaxStreamIndex" in done.stderr) is not ends_well
