@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import attrs
 import numpy as np
 import oneflow as flow
+import pytest
 from helpers import fill_deterministically, quiet_trainer, weights_of
 from oneflow import nn
 from oneflow.optim.lr_scheduler import CosineAnnealingLR
@@ -277,3 +278,8 @@ def state_of(trainer: Trainer) -> str:
     assert state is not None
     state["run"].update(seconds=0, saved_at=0)
     return repr((plain(weights), plain(state), metadata))
+
+
+def some_slow(values: Iterable[Any], *quick: Any) -> List[Any]:
+    """Parameters of which all but the ``quick`` ones are left to ``make test-slow``."""
+    return [v if v in quick else pytest.param(v, marks=pytest.mark.slow) for v in values]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, Iterable, List
+from typing import Any, Dict, List
 
 import pytest
-from helpers import MODES, largest_difference
-from oneflow import nn
+from helpers import MODES
 from oneflow.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 from oneflow.utils.data import DataLoader
 from resuming import (
-    OPTIMIZERS,
     Augmented,
     Endless,
     Net,
@@ -21,17 +19,13 @@ from resuming import (
     collate,
     run,
     shuffled,
+    some_slow,
 )
 
 from ofengine import Callback
 from ofengine.callbacks import EarlyStopping, EMAWeightAveraging, GradualUnfreezing
 
 EVERY = pytest.param(None, marks=pytest.mark.slow, id="every_point")
-
-
-def some_slow(values: Iterable[Any], *quick: Any) -> List[Any]:
-    """Parameters of which all but the ``quick`` ones are left to ``make test-slow``."""
-    return [v if v in quick else pytest.param(v, marks=pytest.mark.slow) for v in values]
 
 
 @pytest.mark.parametrize("other", MODES)
@@ -135,47 +129,6 @@ def test_batches_that_were_done_are_not_loaded_again(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------- optimizers and rates
-
-
-@pytest.mark.parametrize("optimizer", some_slow(OPTIMIZERS, "momentum", "amsgrad"))
-def test_every_optimizer(mode: str, optimizer: str, tmp_path: Path) -> None:
-    whole = run(mode, task=lambda: Net(optimizer))
-    saved = run(mode, task=lambda: Net(optimizer), save_to=tmp_path).saves
-    assert saved is not None
-    for path in [each for each in saved.files if "batch" in each.name][2:8:5]:
-        resumed = run(mode, task=lambda: Net(optimizer), resume_from=path)
-        assert_same_run(resumed, whole, saved.rows_before[path], path.name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_optimizer_from_every_point(
-    mode: str, optimizer: str, accumulate: int, tmp_path: Path
-) -> None:
-    task = lambda: Net(optimizer)  # noqa: E731
-    check_exact(tmp_path, mode, "", None, task=task, accumulate_grad_batches=accumulate)
-
-
-@pytest.mark.parametrize("optimizer", some_slow(OPTIMIZERS, "adam", "rmsprop"))
-def test_every_optimizer_across_the_modes(mode: str, optimizer: str, tmp_path: Path) -> None:
-    # Eager and graph mode round their bias corrections differently, which a few steps at these
-    # rates amplify to 2e-5 (weights are of size 1); a state that is lost makes 1e-2. The gradient
-    # of a bias in front of a batch norm is zero but for rounding, and Adam's steps do
-    # not depend on a gradient's size.
-    def task() -> Net:
-        made = Net(optimizer)
-        made.body = nn.Linear(4, 8, bias=False)
-        return made
-
-    other = "graph" if mode == "eager" else "eager"
-    whole = run(mode, task=task)
-    saved = run(mode, task=task, save_to=tmp_path).saves
-    assert saved is not None
-    path = [each for each in saved.files if "batch" in each.name][3]
-    resumed = run(other, task=task, resume_from=path)
-    assert len(resumed.rows) == len(whole.rows) - saved.rows_before[path]
-    assert largest_difference(resumed.weights, whole.weights)[0] < 1e-4
 
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
