@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Callable, Optional
 
 from ofengine.arguments import is_whole
@@ -54,13 +53,13 @@ class LRDecayCallback(Callback):
         self._write = None
         if trainer.mode == "eager":
             trainer.rates.watch(trainer.optimizer)
-            trainer.rates.write(trainer.optimizer, trainer.global_step)
-            self._write = partial(trainer.rates.write, trainer.optimizer)
+            trainer.rates.write(trainer.global_step)
+            self._write = trainer.rates.write
 
     def on_train_epoch_start(self, trainer: Trainer, task: TaskModule) -> None:
         """Write again: the epoch before may have had another length than was expected."""
-        if trainer.mode == "eager":
-            trainer.rates.write(trainer.optimizer, trainer.global_step)
+        if self._write is not None:
+            self._write(trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, task: TaskModule, outputs: Any, batch: Any, batch_idx: int

@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from string import Formatter
 from time import monotonic
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 from ofengine.arguments import MaxTime, check_flag, seconds_of
 from ofengine.background import BackgroundWriter
@@ -226,6 +226,13 @@ class ModelCheckpoint(Callback):
         if self.monitor is not None:
             warn_of_misspelt_monitor(self, self.monitor, trainer.callback_metrics)
 
+    @property
+    def idle_hooks(self) -> Sequence[str]:
+        """See :class:`Callback`: what looks at no single batch need not be called after each."""
+        own = type(self).on_train_batch_end is ModelCheckpoint.on_train_batch_end
+        looks = self.every_n_train_steps is not None or self.train_time_interval is not None
+        return ("on_train_batch_end",) if own and not looks else ()
+
     def on_train_batch_end(
         self, trainer: Trainer, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -235,8 +242,8 @@ class ModelCheckpoint(Callback):
             if trainer.global_step in (0, self._looked_at):
                 return  # no step was made: this batch's gradients were only accumulated
             self._look(trainer, "at this step")
-        if monotonic() >= self._next_time:
-            self._next_time = monotonic() + (self.train_time_interval or 0.0)
+        if self.train_time_interval is not None and monotonic() >= self._next_time:
+            self._next_time = monotonic() + self.train_time_interval
             self._look(trainer, "at this time")
 
     def on_validation_end(self, trainer: Trainer, task: TaskModule) -> None:

@@ -129,6 +129,20 @@ def identity(tensor: Any) -> Any:
     return flow._C.identity(tensor)
 
 
+# ---------------------------------------------------------------------- eager steps
+
+
+_TensorTuple = flow._oneflow_internal.TensorTuple
+_backward = flow._oneflow_internal.autograd.backward
+_OF_ONE = _TensorTuple()
+"""No gradient to begin with: that of a single element is 1."""
+
+
+def backward_of(loss: Any) -> None:
+    """``loss.backward()`` of an eager loss of one element, without the calls on the way to it."""
+    _backward(_TensorTuple([loss]), _OF_ONE, False, False)
+
+
 # ---------------------------------------------------------------------- graphs
 
 

@@ -24,18 +24,13 @@ from ofengine.loading import can_skip, open_source
 Limit = Union[int, float, None]
 
 
-class Step(NamedTuple):
-    """One batch of an epoch, with its place in the accumulation window."""
+Step = Tuple[int, Any, int, bool, bool]
+"""One batch of an epoch, with its place in the accumulation window.
 
-    batch_idx: int
-    batch: Any
-    """The batch, or :data:`STEPPED` where a resumed run has only what follows it left to do."""
-    window: int
-    """How many batches this window has."""
-    closes_window: bool
-    """True where the optimizer steps after this batch."""
-    is_last: bool
-    """True for the last batch of the epoch."""
+The batch's index; the batch, or :data:`STEPPED` where a resumed run has only what follows it left
+to do; how many batches its window has; True where the window closes, so that the optimizer steps
+after this batch; True for the last batch of the epoch. A tuple, for it is made at every step.
+"""
 
 
 class _Stepped:
@@ -165,7 +160,7 @@ class Batches:
             window = len(window_batches)
             for place, batch in enumerate(window_batches):
                 closes = place == window - 1
-                step = Step(batch_idx, batch, window, closes, closes and not following)
+                step = (batch_idx, batch, window, closes, closes and not following)
                 if resumption is None or batch_idx >= done:
                     yield step
                 else:
@@ -185,10 +180,12 @@ class Batches:
             if first:
                 yield from _resumed(_step_of(count, accumulate, first - 1, STEPPED), resumption)
         batch_idx = first - 1
-        for batch_idx, batch in enumerate(batches, first):
-            place = batch_idx % accumulate
-            window = min(accumulate, count - (batch_idx - place))
-            yield Step(batch_idx, batch, window, place == window - 1, batch_idx == last)
+        if accumulate == 1:
+            for batch_idx, batch in enumerate(batches, first):
+                yield batch_idx, batch, 1, True, batch_idx == last
+        else:
+            for batch_idx, batch in enumerate(batches, first):
+                yield _step_of(count, accumulate, batch_idx, batch)
         if batch_idx < last:
             raise DataError(
                 f"{self.what} gave {batch_idx + 1} batches, though its length is "
@@ -224,7 +221,7 @@ class Batches:
 def _step_of(count: int, accumulate: int, batch_idx: int, batch: Any) -> Step:
     place = batch_idx % accumulate
     window = min(accumulate, count - (batch_idx - place))
-    return Step(batch_idx, batch, window, place == window - 1, batch_idx == count - 1)
+    return batch_idx, batch, window, place == window - 1, batch_idx == count - 1
 
 
 def _resumed(step: Step, resumption: Resumption) -> Iterator[Step]:
@@ -232,10 +229,11 @@ def _resumed(step: Step, resumption: Resumption) -> Iterator[Step]:
 
     Behind the last of them the generators are put where they were when the run stopped.
     """
-    if step.batch_idx == resumption.done - 1:
+    batch_idx, _, window, closes, is_last = step
+    if batch_idx == resumption.done - 1:
         resumption.reached()
         if resumption.again:
-            yield step._replace(batch=STEPPED)
+            yield batch_idx, STEPPED, window, closes, is_last
 
 
 def count_batches(total: Optional[int], limit: Limit, what: str, limit_name: str) -> Optional[int]:

@@ -19,7 +19,8 @@ class InterruptGuard:
     """
 
     def __init__(self) -> None:
-        self._received: Optional[int] = None
+        self.received: Optional[int] = None
+        """The signal that came, which :meth:`check` raises on."""
         self.hurried = False
         """True once a second signal came: nothing that takes time should be begun."""
         self._before: Dict[int, Any] = {}
@@ -45,16 +46,16 @@ class InterruptGuard:
         self._before.clear()
 
     def _receive(self, number: int, frame: Optional[FrameType]) -> None:
-        if self._received is None:
-            self._received = number
+        if self.received is None:
+            self.received = number
         else:
             self.hurried = True
             self._raise(number)
 
     def check(self) -> None:
         """Raise where a signal came since the guard was entered."""
-        if self._received is not None:
-            self._raise(self._received)
+        if self.received is not None:
+            self._raise(self.received)
 
     @staticmethod
     def _raise(number: int) -> None:

@@ -75,12 +75,13 @@ def _train_epoch(
     calls = trainer.hooks.calls
     batch_start, batch_end = calls["on_train_batch_start"], calls["on_train_batch_end"]
     step, commit = trainer.mode_runner.train_step, trainer.metrics.commit
+    stage = trainer.metrics.begin_batches()
+    logged = stage.current
     log_every = trainer.log_every_n_steps
     observes_steps = course.observes_steps(trainer)
     is_limited = trainer.max_steps != -1 or trainer.deadline is not None
     interrupts = trainer.interrupts
-    expected = trainer.rates.calendar.batches_per_epoch
-    logged = trainer.metrics.begin_batches()
+    last_expected = (trainer.rates.calendar.batches_per_epoch or 0) - 1
     waiting: Any = None
     next_wait = 0
     batch_idx = -1
@@ -92,7 +93,7 @@ def _train_epoch(
         trainer.batch_idx = batch_idx
         if batch is not STEPPED:
             trainer.point = _STEP
-            if batch_idx + 1 == expected and not is_last:
+            if batch_idx == last_expected and not is_last:
                 course.epoch_outgrew(trainer)
             for call in batch_start:
                 call(batch, batch_idx)
@@ -100,7 +101,9 @@ def _train_epoch(
             trainer.steps_done += closes
             trainer.batches_seen += 1
             trainer.point = _STEPPED
-            commit(batch, outputs["loss"])
+            stage.batch, stage.loss = batch, outputs["loss"]
+            if logged:
+                commit(batch)
             for call in batch_end:
                 call(outputs, batch, batch_idx)
             if logged:
@@ -110,10 +113,11 @@ def _train_epoch(
                     waiting.numpy()  # not item(): it spins, and takes the core from the device
                 waiting = outputs["loss"]
                 next_wait = batch_idx + _run_ahead(batch)
-        if trainer.point is _STEPPED:  # a resumed run may be beyond it
-            if closes and trainer.steps_done % log_every == 0:
-                trainer.log_metrics(trainer.metrics.flush())
-            if closes and observes_steps:
+        if closes and trainer.point is _STEPPED:  # a resumed run may be beyond it
+            if trainer.steps_done % log_every == 0:
+                trainer.log_step()
+                waiting = None  # that has waited for this step
+            if observes_steps:
                 course.observe_metric(trainer, "step", trainer.steps_done)
         if (
             validation
@@ -123,7 +127,8 @@ def _train_epoch(
             course.begin_validation(trainer, validation)
             evaluation_loop(trainer, "validation", validation)
         trainer.point = _READY
-        interrupts.check()
+        if interrupts.received is not None:
+            interrupts.check()
         if trainer.should_stop or (
             is_limited and closes and course.is_out_of_time_or_steps(trainer)
         ):

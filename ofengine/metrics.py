@@ -51,12 +51,16 @@ _MOST_PENDING = 1000
 """So many values wait on the device before they are read, to bound the memory."""
 
 
-class _Stage:
+class Stage:
     """The values of one running stage: the last of each step, sums for each epoch mean."""
 
     def __init__(self, per_step: bool, suffix: str) -> None:
         self.per_step = per_step
         self.suffix = suffix
+        self.batch: Any = None
+        """The training batch that was stepped last."""
+        self.loss: Any = None
+        """Its loss, where nothing has taken it up yet."""
         self.current: List[Tuple[LogSpec, Any]] = []
         self.last: Dict[str, Tuple[LogSpec, Any]] = {}
         self.pending: List[Tuple[LogSpec, Any, float]] = []
@@ -67,10 +71,9 @@ class Metrics:
     """The metrics of a Trainer, of all stages."""
 
     def __init__(self) -> None:
-        self._stages: List[_Stage] = []
+        self._stages: List[Stage] = []
         self._specs: Dict[Tuple[Any, ...], LogSpec] = {}
         self._known: Dict[str, float] = {}
-        self._batch: Any = None
         self.progress_bar_names: Dict[str, None] = {}
         """The names logged with ``prog_bar=True``, in the order of their first log."""
 
@@ -78,16 +81,20 @@ class Metrics:
 
     def begin(self, per_step: bool, suffix: str = "") -> None:
         """Enter a stage. ``per_step`` is the default of ``on_step``; ``suffix`` ends its names."""
-        self._stages.append(_Stage(per_step, suffix))
+        self._stages.append(Stage(per_step, suffix))
 
     def end(self) -> None:
         """Leave the stage entered last."""
         self._stages.pop()
 
-    def begin_batches(self) -> List[Any]:
-        """Training batches begin: ``log`` reports single steps. Returns the list it fills."""
+    def begin_batches(self) -> Stage:
+        """Training batches begin: ``log`` reports single steps. Returns the stage of training.
+
+        The loop sets its ``batch`` and ``loss`` after each step, and calls :meth:`commit` where
+        its ``current`` is not empty.
+        """
         self._stages[-1].per_step = True
-        return self._stages[-1].current
+        return self._stages[-1]
 
     def end_batches(self) -> None:
         """The epoch's batches are over: ``log`` reports epochs again."""
@@ -96,7 +103,6 @@ class Metrics:
     def reset(self) -> None:
         """Leave all stages: the run is over. The latest values stay readable."""
         self._stages.clear()
-        self._batch = None
 
     def forget(self) -> None:
         """Forget all values: those of the sanity check, or of the run before."""
@@ -104,7 +110,7 @@ class Metrics:
         self.progress_bar_names.clear()
 
     @property
-    def _stage(self) -> _Stage:
+    def _stage(self) -> Stage:
         if not self._stages:
             raise ConfigurationError(
                 "log() was called outside of a running fit, validate or test: call it in a step "
@@ -120,7 +126,7 @@ class Metrics:
         if self._stages:
             stage = self._stages[0]
             if stage.current and len(self._stages) == 1:
-                self.commit(self._batch)  # what hooks have logged for it so far
+                self.commit(stage.batch)  # what hooks have logged for it so far
             self._peek(stage)
             stages = {
                 "last": [[attrs.asdict(spec), value] for spec, value in stage.last.values()],
@@ -180,14 +186,12 @@ class Metrics:
         """Take what a compiled step put out for the ``log`` calls it was traced with."""
         self._stages[-1].current.extend(zip(specs, values))
 
-    def commit(self, batch: Any = None, loss: Any = None) -> None:
-        """Close a batch: take what was logged since the last one, and the ``loss``."""
+    def commit(self, batch: Any = None) -> None:
+        """Close a batch: take what was logged since the last one."""
         stage = self._stages[-1]
-        if loss is not None:
-            stage.last["loss"] = (_LOSS, loss)
-            self._batch = batch
         if not stage.current:
             return
+        _take_loss(stage)  # the task may have logged another "loss" since
         batch_size = 1 if batch is None else batch_size_of(batch)
         for spec, value in stage.current:
             if spec.on_step:
@@ -216,7 +220,8 @@ class Metrics:
         for stage in self._stages:
             self._peek(stage)
 
-    def _peek(self, stage: _Stage) -> None:
+    def _peek(self, stage: Stage) -> None:
+        _take_loss(stage)
         names = list(stage.last)
         numbers = self._fold_pending(stage, [value for _, value in stage.last.values()])
         for name, number in zip(names, numbers):
@@ -224,7 +229,7 @@ class Metrics:
             stage.last[name] = (spec, number)
             self._publish(spec, spec.step_name, number)
 
-    def _fold_pending(self, stage: _Stage, others: Sequence[Any] = ()) -> List[float]:
+    def _fold_pending(self, stage: Stage, others: Sequence[Any] = ()) -> List[float]:
         """Add the pending values to their sums; ``others`` are read along and returned."""
         numbers = _read([*others, *(value for _, value, _ in stage.pending)])
         for (spec, _, weight), number in zip(stage.pending, numbers[len(others) :]):
@@ -269,6 +274,12 @@ class Metrics:
             self.progress_bar_names[name] = None
 
 
+def _take_loss(stage: Stage) -> None:
+    if stage.loss is not None:
+        stage.last["loss"] = (_LOSS, stage.loss)
+        stage.loss = None
+
+
 def _check_spec(spec: LogSpec) -> None:
     if not isinstance(spec.name, str) or not spec.name:
         raise ConfigurationError(f"log({spec.name!r}, ...): a metric's name is a text.")
@@ -308,7 +319,8 @@ def _read(values: Sequence[Any]) -> List[float]:
         else:
             numbers[position] = value
     for positions in tensors.values():
-        read = flow.stack([values[position] for position in positions]).numpy()
-        for position, number in zip(positions, read.tolist()):
+        together = [values[position] for position in positions]
+        read = flow.stack(together) if len(together) > 1 else together[0].reshape(1)
+        for position, number in zip(positions, read.numpy().tolist()):
             numbers[position] = float(number)
     return numbers

@@ -223,6 +223,12 @@ class RunState:
         for each in self.loggers:
             each.save()
 
+    def log_step(self) -> None:
+        """Read what the last steps logged, which waits for the device, and send it on."""
+        for each in self.loggers:
+            each.save_due(self.steps_done)
+        self.log_metrics(self.metrics.flush())
+
     def log_metrics(self, metrics: Dict[str, float]) -> None:
         """Send ``metrics`` to the loggers and to ``callback_metrics``."""
         if not metrics:

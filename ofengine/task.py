@@ -54,6 +54,13 @@ class TaskModule(nn.Module):
     hparams: Mapping[str, Any] = {}
     """What :meth:`save_hyperparameters` was told; checkpoints keep what of it is plain."""
 
+    def __getattr__(self, name: str) -> Any:
+        """A submodule, parameter or buffer; submodules first, which every step asks for."""
+        try:
+            return self.__dict__["_modules"][name]
+        except KeyError:
+            return super().__getattr__(name)
+
     # ------------------------------------------------------------------ what the user writes
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:

@@ -475,8 +475,8 @@ class Trainer(RunState):
         asked = made.scheduler is None or isinstance(made.scheduler, LRScheduler)
         step = self.global_step if asked else max(self.global_step - 1, 0)
         if self.mode == "eager":
-            for index, group in enumerate(made.optimizer.param_groups):
-                group["lr"] = self.rates.unscaled(index, step)
+            for group, lr in zip(made.optimizer.param_groups, self.rates.unscaled(step)):
+                group["lr"] = lr
 
 
 def _configure_logging() -> None:

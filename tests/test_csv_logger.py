@@ -103,6 +103,23 @@ def test_rows_are_written_every_so_many_steps(tmp_path: Path) -> None:
     assert len(lines_of(logger)) == 1 + 25
 
 
+def test_rows_that_are_due_can_be_written_before_the_next_one_comes(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=10)
+    logger.log_metrics({"loss": 0.5}, step=5, epoch=0)
+    logger.save_due(9)
+    assert not Path(logger.path).exists()
+    logger.log_metrics({"lr/all": 0.125}, step=10, epoch=0)  # writes, and begins a row of its own
+    logger.save_due(10)
+    assert lines_of(logger) == ["epoch,step,loss,lr/all", "0,5,0.5,"]
+    logger.save_due(20)
+    assert lines_of(logger)[2:] == ["0,10,,0.125"]
+    logger.log_metrics({"loss": 0.25}, step=20, epoch=0)
+    logger.save_due(20)  # more may come for this step
+    assert len(lines_of(logger)) == 3
+    logger.save()
+    assert lines_of(logger)[3:] == ["0,20,0.25,"]
+
+
 def test_numbers_come_back_as_they_were(tmp_path: Path) -> None:
     numbers = [0.1, 1 / 3, 1e-45, -0.0, 2.0**-1074, 1.7976931348623157e308, float(np.float32(0.1))]
     numbers += [float("nan"), float("inf"), -float("inf"), 123456789.125]

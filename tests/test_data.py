@@ -95,7 +95,7 @@ def test_the_windows_of_every_pass(
         return
     batches = batches_of(data if known else OfUnknownLength(data), limit, keep)
     for _ in range(2):
-        assert [tuple(step) for step in batches.steps(accumulate)] == expected
+        assert list(batches.steps(accumulate)) == expected
         assert list(batches) == limited(data, limit)
 
 
@@ -107,14 +107,14 @@ def test_the_weights_of_a_window_add_up_to_one_and_windows_to_the_epoch(
     data = list(range(count))
     steps = list(batches_of(data if known else OfUnknownLength(data)).steps(accumulate))
     total = 0.0
-    for step in steps:
-        total += 1 / step.window
-        if step.closes_window:
+    for _, _, window, closes, _ in steps:
+        total += 1 / window
+        if closes:
             assert total == pytest.approx(1.0)
             total = 0.0
     assert total == 0.0
-    assert sum(step.closes_window for step in steps) == math.ceil(count / accumulate)
-    assert [step.is_last for step in steps] == [False] * (count - 1) + [True]
+    assert sum(closes for _, _, _, closes, _ in steps) == math.ceil(count / accumulate)
+    assert [is_last for *_, is_last in steps] == [False] * (count - 1) + [True]
 
 
 def test_a_loader_of_unknown_length_is_read_no_further_ahead_than_two_windows() -> None:
@@ -132,7 +132,7 @@ def test_a_loader_of_unknown_length_is_read_no_further_ahead_than_two_windows() 
 
 def test_an_infinite_loader_can_be_limited() -> None:
     steps = list(batches_of(itertools.count(), limit=3).steps(2))
-    assert [(step.batch, step.window, step.is_last) for step in steps] == [
+    assert [(batch, window, is_last) for _, batch, window, _, is_last in steps] == [
         (0, 2, False),
         (1, 2, False),
         (2, 1, True),
@@ -161,9 +161,9 @@ def test_a_length_that_is_not_true_is_an_error_or_does_no_harm(
     except OFEngineError as error:
         assert "train_dataloader" in str(error)
         return
-    seen = [step.batch for step in steps]
+    seen = [batch for _, batch, *_ in steps]
     assert seen == list(range(len(seen)))
-    assert [tuple(step) for step in steps] == by_hand(seen, accumulate)
+    assert steps == by_hand(seen, accumulate)
 
 
 # ---------------------------------------------------------------------- limits

@@ -446,6 +446,33 @@ def line_of(function: Any) -> str:
     return f"{code.co_filename}:{code.co_firstlineno}"
 
 
+class Napping(Callback):
+    """Overrides two hooks, and says that it has nothing to do at some."""
+
+    def __init__(self, *idle: str) -> None:
+        self.idle = idle
+        self.seen: List[str] = []
+
+    @property
+    def idle_hooks(self) -> Tuple[str, ...]:
+        return self.idle
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seen.append("batch")
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        self.seen.append("epoch")
+
+
+def test_idle_hooks_are_not_called(mode: str) -> None:
+    awake, asleep = Napping(), Napping("on_train_batch_end")
+    quiet_trainer(mode=mode, max_epochs=1, callbacks=[awake, asleep]).fit(
+        Line(), [flow.ones(3, 2)] * 2
+    )
+    assert awake.seen == ["batch", "batch", "epoch"]
+    assert asleep.seen == ["epoch"]
+
+
 @pytest.mark.parametrize("hook", EAGER_ONLY)
 def test_graph_mode_refuses_a_callback_s_hook_that_it_cannot_fire(hook: str) -> None:
     log: List[str] = []

@@ -894,6 +894,22 @@ def test_changing_lr_by_hand_in_graph_mode_is_not_ignored_silently() -> None:
     )  # fmt: skip
 
 
+class LoadsAnOptimizer(Callback):
+    """Its state_dict has another rate, and OneFlow makes new groups of it."""
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        state = trainer.optimizer.state_dict()
+        state["param_groups"][0]["_options"]["lr"] = 0.5
+        trainer.optimizer.load_state_dict(state)
+
+
+def test_loading_an_optimizer_s_state_in_mid_run_changes_no_rate_silently(mode: str) -> None:
+    refused(
+        Line(), RateError, r"'all'", r"0\.1", r"0\.5", mode=mode,
+        callbacks=[LoadsAnOptimizer()], trained=1,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", [LRDecayCallback, GraphLRScaleCallback])
 @pytest.mark.parametrize("value", [0, -1, 1.5, "10", True])
 def test_every_n_batches_of_a_rate_callback(kind: Any, value: Any) -> None:

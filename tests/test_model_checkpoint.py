@@ -167,6 +167,22 @@ def test_every_n_train_steps_counts_optimizer_steps(
     assert files(tmp_path) == [f"step={step}.safetensors" for step in steps]
 
 
+def test_a_subclass_s_own_hook_is_called_whatever_the_moments(tmp_path: Path) -> None:
+    class Counting(ModelCheckpoint):
+        batches = 0
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            super().on_train_batch_end(*args)
+            self.batches += 1
+
+    counting = Counting(dirpath=tmp_path)
+    assert counting.idle_hooks == ()
+    assert ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=2).idle_hooks == ()
+    assert ModelCheckpoint(dirpath=tmp_path).idle_hooks == ("on_train_batch_end",)
+    fit(counting, max_epochs=2)
+    assert counting.batches == 2 * len(BATCHES)
+
+
 def test_with_a_metric_every_validation_counts(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path, monitor="val_acc", save_top_k=-1)
     fit(checkpoint, [0.5, 0.25], val_check_interval=1)

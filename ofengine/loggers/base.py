@@ -18,6 +18,12 @@ class Logger:
         """Take the ``metrics`` known after ``step`` optimizer steps, in ``epoch`` (from 0)."""
         raise NotImplementedError
 
+    def save_due(self, step: int) -> None:
+        """Store what is due before ``step`` is logged, whose values nobody has waited for yet.
+
+        The device is still computing, so what takes time costs least here. Default: nothing.
+        """
+
     def state_dict(self) -> Dict[str, Any]:
         """What a checkpoint keeps of this logger; empty where it keeps nothing."""
         return {}

@@ -150,6 +150,12 @@ class CSVLogger(Logger):
             self._next_flush = step + self._every
         self._rows.append(_Row(epoch, step, values))
 
+    def save_due(self, step: int) -> None:
+        """Write the rows of earlier steps, where they have waited long enough."""
+        if step >= self._next_flush and self._rows and self._rows[-1].step < step:
+            self._write()
+            self._next_flush = step + self._every
+
     def save(self) -> None:
         """Write all rows that are not in the file yet."""
         self._write()
@@ -212,12 +218,14 @@ class CSVLogger(Logger):
             if self._history is not None:
                 self._begin_with(path, *self._history)
                 self._history = None
-            if not path.exists():  # at first, or somebody took it away
+            size = _size(path)
+            if size is None:  # at first, or somebody took it away
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._written_columns = 0
             if len(self._columns) > self._written_columns:
                 self._add_columns(path)
-            self._append(path)
+                size = _size(path)
+            self._append(path, size or 0)
         except OSError as error:
             if not self._warned:
                 self._warned = True
@@ -263,14 +271,14 @@ class CSVLogger(Logger):
             raise
         self._written_columns = len(self._columns)
 
-    def _append(self, path: Path) -> None:
+    def _append(self, path: Path, end: int) -> None:
+        """Write the rows behind the first ``end`` bytes, which are all."""
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(
             [row.epoch, row.step, *(row.values.get(name, "") for name in self._columns)]
             for row in self._rows
         )
         left = memoryview(text.getvalue().encode())
-        end = path.stat().st_size
         with open(path, "ab", buffering=0) as file:
             try:
                 while left:
@@ -291,6 +299,13 @@ class _Row:
         self.epoch = epoch
         self.step = step
         self.values = values
+
+
+def _size(path: Path) -> Optional[int]:
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return None
 
 
 def _number(name: str, value: Any) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Dict, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Tuple
 
 import oneflow as flow
+from oneflow import Tensor
 from oneflow.optim import Optimizer
 
 from ofengine import _oneflow
@@ -31,23 +32,21 @@ class EagerMode:
 
     def train_step(self, batch: Any, batch_idx: int, window: int, closes: bool) -> Dict[str, Any]:
         """Forward and backward of one batch; the update where it ``closes`` its window."""
-        trainer, step = self._trainer, self._task.training_step
-        if self._step_arity == 2:
-            outputs = step(batch, batch_idx)
-        else:
-            outputs = step(*(batch, batch_idx, 0)[: self._step_arity])
-        loss, rest = split_outputs(outputs, self._task_name)
+        rest: Dict[str, Any] = {}
+        loss = self._step(batch, batch_idx)
+        if type(loss) is not Tensor or loss.dim() or not loss.requires_grad:
+            loss, rest = split_outputs(loss, self._task_name)
         for call in self._before_backward:
             call(loss)
-        (loss if window == 1 else loss / window).backward()
+        _oneflow.backward_of(loss if window == 1 else loss / window)
         for call in self._after_backward:
             call()
         if closes:
             optimizer = self._optimizer
             for call in self._before_update:
                 call(optimizer)
-            if trainer.gradient_clip_val is not None:
-                trainer.clip()
+            if self._trainer.gradient_clip_val is not None:
+                self._trainer.clip()
             if self._clips_groups:
                 clip_in_groups(optimizer)
             optimizer.step()
@@ -60,7 +59,7 @@ class EagerMode:
     def start(self, optimizer: Optimizer) -> None:
         """Training with ``optimizer`` is about to begin."""
         self._optimizer = optimizer
-        self._step_arity = step_arity(self._task, "training_step")
+        self._step = _with_two_arguments(self._task)
         optimizer.zero_grad(set_to_none=True)  # what a run that was cut off left behind
         self._clips_groups = any("clip_grad_max_norm" in g for g in optimizer.param_groups)
 
@@ -90,7 +89,7 @@ class EagerMode:
 
     def rebuild(self, reason: str) -> None:
         """Write the rates into the groups now; all else is made anew at every step anyway."""
-        self._trainer.rates.write(self._trainer.optimizer, self._trainer.global_step)
+        self._trainer.rates.write(self._trainer.global_step)
 
     def settle(self) -> None:
         """Nothing to bring up to date."""
@@ -103,3 +102,12 @@ class EagerMode:
         if arity is None:
             arity = self._arity[step] = step_arity(self._task, step)
         return getattr(self._task, step)(*args[:arity])
+
+
+def _with_two_arguments(task: TaskModule) -> Callable[[Any, int], Any]:
+    """``training_step``, to be called with the batch and its index whatever it takes."""
+    step: Callable[..., Any] = task.training_step
+    arity = step_arity(task, "training_step")
+    if arity == 2:
+        return step
+    return lambda batch, batch_idx: step(*(batch, batch_idx, 0)[:arity])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+from array import array
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import attrs
@@ -18,6 +20,15 @@ from ofengine.rates.schedule import PlateauSchedule, Schedule
 
 _MOST_ENTRIES = 1_000_000
 """Rates that are compiled into a graph at most; more are compiled in when these are used up."""
+_lr_of = operator.itemgetter("lr")
+_scale_of = operator.methodcaller("get", "lr_scale", 1.0)
+
+
+class _NoOptimizer:
+    """Stands for the optimizer until one is watched."""
+
+    def __init__(self) -> None:
+        self.param_groups: List[Any] = []
 
 
 @attrs.frozen
@@ -71,16 +82,22 @@ class RatePlan:
         self.schedule = schedule
         self.by_epoch = interval == "epoch"
         self.frequency = frequency
-        self._decayed: Dict[int, List[float]] = {}
-        self._constant: Optional[List[float]] = None
+        self._optimizer: Any = _NoOptimizer()
+        """The optimizer whose groups are watched."""
+        self._live_groups: List[Any] = self._optimizer.param_groups
         self._options: List[Dict[str, Any]] = []
-        """The live options of each group, once they are watched."""
+        """The options of each of its groups."""
         self._standing: List[float] = []
         self._standing_scales: List[float] = []
         self.changes: List[Tuple[int, str, float]] = []
         """What :meth:`set_lr` was told so far: (step, group, lr)."""
         self.stop: Optional[int] = None
         """The steps of the run, or None where that is not known: no rate is asked for beyond."""
+        self._decayed: Dict[int, List[float]] = {}
+        self._latest: Tuple[Optional[Tuple[int, int]], List[float]] = (None, [])
+        """What the rates of the step asked for last depend on, and these rates."""
+        self._constant: Optional[List[float]] = None
+        self._forget()
 
     # ------------------------------------------------------------------ setting up
 
@@ -116,10 +133,13 @@ class RatePlan:
         """The learning rates of all groups at ``step``, in the groups' order."""
         if self._constant is not None:
             return self._constant
-        rates = [
-            float(np.float32(self.unscaled(index, step)) * np.float32(self.scale(index)))
-            for index in range(len(self.groups))
-        ]
+        moment = self._moment(step)
+        if moment == self._latest[0]:
+            return self._latest[1]
+        # Two float32 values have a product that float64 holds exactly: it is rounded once.
+        unscaled = array("f", self._unscaled(*moment))
+        rates = array("f", map(operator.mul, unscaled, self._factors)).tolist()
+        self._latest = moment, rates
         if self.is_constant():
             self._constant = rates
         return rates
@@ -133,21 +153,34 @@ class RatePlan:
         group = self.groups[index]
         return group.lr_scale if self.decay.key == "lr_scale" else group.lr_decay_scale
 
-    def unscaled(self, index: int, step: int) -> float:
-        """Schedule and decay of a group at ``step``, before ``lr_scale``, in float64."""
-        factor = self.decay_scale(index)
-        if self.schedule is None:
-            base = self.groups[index].lr
-            return base if factor == 1.0 else self._decay(index, base, factor, step)
-        base = self.schedule.lr(index, self.position(step))
-        return base if factor == 1.0 else base * self._decay(index, 1.0, factor, step)
+    def unscaled(self, step: int) -> List[float]:
+        """Schedule and decay of all groups at ``step``, before ``lr_scale``, in float64."""
+        return self._unscaled(*self._moment(step))
 
-    def _decay(self, index: int, start: float, factor: float, step: int) -> float:
-        events = self.calendar.events_before(step, self.decay.every_n_batches, self.decay.per_epoch)
+    def _unscaled(self, position: int, events: int) -> List[float]:
+        if self.schedule is None:
+            return [self._decay(i, group.lr, events) for i, group in enumerate(self.groups)]
+        lrs = self.schedule.lrs(position)
+        if not self._decays:
+            return lrs
+        return [lr * self._decay(index, 1.0, events) for index, lr in enumerate(lrs)]
+
+    def _decay(self, index: int, start: float, events: int) -> float:
+        factor = self.decay_scale(index)
+        if factor == 1.0:
+            return start
         values = self._decayed.setdefault(index, [start])
         while len(values) <= events:
             values.append(values[-1] * factor)
         return values[events]
+
+    def _moment(self, step: int) -> Tuple[int, int]:
+        """All that the rates of ``step`` depend on: the schedule's position, the decay events."""
+        events = 0
+        if self._decays:
+            every, per_epoch = self.decay.every_n_batches, self.decay.per_epoch
+            events = self.calendar.events_before(step, every, per_epoch)
+        return self.position(step), events
 
     def position(self, step: int) -> int:
         """How often a hand-written loop would have called ``scheduler.step()`` before ``step``."""
@@ -158,14 +191,11 @@ class RatePlan:
     def is_constant(self) -> bool:
         """True where no group's rate changes any more, unless somebody changes it."""
         steady = self.schedule is None or isinstance(self.schedule, PlateauSchedule)
-        return steady and not self._decays()
+        return steady and not self._decays
 
     def depends_on_epochs(self) -> bool:
         """True where the length of epochs matters to a rate."""
-        return self.by_epoch or self._decays()
-
-    def _decays(self) -> bool:
-        return any(self.decay_scale(index) != 1.0 for index in range(len(self.groups)))
+        return self.by_epoch or self._decays
 
     # ------------------------------------------------------------------ changing
 
@@ -206,15 +236,23 @@ class RatePlan:
 
     def watch(self, optimizer: Optimizer) -> None:
         """Remember the rates and scales that stand in the groups now."""
-        self._options = [group.options for group in optimizer.param_groups]
-        self._standing = [options["lr"] for options in self._options]
-        self._standing_scales = [options.get("lr_scale", 1.0) for options in self._options]
+        self._optimizer = optimizer
+        self._find_options()
+        self._standing = [*map(_lr_of, self._options)]
+        self._standing_scales = [*map(_scale_of, self._options)]
+
+    def _find_options(self) -> None:
+        self._live_groups = self._optimizer.param_groups
+        self._options = [group.options for group in self._live_groups]
 
     def check_untouched(self) -> None:
         """Raise :class:`RateError` where somebody wrote a rate or a scale since :meth:`watch`."""
-        for options, lr, scale in zip(self._options, self._standing, self._standing_scales):
-            if options["lr"] != lr or options.get("lr_scale", 1.0) != scale:
-                raise self._changed_by_hand()
+        if self._optimizer.param_groups is not self._live_groups:
+            self._find_options()  # load_state_dict makes new groups
+        if [*map(_lr_of, self._options)] != self._standing:
+            raise self._changed_by_hand()
+        if [*map(_scale_of, self._options)] != self._standing_scales:
+            raise self._changed_by_hand()
 
     def _changed_by_hand(self) -> RateError:
         rows = zip(self.names, self._options, self._standing, self._standing_scales)
@@ -234,21 +272,26 @@ class RatePlan:
             f"trainer.{call}, or declare the change as lr_decay_scale or as a scheduler."
         )
 
-    def write(self, optimizer: Optimizer, step: int) -> None:
-        """Write the rates of ``step`` into the groups, for eager mode; none beyond the run."""
+    def write(self, step: int) -> None:
+        """Write the rates of ``step`` into the watched groups; none beyond the run."""
         self.check_untouched()
-        if self._constant is not None and self._constant is self._standing:
+        if self._constant is self._standing or not self._options:
             return
         if self.stop is not None and step >= self.stop:
             return
         rates = self.rates(step)
         if rates != self._standing:
-            for group, rate in zip(optimizer.param_groups, rates):
-                group["lr"] = rate
+            for options, rate in zip(self._options, rates):
+                options["lr"] = rate
             self._standing = rates
 
     def _forget(self) -> None:
+        """Forget what was derived from the groups, the schedule and the decay; they are others."""
+        indices = range(len(self.groups))
+        self._factors = array("f", [self.scale(index) for index in indices])
+        self._decays = any(self.decay_scale(index) != 1.0 for index in indices)
         self._decayed.clear()
+        self._latest = (None, [])
         self._constant = None
 
     # ------------------------------------------------------------------ lowering
@@ -264,8 +307,7 @@ class RatePlan:
         tables: List[Tuple[List[int], List[float]]] = [([], []) for _ in self.groups]
         step, entries = start, 0
         while step < stop and entries < most:
-            for index, (starts, values) in enumerate(tables):
-                value = self.unscaled(index, step)
+            for (starts, values), value in zip(tables, self.unscaled(step)):
                 if not values or value != values[-1]:
                     starts.append(step)
                     values.append(value)
@@ -280,7 +322,7 @@ class RatePlan:
             moments.append(self.calendar.next_epoch(step) or stop)
         elif self.schedule is not None:
             moments.append((step // self.frequency + 1) * self.frequency)
-        if self._decays():
+        if self._decays:
             every, per_epoch = self.decay.every_n_batches, self.decay.per_epoch
             moments.append(self.calendar.next_event(step, every, per_epoch, stop))
         return min(moments)

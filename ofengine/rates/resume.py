@@ -68,7 +68,7 @@ def _rates_by_position(plan: RatePlan, step: int) -> Dict[str, List[float]]:
     for position in sorted(noted):
         # Of a run without an end no function is asked for more than it was asked for already.
         if schedule.earliest() <= position <= last:
-            rates[str(position)] = [schedule.lr(i, position) for i in range(len(plan.groups))]
+            rates[str(position)] = schedule.lrs(position)
     return rates
 
 
@@ -145,7 +145,8 @@ def _by_code(plan: RatePlan, made: Optimization, state: Dict[str, Any], policy: 
     groups = plan.initial_groups
     schedule = make_schedule(made, plan.names, [group.lr for group in groups])
     other = RatePlan(groups, plan.calendar, schedule, made.interval, made.frequency)
-    other.decay, other.stop = plan.decay, plan.stop
+    other.set_decay(plan.decay, "the code")
+    other.stop = plan.stop
     for step, group, lr in state["changes"]:
         other.set_lr(group, lr, step)
     if isinstance(schedule, PlateauSchedule) and state["plateau"] is not None:
@@ -184,8 +185,7 @@ def _check_positions(plan: RatePlan, state: Dict[str, Any]) -> None:
     for position, kept in state["positions"].items():
         if int(position) < schedule.earliest():
             continue
-        for index, before in enumerate(kept):
-            now = schedule.lr(index, int(position))
+        for index, (before, now) in enumerate(zip(kept, schedule.lrs(int(position)))):
             if now != before:
                 raise RateError(
                     f"the schedule gave group {plan.names[index]!r} the rate {before:.9g} at "

@@ -22,6 +22,10 @@ class Schedule:
         """The rate of ``group`` (its index) after ``position`` calls of ``step``."""
         raise NotImplementedError
 
+    def lrs(self, position: int) -> List[float]:
+        """The rates of all groups after ``position`` calls of ``step``."""
+        raise NotImplementedError
+
     def rebase(self, group: int, lr: float, position: int) -> None:
         """Let ``lr`` be the base rate of ``group`` from ``position`` on."""
         raise NotImplementedError
@@ -40,40 +44,49 @@ class Schedule:
 class ConstantSchedule(Schedule):
     """``lr`` of the group for ever."""
 
-    def __init__(self, lrs: Sequence[float]) -> None:
-        self.lrs = list(lrs)
+    def __init__(self, base_lrs: Sequence[float]) -> None:
+        self.base_lrs = list(base_lrs)
+
+    def factor(self, position: int) -> float:
+        """What all base rates are multiplied by."""
+        return 1.0
 
     def lr(self, group: int, position: int) -> float:
         """See :class:`Schedule`."""
-        return self.lrs[group]
+        return self.base_lrs[group] * self.factor(position)
+
+    def lrs(self, position: int) -> List[float]:
+        """See :class:`Schedule`."""
+        factor = self.factor(position)
+        return [lr * factor for lr in self.base_lrs]
 
     def rebase(self, group: int, lr: float, position: int) -> None:
         """See :class:`Schedule`."""
-        self.lrs[group] = lr
+        self.base_lrs[group] = lr
 
 
 class FunctionSchedule(ConstantSchedule):
     """``lr`` of the group times ``factor(position)``, as in ``LambdaLR``."""
 
-    def __init__(self, lrs: Sequence[float], factor: Callable[[int], float]) -> None:
-        super().__init__(lrs)
+    def __init__(self, base_lrs: Sequence[float], factor: Callable[[int], float]) -> None:
+        super().__init__(base_lrs)
         self._factor = factor
 
-    def lr(self, group: int, position: int) -> float:
-        """See :class:`Schedule`."""
-        return self.lrs[group] * float(self._factor(position))
+    def factor(self, position: int) -> float:
+        """See :class:`ConstantSchedule`."""
+        return float(self._factor(position))
 
 
 class TableSchedule(ConstantSchedule):
     """``lr`` of the group times ``factors[position]``; the last factor goes on for ever."""
 
-    def __init__(self, lrs: Sequence[float], factors: Sequence[float]) -> None:
-        super().__init__(lrs)
+    def __init__(self, base_lrs: Sequence[float], factors: Sequence[float]) -> None:
+        super().__init__(base_lrs)
         self.factors = [float(factor) for factor in factors]
 
-    def lr(self, group: int, position: int) -> float:
-        """See :class:`Schedule`."""
-        return self.lrs[group] * self.factors[min(position, len(self.factors) - 1)]
+    def factor(self, position: int) -> float:
+        """See :class:`ConstantSchedule`."""
+        return self.factors[min(position, len(self.factors) - 1)]
 
     def adopt(self, kept: Any) -> None:
         """See :class:`Schedule`."""
@@ -89,6 +102,10 @@ class PerGroupSchedule(Schedule):
     def lr(self, group: int, position: int) -> float:
         """See :class:`Schedule`."""
         return self.schedules[group].lr(group, position)
+
+    def lrs(self, position: int) -> List[float]:
+        """See :class:`Schedule`."""
+        return [schedule.lr(group, position) for group, schedule in enumerate(self.schedules)]
 
     def rebase(self, group: int, lr: float, position: int) -> None:
         """See :class:`Schedule`."""
@@ -133,6 +150,10 @@ class PlateauSchedule(Schedule):
     def lr(self, group: int, position: int) -> float:
         """See :class:`Schedule`: the rate from now on, whatever the position."""
         return float(self._twin.optimizer.param_groups[group]["lr"])
+
+    def lrs(self, position: int) -> List[float]:
+        """See :class:`Schedule`: the rates from now on, whatever the position."""
+        return [float(group["lr"]) for group in self._twin.optimizer.param_groups]
 
     def rebase(self, group: int, lr: float, position: int) -> None:
         """See :class:`Schedule`."""
@@ -208,11 +229,18 @@ class RecordedSchedule(Schedule):
 
     def lr(self, group: int, position: int) -> float:
         """See :class:`Schedule`."""
+        return self._rates_at(position)[group]
+
+    def lrs(self, position: int) -> List[float]:
+        """See :class:`Schedule`."""
+        return self._rates_at(position).tolist()
+
+    def _rates_at(self, position: int) -> array[float]:
         number, within = divmod(position - self._first, _CHUNK)
         chunk = self._chunks.get(number)
         if chunk is None:
             chunk = self._open(number)
-        return chunk.lr(group, within)
+        return chunk.rates(within)
 
     def adopt(self, kept: Any) -> None:
         """See :class:`Schedule`."""
@@ -247,24 +275,24 @@ class _Chunk:
 
     def __init__(self, twin: LRScheduler) -> None:
         self._twin = twin
-        self._rates: List[array[float]] = [array("d") for _ in twin.optimizer.param_groups]
+        self._rates: List[array[float]] = []
         self._record()
 
-    def lr(self, group: int, within: int) -> float:
-        rates = self._rates[group]
-        while len(rates) <= within:
+    def rates(self, within: int) -> array[float]:
+        """The rates of all groups, ``within`` positions from the chunk's start."""
+        while len(self._rates) <= within:
             self._twin.step()
             self._record()
-        return rates[within]
+        return self._rates[within]
 
     def end(self) -> LRScheduler:
         """A copy of the twin at the chunk's last position."""
-        self.lr(0, _CHUNK - 1)
+        self.rates(_CHUNK - 1)
         return copy.deepcopy(self._twin)
 
     def _record(self) -> None:
-        for rates, group in zip(self._rates, self._twin.optimizer.param_groups):
-            rates.append(float(group["lr"]))
+        groups = self._twin.optimizer.param_groups
+        self._rates.append(array("d", [group["lr"] for group in groups]))
 
 
 # ---------------------------------------------------------------------- what a checkpoint keeps

@@ -107,6 +107,7 @@ def test_it_says_what_stepping_gives(name: str, positions: List[int], ahead: int
     for position in positions:
         for group in range(2):
             assert recorded.lr(group, position) == expected[position][group]
+        assert recorded.lrs(position) == expected[position]
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
