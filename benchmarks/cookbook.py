@@ -3,7 +3,8 @@
 Images of CIFAR-10's shape, made by the script. By hand: the loop of the README's "Before and
 after", with a PIL transform for each sample and ``loss.item()`` at each step, as the cookbook has
 it. The engine trains over the same DataLoader, with its defaults, and once more over
-``in_memory_loader``, which gives the same batches, bit for bit. An epoch over a list of batches
+``in_memory_loader``, which gives the same batches, bit for bit; so do both with one worker. An
+epoch over a list of batches
 that were made before tells what the data cost: the share of an epoch beyond it waits for them::
 
     python benchmarks/cookbook.py
@@ -24,7 +25,14 @@ from _measure import Report, alternate, child, parser, show, tell
 
 BATCH = 32
 EPOCHS = 3
-KINDS = ("cookbook", "engine", "engine, in_memory_loader", "engine, batches made before")
+KINDS = (
+    "cookbook",
+    "engine",
+    "engine, in_memory_loader",
+    "cookbook, 1 worker",
+    "engine, 1 worker",
+    "engine, batches made before",
+)
 
 
 def run(kind: str, mode: str, network: str, images: int) -> Tuple[float, float]:
@@ -54,14 +62,15 @@ def run(kind: str, mode: str, network: str, images: int) -> Tuple[float, float]:
     )
 
     dataset = ImageArrays(pixels, labels, transform)
-    make = in_memory_loader if "in_memory" in kind else DataLoader
-    data: Any = make(dataset, batch_size=BATCH, shuffle=True)
+    make: Any = in_memory_loader if "in_memory" in kind else DataLoader
+    workers = {"num_workers": int(kind.split()[1])} if "worker" in kind else {}
+    data: Any = make(dataset, batch_size=BATCH, shuffle=True, **workers)
     if "before" in kind:
         data = list(data)
     model, loss_fn = getattr(_cases, network)(), nn.CrossEntropyLoss()
     moments: List[float] = []
     ends: List[float] = []
-    if kind == "cookbook":
+    if "cookbook" in kind:
         optimizer = _cases.sgd([{"params": model.parameters(), "lr": 1e-3, "lr_scale": 0.9}])
         graph: Any = None
         if mode == "graph":
@@ -121,15 +130,15 @@ def main() -> None:
     rounds = 1 if options.quick else 3
     report = Report("cookbook", "The cookbook's loop, a whole epoch with its data")
     report.note(
-        f"""Batches of {BATCH} images, MobileNetV2 over 320 and the small CNN over 1,920 of them,
+        f"""Batches of {BATCH} images, MobileNetV2 over 640 and the small CNN over 1,920 of them,
         cropped and flipped at random as for CIFAR-10. {rounds} process(es) of each kind, in turns;
         an epoch after the first, checkpoint and log files of the engine's defaults included: they
         are what comes after the last batch, which in an epoch of all 50,000 images would count
-        156 and 26 times less, and which the last ratio leaves out. Median and quartiles; ratios
+        78 and 26 times less, and which the last ratio leaves out. Median and quartiles; ratios
         round by round."""
     )
     rows = []
-    for network, images in (("small_cnn", 1920), ("mobilenet_v2", 320)):
+    for network, images in (("small_cnn", 1920), ("mobilenet_v2", 640)):
         for mode in ("eager", "graph"):
             runs = {
                 kind: partial(child, [__file__, "--child", f"{kind}|{mode}|{network}|{images}"])

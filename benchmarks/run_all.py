@@ -17,7 +17,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import List
+from typing import Dict, List
 
 from _measure import FOLDER, markdown, parser, tell
 
@@ -50,6 +50,19 @@ def findings() -> str:
     return rest.partition(END)[0].strip()
 
 
+def sections() -> Dict[str, str]:
+    """What each script wrote into the RESULTS.md that is there."""
+    if not RESULTS.exists():
+        return {}
+    _, _, rest = RESULTS.read_text().partition(END)
+    found: Dict[str, str] = {}
+    for part in f"\n{rest}".split("\n## ")[1:]:
+        for script in SCRIPTS:
+            if f"\n`benchmarks/{script}.py`" in part:
+                found[script] = "## " + part.strip()
+    return found
+
+
 def main() -> int:
     """Run them, one after the other; 1 where one failed."""
     made = parser(__doc__)
@@ -67,17 +80,16 @@ def main() -> int:
         report = json.loads(path.read_text())
         report["when"] = datetime.date.today().isoformat()
         report["load"] = [load, os.getloadavg()[0]]
-        report["quick"] = options.quick
         path.write_text(json.dumps(report, indent=1) + "\n")
     if not options.quick:
-        write(options.json)
+        write(options.json, [script for script in options.only if script not in failed])
     if failed:
         tell(f"failed: {', '.join(failed)}")
     return 1 if failed else 0
 
 
-def write(folder: Path) -> None:
-    """Write RESULTS.md from the reports in ``folder``."""
+def write(folder: Path, made: List[str]) -> None:
+    """Write RESULTS.md: the reports in ``folder`` of those ``made``, the others as they stood."""
     versions = ", ".join(
         f"{name} {metadata.version(name)}"
         for name in ("ofengine", "oneflow", "flowvision", "numpy")
@@ -99,20 +111,18 @@ def write(folder: Path) -> None:
         END,
         "",
     ]
+    kept = sections()
     for script in SCRIPTS:
         path = folder / f"{script}.json"
-        if not path.exists():
-            continue
-        report = json.loads(path.read_text())
-        lines.append(markdown(report))
-        if "load" in report:
+        if script in made:
+            report = json.loads(path.read_text())
             before, after = report["load"]
-            quick = " with `--quick`, a single round" if report["quick"] else ""
-            lines += [
-                f"`benchmarks/{script}.py`{quick}, {report['when']}; load of the machine before: "
-                f"{before:.1f}, after: {after:.1f}.",
-                "",
-            ]
+            kept[script] = (
+                f"{markdown(report).rstrip()}\n\n`benchmarks/{script}.py`, {report['when']}; load of "
+                f"the machine before: {before:.1f}, after: {after:.1f}."
+            )
+        if script in kept:
+            lines += [kept[script], ""]
     RESULTS.write_text("\n".join(lines).rstrip() + "\n")
 
 

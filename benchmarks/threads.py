@@ -37,6 +37,8 @@ SWITCHES: Dict[str, Callable[[Any], None]] = {
     "allow_fuse_model_update_ops": lambda config: config.allow_fuse_model_update_ops(True),
     "set_outputs_buffer_size(1)": lambda config: config.set_outputs_buffer_size(1),
     "straighten, memory": lambda config: config.enable_straighten_algorithm("MemoryFirst"),
+    "straighten, speed": lambda config: config.enable_straighten_algorithm("SpeedFirst"),
+    "enable_multi_tensor_update": lambda config: config.enable_multi_tensor_update(True),
 }
 
 
@@ -45,6 +47,9 @@ def _prepared(network: str, mode: str, configure: Any = lambda config: None) -> 
     import oneflow as flow
     from oneflow import nn
 
+    from ofengine._launch_race import mend_launch_race
+
+    mend_launch_race()  # or a process with small graphs may die of OneFlow's race
     flow.manual_seed(0)
     model = getattr(_cases, network)()
     size = BATCHES[network]
