@@ -30,7 +30,7 @@ test-slow: $(READY)  ## run the slow tests
 	@$(PYTEST) -m slow $(PYTEST_ARGS) $(RESUMED:%=--ignore %) || [ $$? -eq 5 ]
 	@for part in $(RESUMED); do $(PYTEST) -m slow $(PYTEST_ARGS) $$part || [ $$? -eq 5 ] || exit; done
 
-bench: $(READY)  ## run the benchmarks, write benchmarks/RESULTS.md (20 min on two idle cores)
+bench: $(READY)  ## run the benchmarks, write benchmarks/RESULTS.md (an hour on two idle cores)
 	@$(PYTHON) benchmarks/run_all.py $(BENCH_ARGS)
 
 lint: $(READY)  ## check style and layout with ruff
@@ -40,7 +40,7 @@ lint: $(READY)  ## check style and layout with ruff
 # The folder callbacks/ is ofengine.callbacks only once it is installed, and mypy does not
 # follow an editable install, so this one is installed into a folder of its own.
 types: $(READY)  ## check types with mypy
-	@rm -rf build
+	@rm -rf build/types build/lib build/bdist.*
 	@$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --target build/types .
 	@cd build/types && ../../$(PYTHON) -m mypy --config-file ../../pyproject.toml \
 		--cache-dir ../../.mypy_cache -p ofengine

@@ -1,6 +1,6 @@
 """Run every benchmark and write ``benchmarks/RESULTS.md``: what ``make bench`` does.
 
-    python benchmarks/run_all.py            # some 20 minutes on two idle cores
+    python benchmarks/run_all.py            # an hour on two idle cores
     python benchmarks/run_all.py --quick    # does everything run; writes no RESULTS.md
     python benchmarks/run_all.py --only growth threads   # these anew, the others as they were
 
@@ -118,8 +118,8 @@ def write(folder: Path, made: List[str]) -> None:
             report = json.loads(path.read_text())
             before, after = report["load"]
             kept[script] = (
-                f"{markdown(report).rstrip()}\n\n`benchmarks/{script}.py`, {report['when']}; load of "
-                f"the machine before: {before:.1f}, after: {after:.1f}."
+                f"{markdown(report).rstrip()}\n\n`benchmarks/{script}.py`, {report['when']}; "
+                f"load of the machine before: {before:.1f}, after: {after:.1f}."
             )
         if script in kept:
             lines += [kept[script], ""]

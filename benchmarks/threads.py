@@ -39,6 +39,7 @@ SWITCHES: Dict[str, Callable[[Any], None]] = {
     "straighten, memory": lambda config: config.enable_straighten_algorithm("MemoryFirst"),
     "straighten, speed": lambda config: config.enable_straighten_algorithm("SpeedFirst"),
     "enable_multi_tensor_update": lambda config: config.enable_multi_tensor_update(True),
+    "as it is, once more": lambda config: None,
 }
 
 
@@ -159,8 +160,8 @@ def main() -> None:
             rows.append([network, f"`{name}`", show(ratios, 3) if ratios else "--", weights])
     report.note(
         """Switches of `nn.Graph.config`: graphs by hand in one process, blocks in turns. The ratio
-        is to the graph as it is; the last column compares the weights after training, bit by
-        bit."""
+        is to the graph as it is, which is compiled first, and "once more" last; the last column
+        compares the weights after training, bit by bit."""
     )
     report.table(["network", "switch", "ratio", "weights"], rows)
     report.save(options.json)

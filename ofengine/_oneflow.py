@@ -301,6 +301,11 @@ def schedulers_of(graph: nn.Graph) -> List[LRScheduler]:
     return [entry["lr_sch"] for entry in graph._opts if "lr_sch" in entry]
 
 
+def micro_batches(graph: nn.Graph) -> int:
+    """Into how many parts ``graph`` is to cut each batch (``set_gradient_accumulation_steps``)."""
+    return int(graph.config.proto.num_gradient_accumulation_steps or 1)
+
+
 def updates_many_tensors_at_once(graph: nn.Graph) -> bool:
     """True where ``graph`` is to use the multi-tensor update, which knows no ``lr_scale``."""
     switch = os.environ.get("ONEFLOW_ENABLE_MULTI_TENSOR_MODEL_UPDATE", "0").lower()

@@ -232,6 +232,13 @@ HOOKS: Tuple[str, ...] = tuple(
 )
 """The names of all hooks."""
 
+METHODS: Tuple[str, ...] = (
+    *("training_step", "validation_step", "test_step", "predict_step"),
+    *("param_groups", "configure_optimizers", "build_graph", "configure_graph"),
+    *("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader"),
+)
+"""The methods of a task, besides the hooks, that a user may write."""
+
 EAGER_ONLY_HOOKS: Tuple[str, ...] = (
     "on_before_backward",
     "on_after_backward",
@@ -274,8 +281,10 @@ class HookRunner:
             call(*args)
 
 
-def warn_of_misspelt_hooks(task: TaskModule, callbacks: Iterable[Callback]) -> None:
-    """Warn of methods that are called almost like a hook, which nothing would ever call."""
+def warn_of_misspelt_methods(task: TaskModule, callbacks: Iterable[Callback]) -> None:
+    """Warn of methods with almost the name of one that the engine calls, which it would not."""
+    from ofengine.task import TaskModule
+
     for owner in (*callbacks, task):
         for name in dir(type(owner)):
             if name.startswith("on_") and name not in HOOKS:
@@ -285,6 +294,11 @@ def warn_of_misspelt_hooks(task: TaskModule, callbacks: Iterable[Callback]) -> N
                         f"{type(owner).__name__}.{name} is no hook, so nothing calls it: did you "
                         f"mean {close[0]}?"
                     )
+    cls = type(task)
+    for name in sorted(set(dir(cls)).difference(dir(TaskModule))):
+        close = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.9)
+        if close and callable(getattr(cls, name)) and not overrides(task, close[0], TaskModule):
+            warn(f"{cls.__name__}.{name} is not what the engine calls: did you mean {close[0]}?")
 
 
 def refuse_eager_only_hooks(task: TaskModule, callbacks: Iterable[Callback]) -> None:

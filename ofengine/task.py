@@ -24,6 +24,7 @@ from ofengine.errors import ConfigurationError
 from ofengine.tracing import forbid_in_trace
 
 if TYPE_CHECKING:
+    from oneflow.nn.graph.graph_config import GraphConfig
     from oneflow.optim import Optimizer
 
     from ofengine.trainer import Trainer
@@ -125,6 +126,16 @@ class TaskModule(nn.Module):
         called in its ``__init__``. It is called once for each shape of batch.
         """
         return self.trainer.default_train_graph()
+
+    def configure_graph(self, config: GraphConfig) -> None:
+        """Set OneFlow's own switches for this task's graphs; by default none is set.
+
+        ``config`` is ``graph.config`` of a graph that is about to be compiled, be it of training,
+        of the gradients or the update where batches are accumulated, or of evaluation. For example
+        ``config.allow_fuse_add_to_output(True)`` or
+        ``config.enable_cudnn_conv_heuristic_search_algo(False)``. Eager mode has no graph and
+        does not call it.
+        """
 
     def train_dataloader(self) -> Any:
         """The training data where ``fit`` is given none."""

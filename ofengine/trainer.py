@@ -22,7 +22,7 @@ from ofengine.data import Limit, describe
 from ofengine.devices import resolve_device
 from ofengine.errors import ConfigurationError, GraphModeError, OFEngineError
 from ofengine.generators import states_in
-from ofengine.hooks import Callback, HookRunner, warn_of_misspelt_hooks
+from ofengine.hooks import Callback, HookRunner, warn_of_misspelt_methods
 from ofengine.interrupts import InterruptGuard
 from ofengine.loggers import Logger
 from ofengine.loops import evaluation_loop, fit_loop
@@ -405,7 +405,7 @@ class Trainer(RunState):
                 "OneFlow trains static graphs in the main thread only: call fit() there, or use "
                 'Trainer(mode="eager").'
             )
-        warn_of_misspelt_hooks(task, self.callbacks)
+        warn_of_misspelt_methods(task, self.callbacks)
         self.hooks = HookRunner(self, task, self.callbacks)
         runners: Dict[str, Runner] = {
             name: (GraphMode if name == "graph" else EagerMode)(self, task, self.hooks)

@@ -25,6 +25,7 @@ from ofengine import (
     DeviceError,
     GraphModeError,
     OFEngineError,
+    OFEngineWarning,
     RateError,
     TaskModule,
     Trainer,
@@ -966,6 +967,46 @@ def test_a_misspelt_hook_is_pointed_out() -> None:
             assert "on_train_epoch_begin" in str(error)
             return
     assert [each for each in caught if "on_train_epoch_begin" in str(each.message)]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("configure_optimizer", "configure_optimizers"),
+        ("param_group", "param_groups"),
+        ("val_dataloaders", "val_dataloader"),
+        ("configure_graphs", "configure_graph"),
+        ("validation_steps", "validation_step"),
+    ],
+)
+def test_a_misspelt_method_is_pointed_out(name: str, meant: str) -> None:
+    def step(self: Any, batch: Any) -> Any:
+        return self.layer(batch).mean()
+
+    task = type("Typo", (Bare,), {"training_step": step, name: lambda self, *_: None})()
+    with pytest.warns(OFEngineWarning, match=f"Typo.{name} .*did you mean {meant}[?]"):
+        quiet_trainer(max_epochs=1).fit(task, batches(1))
+
+
+def test_a_method_of_the_user_s_own_is_no_misspelt_one() -> None:
+    """Neither one with a name of its own, nor one beside the method it might be mistaken for."""
+
+    class Own(Line):
+        def param_group(self, part: Any) -> Any:
+            return {"params": part.parameters(), "lr": 0.1}
+
+        def param_groups(self) -> Any:
+            return [self.param_group(self.layer)]
+
+        def train_step(self, batch: Any) -> Any:
+            return self.layer(batch).mean()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.train_step(batch)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quiet_trainer(max_epochs=1).fit(Own(), batches(1))
 
 
 # ---------------------------------------------------------------------- devices

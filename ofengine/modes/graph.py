@@ -332,6 +332,15 @@ class GraphMode:
                 "aborts a process at about the 1,365th: go on in a new one, from a checkpoint with "
                 "fit(..., ckpt_path='last')."
             )
+        is_ours = isinstance(graph, (StepGraph, ApplyGraph))
+        self.task.configure_graph(graph.config)
+        steps = _oneflow.micro_batches(graph)
+        if steps > 1 and is_ours:
+            raise ConfigurationError(
+                f"configure_graph called set_gradient_accumulation_steps({steps}), which would cut "
+                f"each batch into {steps}: use Trainer(accumulate_grad_batches={steps}), which "
+                "accumulates whole batches in both modes."
+            )
         if updates:
             self._hooks.fire("on_before_graph_compile", graph)
             names = {id(p): name for name, p in self.task.named_parameters()}
@@ -344,7 +353,6 @@ class GraphMode:
         self._trace(graph, _oneflow.trace_and_compile, inputs, what)
         own = "where that matters, leave build_graph() as it is"
         mend = "call flow.rand and its like by these names, or draw in the dataset"
-        is_ours = isinstance(graph, (StepGraph, ApplyGraph))
         warn_of_unfed(what, _oneflow.random_operations(graph), mend if is_ours else own)
         self.compilations += 1
         if updates:
