@@ -39,13 +39,12 @@ class Small(TaskModule):
         return self.head((images + self.norm(self.conv(images)).relu()).flatten(1))
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        images, labels = batch
-        loss = nn.functional.cross_entropy(self(images), labels)
-        self.log("loss", loss, on_step=True)
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        self.log("loss", loss)
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_loss", self.training_step(batch, batch_idx))
+        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
 
     def param_groups(self) -> Any:
         body = [*self.conv.parameters(), *self.norm.parameters()]
