@@ -229,7 +229,7 @@ class ModelCheckpoint(Callback):
     @property
     def idle_hooks(self) -> Sequence[str]:
         """See :class:`Callback`: what looks at no single batch need not be called after each."""
-        own = type(self).on_train_batch_end is ModelCheckpoint.on_train_batch_end
+        own = getattr(self.on_train_batch_end, "__func__", None) is _LOOK_AFTER_BATCH
         looks = self.every_n_train_steps is not None or self.train_time_interval is not None
         return ("on_train_batch_end",) if own and not looks else ()
 
@@ -435,6 +435,9 @@ class ModelCheckpoint(Callback):
             version += 1
             candidate = path.with_name(f"{path.name[: -len(EXTENSION)]}-v{version}{EXTENSION}")
         return str(candidate)
+
+
+_LOOK_AFTER_BATCH = ModelCheckpoint.on_train_batch_end
 
 
 def _check_whole(name: str, value: Any, least: int) -> None:

@@ -71,7 +71,8 @@ class ModelSummary(Callback):
             for index, group in enumerate(trainer.optimizer.param_groups)
             for parameter in group.parameters
         }
-        names, rates = trainer.rates.names, trainer.rates.rates(0)
+        step = _step(trainer)
+        names, rates = trainer.rates.names, trainer.rates.rates(step)
 
         def row(name: str, kind: str, parameters: Iterable[nn.Parameter]) -> Tuple[str, ...]:
             members = list(parameters)
@@ -93,7 +94,7 @@ class ModelSummary(Callback):
         own = list(task.parameters(recurse=False))
         if own:
             rows.append(row("(the task's own)", "Parameter", own))
-        header = ("module", "type", "parameters", "trainable", "group (rate at step 0)")
+        header = ("module", "type", "parameters", "trainable", f"group (rate at step {step})")
         return _table(header, rows, "<<><<", droppable=(1, 3))
 
 
@@ -122,9 +123,15 @@ def _group_names(groups: Sequence[Tuple[str, float]]) -> str:
     return f"{len(groups)} groups ({_rate(min(rates))} to {_rate(max(rates))})"
 
 
+def _step(trainer: Trainer) -> int:
+    """0; after a fit in which ``set_lr`` was called the newest step, for that one is known."""
+    return trainer.rates.within(trainer.global_step) if trainer.rates.changes else 0
+
+
 def _groups(trainer: Trainer) -> List[str]:
     plan = trainer.rates
-    rates = plan.rates(0)
+    step = _step(trainer)
+    rates = plan.rates(step)
     header = ["group", "tensors", "parameters", "lr", "lr_scale", "lr_decay_scale"]
     rows = [
         [group.name, f"{group.tensors:,}", f"{group.numbers:,}"]
@@ -134,7 +141,7 @@ def _groups(trainer: Trainer) -> List[str]:
     if plan.decay.key == "lr_scale":  # the cookbook's code: the key has the other one's meaning
         header[4:] = ["lr_scale (decay)"]
         rows = [row[:5] for row in rows]
-    header.append("rate at step 0")
+    header.append(f"rate at step {step}")
     for row, rate in zip(rows, rates):
         row.append(_rate(rate))
     lines = _table(header, rows, "<" + ">" * (len(header) - 1), droppable=(1, 2))

@@ -273,7 +273,7 @@ def optimizer_states(graph: nn.Graph) -> Dict[str, Any]:
     return {
         name: value
         for name, value in graph.state_dict().items()
-        if isinstance(value, flow.Tensor) and "-FreeEagerTensor-" not in name
+        if isinstance(value, flow.Tensor) and "FreeEagerTensor-" not in name
     }
 
 

@@ -61,7 +61,8 @@ class Callback:
     def idle_hooks(self) -> Sequence[str]:
         """Names of hooks that this object overrides, but has nothing to do at in a run to come.
 
-        They are not called, and so cost nothing. Looked at when a run begins. Default: none.
+        They are not called, and so cost nothing. Looked at when a run begins, and for the hooks
+        around a training batch at the beginning of each epoch. Default: none.
         """
         return ()
 
@@ -234,10 +235,10 @@ HOOKS: Tuple[str, ...] = tuple(
 
 METHODS: Tuple[str, ...] = (
     *("training_step", "validation_step", "test_step", "predict_step"),
-    *("param_groups", "configure_optimizers", "build_graph", "configure_graph"),
+    *("param_groups", "configure_optimizers", "configure_graph"),
     *("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader"),
 )
-"""The methods of a task, besides the hooks, that a user may write."""
+"""The methods of a task, besides the hooks, whose names are not likely to be taken otherwise."""
 
 EAGER_ONLY_HOOKS: Tuple[str, ...] = (
     "on_before_backward",
@@ -258,20 +259,25 @@ class HookRunner:
     """For every hook the bound functions that override it: a hook of nobody costs nothing."""
 
     def __init__(self, trainer: Trainer, task: TaskModule, callbacks: Sequence[Callback]) -> None:
+        self._trainer, self._task = trainer, task
+        self._first = [callback for callback in callbacks if not callback.fires_last]
+        self._last = [callback for callback in callbacks if callback.fires_last]
+        self.calls: Dict[str, List[Callable[..., None]]] = {}
+        self.look_again(*HOOKS)
+
+    def look_again(self, *hooks: str) -> None:
+        """Find the overrides of ``hooks`` anew: what was idle may have something to do now."""
         from ofengine.task import TaskModule
 
-        first = [callback for callback in callbacks if not callback.fires_last]
-        last = [callback for callback in callbacks if callback.fires_last]
-        self.calls: Dict[str, List[Callable[..., None]]] = {}
-        for hook in HOOKS:
-            own = [getattr(task, hook)] if overrides(task, hook, TaskModule) else []
+        for hook in hooks:
+            own = [getattr(self._task, hook)] if overrides(self._task, hook, TaskModule) else []
             before, after = (
                 [
-                    partial(getattr(callback, hook), trainer, task)
+                    partial(getattr(callback, hook), self._trainer, self._task)
                     for callback in group
                     if overrides(callback, hook, Callback) and hook not in callback.idle_hooks
                 ]
-                for group in (first, last)
+                for group in (self._first, self._last)
             )
             self.calls[hook] = [*before, *own, *after]
 
@@ -296,9 +302,19 @@ def warn_of_misspelt_methods(task: TaskModule, callbacks: Iterable[Callback]) ->
                     )
     cls = type(task)
     for name in sorted(set(dir(cls)).difference(dir(TaskModule))):
+        if name.startswith(("_", "on_")) or not _is_method(inspect.getattr_static(cls, name, None)):
+            continue
         close = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.9)
-        if close and callable(getattr(cls, name)) and not overrides(task, close[0], TaskModule):
-            warn(f"{cls.__name__}.{name} is not what the engine calls: did you mean {close[0]}?")
+        if close and not overrides(task, close[0], TaskModule):
+            own_groups = overrides(task, "configure_optimizers", TaskModule)
+            if close[0] != "param_groups" or not own_groups:  # it may call a helper of this name
+                warn(
+                    f"{cls.__name__}.{name} is not what the engine calls: did you mean {close[0]}?"
+                )
+
+
+def _is_method(value: object) -> bool:
+    return inspect.isfunction(value) or isinstance(value, (staticmethod, classmethod))
 
 
 def refuse_eager_only_hooks(task: TaskModule, callbacks: Iterable[Callback]) -> None:

@@ -72,6 +72,7 @@ def _train_epoch(
     trainer: Trainer, train: Batches, validation: List[Batches], entry: Optional[Entry]
 ) -> None:
     # Everything that stays the same from batch to batch is looked up here, once.
+    trainer.hooks.look_again("on_train_batch_start", "on_train_batch_end")
     calls = trainer.hooks.calls
     batch_start, batch_end = calls["on_train_batch_start"], calls["on_train_batch_end"]
     step, commit = trainer.mode_runner.train_step, trainer.metrics.commit

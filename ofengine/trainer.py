@@ -325,7 +325,7 @@ class Trainer(RunState):
         self.hooks.fire("on_fit_start")
         if self.resumed is not None:
             self.resumed.restore_rates(self, rates_on_resume)
-        check_rates(self.rates, made, self.total_steps, self.max_epochs)
+        check_rates(self.rates, made, self.total_steps, self.max_epochs, self.global_step)
         self.begun_at = time.monotonic()
         if self._seconds is not None:
             self.deadline = self.begun_at + self._seconds - self.seconds_before
@@ -421,6 +421,7 @@ class Trainer(RunState):
             try:
                 self.hooks.fire("setup", stage)
                 body()
+                self.interrupts.check()  # one may have come in the last hooks
                 status = "success"
             except BaseException as error:
                 self._tell_culprit(error)

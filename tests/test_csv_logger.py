@@ -120,6 +120,22 @@ def test_rows_that_are_due_can_be_written_before_the_next_one_comes(tmp_path: Pa
     assert lines_of(logger)[3:] == ["0,20,0.25,"]
 
 
+def test_rows_behind_a_checkpoint_go_as_soon_as_a_new_one_is_due(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=4)
+    for step in range(1, 4):
+        logger.log_metrics({"loss": 0.5}, step, 0)
+    state = logger.state_dict()
+    for step in range(4, 9):
+        logger.log_metrics({"loss": 7.0}, step, 0)
+    logger.save()
+    resumed = CSVLogger(tmp_path, flush_logs_every_n_steps=4)
+    resumed.load_state_dict(state, continue_files=True)
+    resumed.save_due(4)  # nothing new came, so the file stays as it is
+    assert len(lines_of(logger)) == 1 + 8
+    resumed.log_metrics({"loss": 0.25}, 4, 0)  # writes the rows before its own
+    assert lines_of(logger)[1:] == [f"0,{step},0.5" for step in (1, 2, 3)]
+
+
 def test_numbers_come_back_as_they_were(tmp_path: Path) -> None:
     numbers = [0.1, 1 / 3, 1e-45, -0.0, 2.0**-1074, 1.7976931348623157e308, float(np.float32(0.1))]
     numbers += [float("nan"), float("inf"), -float("inf"), 123456789.125]

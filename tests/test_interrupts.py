@@ -156,6 +156,24 @@ def test_signals_work_in_the_other_verbs_too(run: Any, number: int) -> None:
     assert child.lines[-1] == "teardown validate"
 
 
+@pytest.mark.parametrize("hook", ["on_train_epoch_end", "on_train_end", "on_fit_end"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_last_hooks_is_not_lost(run: Any, hook: str, number: int) -> None:
+    """Or the script would go on as if nobody had asked it to end."""
+    child = run(
+        f"""
+class Late(Tells):
+    def {hook}(self, trainer, task):
+        signal.raise_signal({int(number)})
+
+trainer(Late()).fit(Line(), batches(2))
+say("goes on")
+"""
+    )
+    assert child.end() in ((143,) if number == signal.SIGTERM else BY_CTRL_C)
+    assert child.lines[-1] == "teardown fit"
+
+
 def test_a_second_ctrl_c_does_not_wait_for_the_step(run: Any, mode: str) -> None:
     child = run(
         """

@@ -10,7 +10,7 @@ import pytest
 from helpers import quiet_trainer
 from oneflow import nn
 
-from ofengine import ConfigurationError, TaskModule
+from ofengine import Callback, ConfigurationError, TaskModule
 from ofengine.callbacks import LearningRateMonitor, LRDecayCallback
 from ofengine.loggers import Logger
 
@@ -104,6 +104,23 @@ def test_without_a_logger_the_rates_are_in_callback_metrics() -> None:
     trainer = quiet_trainer(max_epochs=1, log_every_n_steps=1, callbacks=LearningRateMonitor())
     trainer.fit(TwoGroups(), batches(3))
     assert trainer.callback_metrics["lr/body"] == pytest.approx(cosine(2) * SCALE, rel=1e-6)
+
+
+def test_the_rates_used_are_logged_after_another_callback_has_set_new_ones(mode: str) -> None:
+    class Sets(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 2:
+                trainer.set_lr("body", 1.0)
+
+    records = Records()
+    trainer = quiet_trainer(
+        mode=mode, max_epochs=1, log_every_n_steps=1, logger=records,
+        callbacks=[Sets(), LearningRateMonitor()],
+    )  # fmt: skip
+    trainer.fit(TwoGroups(), batches(3))
+    rates = [rates["lr/body"] for _, rates in records.rates]
+    expected = [cosine(0) * SCALE, cosine(1) * SCALE, cosine(2) / LR * SCALE]
+    assert rates == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_second_fit_logs_from_its_own_first_step_on() -> None:

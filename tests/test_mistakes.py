@@ -539,6 +539,20 @@ def test_saving_before_there_is_anything_to_save(tmp_path: Path) -> None:
     sentence(error, "fit")
 
 
+def test_a_misspelt_layer_is_one_error(mode: str) -> None:
+    class Typo(Line):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.layr(batch).mean()
+
+    with pytest.raises((AttributeError, OFEngineError), match="layr") as error:
+        quiet_trainer(mode=mode, max_epochs=1).fit(Typo(), batches(1))
+    chain, each = [], error.value
+    while each is not None:
+        chain.append(type(each))
+        each = each.__cause__ or each.__context__
+    assert KeyError not in chain
+
+
 def test_task_trainer_does_not_hide_a_misspelt_attribute() -> None:
     task = Line()
     quiet_trainer(max_epochs=1).fit(task, batches())
@@ -911,6 +925,64 @@ def test_loading_an_optimizer_s_state_in_mid_run_changes_no_rate_silently(mode: 
     )  # fmt: skip
 
 
+class InTurn(TaskModule):
+    """Two groups under a schedule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 1), nn.Linear(2, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return (self.first(batch) + self.second(batch)).mean()
+
+    def param_groups(self) -> Any:
+        return [{"params": layer.parameters(), "lr": 0.1} for layer in (self.first, self.second)]
+
+    def configure_optimizers(self) -> Any:
+        optimizer = flow.optim.SGD(self.param_groups())
+        return {"optimizer": optimizer, "lr_scheduler": lambda step: 1 / (1 + step)}
+
+
+class ChangesGroups(Callback):
+    def __init__(self, change: Callable[[List[Any]], List[Any]]) -> None:
+        self.change = change
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        trainer.optimizer.param_groups = self.change(trainer.optimizer.param_groups)
+
+
+@pytest.mark.parametrize(
+    ("change", "count"), [(lambda g: g[:1], 1), (lambda g: [], 0), (lambda g: [*g, g[0]], 3)]
+)
+def test_another_number_of_groups_in_mid_run(
+    mode: str, change: Callable[[List[Any]], List[Any]], count: int
+) -> None:
+    refused(
+        InTurn(), RateError, f"{count} parameter groups instead of 2", "param_groups",
+        mode=mode, callbacks=[ChangesGroups(change)], trained=1,
+    )  # fmt: skip
+
+
+def test_a_group_that_is_replaced_in_its_list_is_under_the_plan_too() -> None:
+    class Replaces(Callback):
+        def on_train_batch_start(self, trainer: Any, task: Any, batch: Any, idx: int) -> None:
+            groups, own = trainer.optimizer.param_groups, trainer.optimizer._default_options
+            if idx == 1:
+                old = groups[0]
+                groups[0] = type(old)({"params": old.parameters, **old.options}, own)
+
+    used: List[Tuple[float, float]] = []
+
+    class Notes(Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            live = trainer.optimizer.param_groups[0]["lr"]
+            used.append((live, trainer.rates.rates(trainer.global_step)[0]))
+
+    quiet_trainer(max_epochs=1, callbacks=[Replaces(), Notes()]).fit(InTurn(), batches(5))
+    assert len({live for live, _ in used}) == 5
+    assert [live for live, _ in used] == [planned for _, planned in used]
+
+
 @pytest.mark.parametrize("kind", [LRDecayCallback, GraphLRScaleCallback])
 @pytest.mark.parametrize("value", [0, -1, 1.5, "10", True])
 def test_every_n_batches_of_a_rate_callback(kind: Any, value: Any) -> None:
@@ -1007,6 +1079,36 @@ def test_a_method_of_the_user_s_own_is_no_misspelt_one() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         quiet_trainer(max_epochs=1).fit(Own(), batches(1))
+
+
+class OnInstances:
+    """A descriptor that the class itself does not have."""
+
+    def __get__(self, instance: Any, owner: Any) -> Any:
+        if instance is None:
+            raise AttributeError("instances only")
+        return 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("_param_groups", lambda self: self.parameters()),
+        ("param_group", lambda self: self.parameters()),
+        ("_predict_step", lambda self: None),
+        ("build_graphs", lambda self: None),
+        ("test_steps", 5),
+        ("test_steps", OnInstances()),
+        ("val_dataloaders", property(lambda self: None)),
+        ("configure_graphs", nn.Linear(1, 1)),
+    ],
+)
+def test_names_that_only_look_like_the_engine_s(name: str, value: Any) -> None:
+    """A helper of one's own ``configure_optimizers``, and what is no method at all."""
+    task = type("Own", (Line,), {name: value})()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quiet_trainer(max_epochs=1).fit(task, batches(1))
 
 
 # ---------------------------------------------------------------------- devices

@@ -183,6 +183,25 @@ def test_a_subclass_s_own_hook_is_called_whatever_the_moments(tmp_path: Path) ->
     assert counting.batches == 2 * len(BATCHES)
 
 
+def test_a_hook_put_on_the_object_is_called_whatever_the_moments(tmp_path: Path) -> None:
+    batches: List[int] = []
+    checkpoint = ModelCheckpoint(dirpath=tmp_path)
+    checkpoint.on_train_batch_end = lambda *args: batches.append(args[-1])  # type: ignore
+    fit(checkpoint, max_epochs=1)
+    assert batches == list(range(len(BATCHES)))
+
+
+def test_moments_may_be_set_until_training_starts(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1)
+
+    class Sets(Callback):
+        def on_train_start(self, trainer: Any, task: Any) -> None:
+            checkpoint.every_n_train_steps = 2
+
+    fit(checkpoint, also=[Sets()])
+    assert {f"step={step}.safetensors" for step in (2, 4, 6)} <= set(files(tmp_path))
+
+
 def test_with_a_metric_every_validation_counts(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path, monitor="val_acc", save_top_k=-1)
     fit(checkpoint, [0.5, 0.25], val_check_interval=1)

@@ -194,3 +194,21 @@ def test_on_a_narrow_terminal_it_leaves_columns_out(
 def test_a_wrong_depth_is_an_error_at_once(wrong: Any) -> None:
     with pytest.raises(ConfigurationError, match="max_depth"):
         ModelSummary(wrong)
+
+
+def test_after_a_fit_that_set_a_rate_it_shows_those_of_the_last_step() -> None:
+    class Sets(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 2:
+                trainer.set_lr("rest", 0.8)
+
+    task, shows = Task(), ModelSummary()
+    trainer = quiet_trainer(max_epochs=1, callbacks=[Sets(), shows])
+    trainer.fit(task, [flow.ones(3, 4)] * 4)
+    lines = [line.split() for line in shows.text(trainer, task).splitlines()]
+    assert lines[-6][-4:] == ["rate", "at", "step", "3"]
+    # Warm-up times base rate; the scale of one group, the decay after batch 0 of the other.
+    assert [(line[0], line[-1]) for line in lines[-4:-2]] == [
+        ("trunk", f"{0.1 * 0.5 * 0.25:.4g}"),
+        ("rest", f"{0.1 * 0.8 * 0.75:.4g}"),
+    ]

@@ -152,6 +152,8 @@ class CSVLogger(Logger):
 
     def save_due(self, step: int) -> None:
         """Write the rows of earlier steps, where they have waited long enough."""
+        if self._untouched:
+            return
         if step >= self._next_flush and self._rows and self._rows[-1].step < step:
             self._write()
             self._next_flush = step + self._every

@@ -33,7 +33,8 @@ class EagerMode:
     def train_step(self, batch: Any, batch_idx: int, window: int, closes: bool) -> Dict[str, Any]:
         """Forward and backward of one batch; the update where it ``closes`` its window."""
         rest: Dict[str, Any] = {}
-        loss = self._step(batch, batch_idx)
+        step: Callable[..., Any] = self._task.training_step
+        loss = step(batch, batch_idx) if self._takes_both else step(batch)
         if type(loss) is not Tensor or loss.dim() or not loss.requires_grad:
             loss, rest = split_outputs(loss, self._task_name)
         for call in self._before_backward:
@@ -59,7 +60,7 @@ class EagerMode:
     def start(self, optimizer: Optimizer) -> None:
         """Training with ``optimizer`` is about to begin."""
         self._optimizer = optimizer
-        self._step = _with_two_arguments(self._task)
+        self._takes_both = step_arity(self._task, "training_step", 2) == 2
         optimizer.zero_grad(set_to_none=True)  # what a run that was cut off left behind
         self._clips_groups = any("clip_grad_max_norm" in g for g in optimizer.param_groups)
 
@@ -100,14 +101,5 @@ class EagerMode:
     def _call(self, step: str, *args: Any) -> Any:
         arity = self._arity.get(step)
         if arity is None:
-            arity = self._arity[step] = step_arity(self._task, step)
+            arity = self._arity[step] = step_arity(self._task, step, len(args))
         return getattr(self._task, step)(*args[:arity])
-
-
-def _with_two_arguments(task: TaskModule) -> Callable[[Any, int], Any]:
-    """``training_step``, to be called with the batch and its index whatever it takes."""
-    step: Callable[..., Any] = task.training_step
-    arity = step_arity(task, "training_step")
-    if arity == 2:
-        return step
-    return lambda batch, batch_idx: step(*(batch, batch_idx, 0)[:arity])

@@ -336,10 +336,15 @@ class GraphMode:
         self.task.configure_graph(graph.config)
         steps = _oneflow.micro_batches(graph)
         if steps > 1 and is_ours:
+            mend = (
+                "call it on the config of the graph that build_graph() makes"
+                if has_own_graph(self.task)
+                else f"use Trainer(accumulate_grad_batches={steps}), which accumulates whole "
+                "batches in both modes"
+            )
             raise ConfigurationError(
                 f"configure_graph called set_gradient_accumulation_steps({steps}), which would cut "
-                f"each batch into {steps}: use Trainer(accumulate_grad_batches={steps}), which "
-                "accumulates whole batches in both modes."
+                f"each batch into {steps}: {mend}."
             )
         if updates:
             self._hooks.fire("on_before_graph_compile", graph)

@@ -30,7 +30,7 @@ class StepGraph(nn.Graph):
         self.task = task
         self.origin = [task]  # in a list, or nn.Graph would make it a block
         self.step = step
-        self.arity = step_arity(task, step)
+        self.arity = step_arity(task, step, 2 + len(extra))
         self.structure = structure
         self.extra = tuple(extra)
         self.index = TracedIndex()
@@ -46,6 +46,8 @@ class StepGraph(nn.Graph):
         more of these.
         """
         batch = unflatten(self.structure, iter(tensors))
+        # A step may reach them by other ways than their modules, as eager tensors.
+        _oneflow.build_parameters(self.task)
         arguments = (batch, self.index, *self.extra)[: self.arity]
         task = _oneflow.instance_in_trace(self.task)
         feeding = Feed(drawn).replacing_calls()

@@ -12,19 +12,22 @@ from ofengine.data import describe_returned
 from ofengine.errors import ConfigurationError
 
 
-def step_arity(task: nn.Module, step: str) -> int:
-    """How many of (batch, batch_idx, dataloader_idx) the task's ``step`` takes: 1 to 3."""
+def step_arity(task: nn.Module, step: str, most: int) -> int:
+    """How many of (batch, batch_idx, dataloader_idx) the task's ``step`` takes: 1 to ``most``.
+
+    ``most`` is 2 for ``training_step`` and 3 for the others.
+    """
     parameters = list(inspect.signature(getattr(task, step)).parameters.values())
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     required = [p for p in positional if p.default is p.empty]
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return 3
-    if not positional or len(required) > 3:
+        return most
+    if not positional or len(required) > most:
         raise ConfigurationError(
             f"{type(task).__name__}.{step}{inspect.signature(getattr(task, step))} cannot be "
             f"called: write `def {step}(self, batch, batch_idx)`."
         )
-    return min(3, len(positional))
+    return min(most, len(positional))
 
 
 def split_outputs(outputs: Any, task_name: str) -> Tuple[Any, Dict[str, Any]]:

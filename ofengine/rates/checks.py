@@ -18,7 +18,11 @@ _SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 def check_rates(
-    plan: RatePlan, made: Optimization, total_steps: Optional[int], max_epochs: int
+    plan: RatePlan,
+    made: Optimization,
+    total_steps: Optional[int],
+    max_epochs: int,
+    begin: int = 0,
 ) -> None:
     """Warn of what is probably not meant; raise :class:`RateError` for what cannot work.
 
@@ -27,8 +31,9 @@ def check_rates(
         made: what ``configure_optimizers`` returned.
         total_steps: the optimizer steps of the run, or None where that is not known.
         max_epochs: the epochs of the run, or -1.
+        begin: the step at which the run begins, where it is resumed.
     """
-    _check_finite(plan, 0)
+    _check_finite(plan, plan.within(begin))
     if not total_steps:
         return
     if total_steps <= _STEPS_TO_LOOK_AHEAD:

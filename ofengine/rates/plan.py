@@ -84,7 +84,7 @@ class RatePlan:
         self.frequency = frequency
         self._optimizer: Any = _NoOptimizer()
         """The optimizer whose groups are watched."""
-        self._live_groups: List[Any] = self._optimizer.param_groups
+        self._live_groups: List[Any] = []
         self._options: List[Dict[str, Any]] = []
         """The options of each of its groups."""
         self._standing: List[float] = []
@@ -97,6 +97,8 @@ class RatePlan:
         self._latest: Tuple[Optional[Tuple[int, int]], List[float]] = (None, [])
         """What the rates of the step asked for last depend on, and these rates."""
         self._constant: Optional[List[float]] = None
+        self._before_change: Tuple[int, List[float]] = (-1, [])
+        """The step before the newest :meth:`set_lr`, and its rates."""
         self._forget()
 
     # ------------------------------------------------------------------ setting up
@@ -130,7 +132,15 @@ class RatePlan:
         return self.rates(step)[self.index(group)]
 
     def rates(self, step: int) -> List[float]:
-        """The learning rates of all groups at ``step``, in the groups' order."""
+        """The learning rates of all groups at ``step``, in the groups' order.
+
+        Behind a :meth:`set_lr` only the step right before it is still known as it was.
+        """
+        if step == self._before_change[0]:
+            return list(self._before_change[1])
+        return list(self._rates(step))
+
+    def _rates(self, step: int) -> List[float]:
         if self._constant is not None:
             return self._constant
         moment = self._moment(step)
@@ -182,6 +192,10 @@ class RatePlan:
             events = self.calendar.events_before(step, every, per_epoch)
         return self.position(step), events
 
+    def within(self, step: int) -> int:
+        """``step``, or the run's last one where that is known and earlier."""
+        return step if self.stop is None else max(0, min(step, self.stop - 1))
+
     def position(self, step: int) -> int:
         """How often a hand-written loop would have called ``scheduler.step()`` before ``step``."""
         if self.schedule is None:
@@ -207,6 +221,8 @@ class RatePlan:
         index = self.index(group)
         if not math.isfinite(lr) or lr < 0:
             raise RateError(f"set_lr({group!r}, {lr!r}): a rate is finite and not negative.")
+        if step - 1 != self._before_change[0]:
+            self._before_change = (step - 1, self._rates(step - 1) if step else [])
         self.changes.append((step, group, float(lr)))
         if self.schedule is not None:
             self.schedule.rebase(index, float(lr), self.position(step))
@@ -229,6 +245,7 @@ class RatePlan:
                 self.schedule.rebase(index, group.lr, 0)
         self.groups = self.initial_groups = tuple(groups)
         self.changes = []
+        self._before_change = (-1, [])
         self.decay = decay
         self._forget()
 
@@ -237,18 +254,23 @@ class RatePlan:
     def watch(self, optimizer: Optimizer) -> None:
         """Remember the rates and scales that stand in the groups now."""
         self._optimizer = optimizer
-        self._find_options()
+        self._live_groups = list(optimizer.param_groups)
+        self._options = [group.options for group in self._live_groups]
         self._standing = [*map(_lr_of, self._options)]
         self._standing_scales = [*map(_scale_of, self._options)]
 
-    def _find_options(self) -> None:
-        self._live_groups = self._optimizer.param_groups
-        self._options = [group.options for group in self._live_groups]
-
     def check_untouched(self) -> None:
         """Raise :class:`RateError` where somebody wrote a rate or a scale since :meth:`watch`."""
-        if self._optimizer.param_groups is not self._live_groups:
-            self._find_options()  # load_state_dict makes new groups
+        live = self._optimizer.param_groups
+        if live != self._live_groups:  # load_state_dict makes new ones
+            if len(live) != len(self._standing):
+                raise RateError(
+                    f"the optimizer has {len(live)} parameter groups instead of "
+                    f"{len(self._standing)} during training: declare all of them in "
+                    "param_groups(); trainer.set_lr(name, 0) keeps a group as it is."
+                )
+            self._live_groups = list(live)
+            self._options = [group.options for group in live]
         if [*map(_lr_of, self._options)] != self._standing:
             raise self._changed_by_hand()
         if [*map(_scale_of, self._options)] != self._standing_scales:
@@ -279,7 +301,7 @@ class RatePlan:
             return
         if self.stop is not None and step >= self.stop:
             return
-        rates = self.rates(step)
+        rates = self._rates(step)
         if rates != self._standing:
             for options, rate in zip(self._options, rates):
                 options["lr"] = rate

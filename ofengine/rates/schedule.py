@@ -236,6 +236,11 @@ class RecordedSchedule(Schedule):
         return self._rates_at(position).tolist()
 
     def _rates_at(self, position: int) -> array[float]:
+        if position < self._first:
+            raise RateError(
+                f"the schedule's rates before position {self._first} are not known any more, "
+                "since trainer.set_lr changed a base rate there."
+            )
         number, within = divmod(position - self._first, _CHUNK)
         chunk = self._chunks.get(number)
         if chunk is None:

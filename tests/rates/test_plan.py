@@ -17,7 +17,7 @@ from ofengine import RateError, RatePlan, TaskModule
 from ofengine.rates.calendar import Calendar
 from ofengine.rates.groups import Group
 from ofengine.rates.plan import DecayEvents
-from ofengine.rates.schedule import RecordedSchedule
+from ofengine.rates.schedule import FunctionSchedule, RecordedSchedule
 
 Keys = Dict[str, float]
 
@@ -262,6 +262,43 @@ def test_asking_for_rates_again_or_backwards_changes_nothing() -> None:
     expected = [forwards.rates(step) for step in steps]
     assert [backwards.rates(step) for step in reversed(steps)] == expected[::-1]
     assert [forwards.rates(step) for step in steps] == expected
+
+
+def test_what_rates_returns_belongs_to_the_caller() -> None:
+    optimizer = flow.optim.SGD([flow.nn.Parameter(flow.ones(1))], lr=0.1)
+    made = group(0, {"lr": 0.1, "lr_scale": 1.0, "lr_decay_scale": 1.0})
+    for schedule in (None, FunctionSchedule([0.1], lambda position: 1 / (1 + position))):
+        plan = RatePlan([made], Calendar(batches_per_epoch=9), schedule)
+        plan.watch(optimizer)
+        for step in range(3):
+            before = plan.rates(step)
+            plan.rates(step)[0] = 7.0
+            assert plan.rates(step) == before != [7.0]
+            plan.write(step)
+            assert optimizer.param_groups[0]["lr"] == before[0]
+        optimizer.param_groups[0]["lr"] = 0.1
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_the_step_before_a_change_keeps_its_rates(recorded: bool) -> None:
+    """They are what ``LearningRateMonitor`` logs after the change."""
+    schedule: Any = None
+    if recorded:
+        optimizer = flow.optim.SGD([flow.nn.Parameter(flow.ones(1))], lr=0.5)
+        schedule = RecordedSchedule(flow.optim.lr_scheduler.StepLR(optimizer, 2, 0.5))
+    made = group(0, {"lr": 0.5, "lr_scale": 1.0, "lr_decay_scale": 1.0})
+    plan = RatePlan([made], Calendar(batches_per_epoch=9), schedule)
+    before = plan.rates(2)
+    plan.set_lr("g0", 2.0, 3)
+    plan.set_lr("g0", 4.0, 3)
+    assert plan.rates(2) == before
+    used = plan.rates(3)
+    assert used == [2.0 if recorded else 4.0]  # half of it where the schedule halves
+    plan.set_lr("g0", 1.0, 4)
+    assert plan.rates(3) == used
+    if recorded:
+        with pytest.raises(RateError, match=r"not known any more.*set_lr"):
+            plan.rates(1)
 
 
 class Task(TaskModule):
