@@ -57,9 +57,10 @@ class TaskModule(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """A submodule, parameter or buffer; submodules first, which every step asks for."""
-        modules = self.__dict__.get("_modules")
-        if modules is not None and name in modules:
-            return modules[name]
+        try:
+            return self.__dict__["_modules"][name]
+        except KeyError:
+            pass  # not raised from here, where it would be told with the error
         return super().__getattr__(name)
 
     # ------------------------------------------------------------------ what the user writes
