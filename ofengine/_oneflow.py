@@ -20,6 +20,7 @@ from oneflow.framework import session_context
 from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 from oneflow.optim import Optimizer
 
+from ofengine._consecutive_adds import put_back
 from ofengine._startup import without_known_noise
 
 # ---------------------------------------------------------------------- devices and waiting
@@ -223,10 +224,19 @@ def graphs_compiled() -> int:
     return _Graphs.newest + 1 - _Graphs.traced_only
 
 
-def trace_and_compile(graph: nn.Graph, inputs: Sequence[Any]) -> None:
-    """What the first call of ``graph`` does, without running it."""
+def trace_and_compile(graph: nn.Graph, inputs: Sequence[Any], as_eager: bool = True) -> None:
+    """What the first call of ``graph`` does, without running it.
+
+    ``as_eager``: add tensors up in the order in which they are added in eager mode.
+    """
     try:
-        graph._compile(*inputs)
+        if as_eager:
+            graph.build_graph(*inputs)
+            if put_back(graph._forward_job_proto, graph._full_job_proto):
+                graph._full_graph_proto = graph._full_job_proto
+            graph.finish_complie_and_init_runtime()
+        else:
+            graph._compile(*inputs)
     except BaseException:
         _Graphs.traced_only += 1
         raise

@@ -9,6 +9,7 @@ length. All graphs that update share one memory for the optimizer's state and st
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, Dict, Hashable, List, Optional, Sequence, Tuple
 
 import attrs
@@ -355,7 +356,8 @@ class GraphMode:
             self._take_resumed_state(graph)
             if self._states:
                 _oneflow.share_optimizer_states(graph, self._states)
-        self._trace(graph, _oneflow.trace_and_compile, inputs, what)
+        compiling = partial(_oneflow.trace_and_compile, as_eager=is_ours)
+        self._trace(graph, compiling, inputs, what)
         own = "where that matters, leave build_graph() as it is"
         mend = "call flow.rand and its like by these names, or draw in the dataset"
         warn_of_unfed(what, _oneflow.random_operations(graph), mend if is_ours else own)
