@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
-import io
 import math
 import os
 import sys
@@ -17,6 +15,7 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 import oneflow as flow
 from oneflow import nn
 from oneflow.framework import session_context
+from oneflow.nn.graph.proxy import Proxy, ProxyParameterList
 from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 from oneflow.optim import Optimizer
 
@@ -49,7 +48,12 @@ def start_session() -> None:
 
 def module_of(proxy: Any) -> Any:
     """The module that stands behind ``proxy`` inside ``build`` (a module stands for itself)."""
-    return proxy if isinstance(proxy, nn.Module) else proxy.to(nn.Module)
+    return proxy.to(nn.Module) if isinstance(proxy, Proxy) else proxy
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """True where somebody registered a hook of ``module``'s forward, which no graph calls."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def build_parameters(proxy: Any) -> List[Any]:
@@ -91,6 +95,51 @@ class _Traced:
 
     def parameters(self, recurse: bool = True) -> Iterator[Any]:
         return (lazy for _, lazy in self.named_parameters(recurse=recurse))
+
+
+class _Answers:
+    """What the proxy of a module answers as the module does; its parameters are lazy tensors."""
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True) -> Iterator[Any]:
+        for name, _ in module_of(self).named_parameters(prefix="", recurse=recurse):
+            lazy = functools.reduce(getattr, name.split("."), self)
+            yield (f"{prefix}.{name}" if prefix else name), lazy
+
+    def parameters(self, recurse: bool = True) -> Iterator[Any]:
+        return (lazy for _, lazy in self.named_parameters(recurse=recurse))
+
+
+class _AnswersOfList(_Answers):
+    """The same of a ``ParameterList``, which can be gone through."""
+
+    def __iter__(self) -> Iterator[Any]:
+        values: Any = self
+        return (values[index] for index in range(len(values)))
+
+
+def _always(value: Any) -> property:
+    return property(lambda self: value)
+
+
+_CLASS: Any = object.__dict__["__class__"]  # sets an object's class, whatever it calls its own
+
+
+@contextlib.contextmanager
+def answering_as_modules(proxy: Any) -> Iterator[None]:
+    """While tracing, let the proxies within ``proxy`` pass for instances of their modules' classes.
+
+    ``isinstance(self.layer, nn.Linear)`` would be False in a graph, without a word.
+    """
+    proxies = [(each, type(each)) for each in proxy.modules()]
+    for each, kind in proxies:
+        cls = type(module_of(each))
+        answers = _AnswersOfList if isinstance(each, ProxyParameterList) else _Answers
+        _CLASS.__set__(each, type(cls.__name__, (answers, kind), {"__class__": _always(cls)}))
+    try:
+        yield
+    finally:
+        for each, kind in proxies:
+            _CLASS.__set__(each, kind)
 
 
 def instance_in_trace(proxy: Any) -> Any:
@@ -155,38 +204,6 @@ def mute(graph: nn.Graph) -> None:
 def allow_backward(graph: nn.Graph) -> None:
     """Let ``build`` call ``backward`` although the graph has no optimizer."""
     graph.config._train(True)
-
-
-@contextlib.contextmanager
-def no_garbage_collected() -> Iterator[None]:
-    """Keep the garbage collector from deleting an old graph while a new one is compiled.
-
-    ``nn.Graph.__del__`` resets a table of variables that all graphs share. Where that happens
-    in the middle of a compilation, it fails: "must be a variable created in nn.Graph".
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@contextlib.contextmanager
-def compile_quietly() -> Iterator[None]:
-    """Hold back the copy of an exception's text that ``nn.Graph`` prints to stderr."""
-    held, stderr = io.StringIO(), sys.stderr
-    sys.stderr = held
-    text = ""
-    try:
-        yield
-    except BaseException as error:
-        text = f"{error}\n" if str(error) else ""
-        raise
-    finally:
-        sys.stderr = stderr
-        stderr.write(held.getvalue().replace(text, "") if text else held.getvalue())
 
 
 def functions_by_name(name: str) -> List[Tuple[Any, Any]]:

@@ -10,6 +10,9 @@ from oneflow import nn
 
 from ofengine._oneflow import module_of
 
+_UNCOUNTED = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+"""They have the counter of batch norm, and leave it alone."""
+
 
 @contextlib.contextmanager
 def counted_batch_norms(task: nn.Module, calls: Dict[Any, int]) -> Iterator[None]:
@@ -21,12 +24,14 @@ def counted_batch_norms(task: nn.Module, calls: Dict[Any, int]) -> Iterator[None
     layers = [
         module
         for module in task.modules()
-        if module.training and getattr(module, "num_batches_tracked", None) is not None
+        if getattr(module, "num_batches_tracked", None) is not None
+        and not isinstance(module, _UNCOUNTED)
     ]
 
     def handle(layer: Any, x: Any, *addend: Any) -> Any:
         origin = module_of(layer)
-        calls[origin] = calls.get(origin, 0) + 1
+        if layer.training:  # a step may have called eval() of it
+            calls[origin] = calls.get(origin, 0) + 1
         return type(origin).forward(layer, x, *addend)
 
     for layer in layers:

@@ -23,6 +23,11 @@ from ofengine.data import Structure, describe, flatten, unflatten
 from ofengine.errors import ConfigurationError, GraphModeError, OFEngineError, warn
 from ofengine.hooks import HookRunner, overrides
 from ofengine.modes.batch_norms import counted_batch_norms
+from ofengine.modes.compiling import (
+    compile_quietly,
+    no_garbage_collected,
+    refuse_what_graphs_ignore,
+)
 from ofengine.modes.draws import (
     Draws,
     DrawsMet,
@@ -181,6 +186,7 @@ class GraphMode:
         return TrainGraph(self, self._structure)
 
     def _compile_step(self, structure: Structure, tensors: List[Any]) -> _Compiled:
+        refuse_what_graphs_ignore(self.task)
         draws = Draws()
         if not has_own_graph(self.task) and (self._draws or active_dropouts(self.task)):
             try:
@@ -298,6 +304,7 @@ class GraphMode:
         key = (step, dataloader_idx, structure, *[(t.shape, t.dtype) for t in tensors])
         compiled = self._evals.get(key)
         if compiled is None:
+            refuse_what_graphs_ignore(self.task)
             graph = EvalGraph(self.task, step, structure, (dataloader_idx,))
             compiled = self._evals[key] = self._compile_eval(graph, tensors, Draws())
         graph = compiled.graph
@@ -372,7 +379,7 @@ class GraphMode:
         _oneflow.mute(graph)
         self._forget_gradients()
         try:
-            with _oneflow.compile_quietly(), _oneflow.no_garbage_collected():
+            with compile_quietly(), no_garbage_collected():
                 run(graph, inputs)
         except DrawsMet:
             raise

@@ -51,7 +51,8 @@ class StepGraph(nn.Graph):
         arguments = (batch, self.index, *self.extra)[: self.arity]
         task = _oneflow.instance_in_trace(self.task)
         feeding = Feed(drawn).replacing_calls()
-        with Trace() as trace, feeding as feed, no_numbers_frozen(self.step):
+        answering = _oneflow.answering_as_modules(self.task)
+        with Trace() as trace, feeding as feed, no_numbers_frozen(self.step), answering:
             outputs = getattr(task, self.step)(*arguments)
         feed.stop_if_met()
         self.assigned = _oneflow.assignments_in_trace(task)
