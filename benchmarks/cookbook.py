@@ -3,9 +3,9 @@
 Images of CIFAR-10's shape, made by the script. By hand: the loop of the README's "Before and
 after", with a PIL transform for each sample and ``loss.item()`` at each step, as the cookbook has
 it. The engine trains over the same DataLoader, with its defaults, and once more over
-``in_memory_loader``, which gives the same batches, bit for bit; so do both with one worker. An
-epoch over a list of batches
-that were made before tells what the data cost: the share of an epoch beyond it waits for them::
+``in_memory_loader``, which gives the same batches, bit for bit. Cookbook and engine run with one
+worker, too. An epoch over a list of batches that were made before tells what the data cost: the
+share of an epoch beyond it waits for them::
 
     python benchmarks/cookbook.py
 """

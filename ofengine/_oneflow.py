@@ -89,24 +89,27 @@ class _Traced:
         return self.forward(*args, **kwargs)  # type: ignore[attr-defined]
 
     def named_parameters(self, prefix: str = "", recurse: bool = True) -> Iterator[Any]:
-        for name, _ in self._origin.named_parameters(prefix="", recurse=recurse):
-            lazy = functools.reduce(getattr, name.split("."), self._proxy)
-            yield (f"{prefix}.{name}" if prefix else name), lazy
+        return _lazy_parameters(self._proxy, prefix, recurse)
 
     def parameters(self, recurse: bool = True) -> Iterator[Any]:
-        return (lazy for _, lazy in self.named_parameters(recurse=recurse))
+        return (lazy for _, lazy in _lazy_parameters(self._proxy, "", recurse))
 
 
 class _Answers:
     """What the proxy of a module answers as the module does; its parameters are lazy tensors."""
 
     def named_parameters(self, prefix: str = "", recurse: bool = True) -> Iterator[Any]:
-        for name, _ in module_of(self).named_parameters(prefix="", recurse=recurse):
-            lazy = functools.reduce(getattr, name.split("."), self)
-            yield (f"{prefix}.{name}" if prefix else name), lazy
+        return _lazy_parameters(self, prefix, recurse)
 
     def parameters(self, recurse: bool = True) -> Iterator[Any]:
-        return (lazy for _, lazy in self.named_parameters(recurse=recurse))
+        return (lazy for _, lazy in _lazy_parameters(self, "", recurse))
+
+
+def _lazy_parameters(proxy: Any, prefix: str, recurse: bool) -> Iterator[Any]:
+    """``named_parameters`` of the module behind ``proxy``, each with its lazy tensor."""
+    for name, _ in module_of(proxy).named_parameters(prefix="", recurse=recurse):
+        lazy = functools.reduce(getattr, name.split("."), proxy)
+        yield (f"{prefix}.{name}" if prefix else name), lazy
 
 
 class _AnswersOfList(_Answers):
@@ -247,13 +250,10 @@ def trace_and_compile(graph: nn.Graph, inputs: Sequence[Any], as_eager: bool = T
     ``as_eager``: add tensors up in the order in which they are added in eager mode.
     """
     try:
-        if as_eager:
-            graph.build_graph(*inputs)
-            if put_back(graph._forward_job_proto, graph._full_job_proto):
-                graph._full_graph_proto = graph._full_job_proto
-            graph.finish_complie_and_init_runtime()
-        else:
-            graph._compile(*inputs)
+        graph.build_graph(*inputs)
+        if as_eager and put_back(graph._forward_job_proto, graph._full_job_proto):
+            graph._full_graph_proto = graph._full_job_proto
+        graph.finish_complie_and_init_runtime()
     except BaseException:
         _Graphs.traced_only += 1
         raise

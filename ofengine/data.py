@@ -180,7 +180,7 @@ class Batches:
             if first:
                 yield from _resumed(_step_of(count, accumulate, first - 1, STEPPED), resumption)
         batch_idx = first - 1
-        if accumulate == 1:
+        if accumulate == 1:  # what _step_of gives, without its call at every step
             for batch_idx, batch in enumerate(batches, first):
                 yield batch_idx, batch, 1, True, batch_idx == last
         else:

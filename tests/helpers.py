@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import oneflow as flow
 from oneflow import nn
 
-from ofengine import Trainer
+from ofengine import TaskModule, Trainer
 
 MODES = ("eager", "graph")
+
+
+class ByStep(TaskModule):
+    """A task whose loss ``step`` makes of the task and of a batch; a subclass adds the modules."""
+
+    def __init__(self, step: Callable[[Any, Any], Any]) -> None:
+        super().__init__()
+        self.step = step
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.step(self, batch)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.step(self, batch))
 
 
 def quiet_trainer(**arguments: Any) -> Trainer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from array import array
+from types import SimpleNamespace
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import attrs
@@ -22,13 +23,6 @@ _MOST_ENTRIES = 1_000_000
 """Rates that are compiled into a graph at most; more are compiled in when these are used up."""
 _lr_of = operator.itemgetter("lr")
 _scale_of = operator.methodcaller("get", "lr_scale", 1.0)
-
-
-class _NoOptimizer:
-    """Stands for the optimizer until one is watched."""
-
-    def __init__(self) -> None:
-        self.param_groups: List[Any] = []
 
 
 @attrs.frozen
@@ -82,8 +76,8 @@ class RatePlan:
         self.schedule = schedule
         self.by_epoch = interval == "epoch"
         self.frequency = frequency
-        self._optimizer: Any = _NoOptimizer()
-        """The optimizer whose groups are watched."""
+        self._optimizer: Any = SimpleNamespace(param_groups=[])
+        """The optimizer whose groups are watched; until then one that has none."""
         self._live_groups: List[Any] = []
         self._options: List[Dict[str, Any]] = []
         """The options of each of its groups."""
@@ -254,10 +248,13 @@ class RatePlan:
     def watch(self, optimizer: Optimizer) -> None:
         """Remember the rates and scales that stand in the groups now."""
         self._optimizer = optimizer
-        self._live_groups = list(optimizer.param_groups)
-        self._options = [group.options for group in self._live_groups]
+        self._find_options()
         self._standing = [*map(_lr_of, self._options)]
         self._standing_scales = [*map(_scale_of, self._options)]
+
+    def _find_options(self) -> None:
+        self._live_groups = list(self._optimizer.param_groups)
+        self._options = [group.options for group in self._live_groups]
 
     def check_untouched(self) -> None:
         """Raise :class:`RateError` where somebody wrote a rate or a scale since :meth:`watch`."""
@@ -269,8 +266,7 @@ class RatePlan:
                     f"{len(self._standing)} during training: declare all of them in "
                     "param_groups(); trainer.set_lr(name, 0) keeps a group as it is."
                 )
-            self._live_groups = list(live)
-            self._options = [group.options for group in live]
+            self._find_options()
         if [*map(_lr_of, self._options)] != self._standing:
             raise self._changed_by_hand()
         if [*map(_scale_of, self._options)] != self._standing_scales:

@@ -20,7 +20,7 @@ class Schedule:
 
     def lr(self, group: int, position: int) -> float:
         """The rate of ``group`` (its index) after ``position`` calls of ``step``."""
-        raise NotImplementedError
+        return self.lrs(position)[group]
 
     def lrs(self, position: int) -> List[float]:
         """The rates of all groups after ``position`` calls of ``step``."""
@@ -146,10 +146,6 @@ class PlateauSchedule(Schedule):
         vars(self._twin).update(state["memory"])
         for group, lr in zip(self._twin.optimizer.param_groups, state["lrs"]):
             group["lr"] = lr
-
-    def lr(self, group: int, position: int) -> float:
-        """See :class:`Schedule`: the rate from now on, whatever the position."""
-        return float(self._twin.optimizer.param_groups[group]["lr"])
 
     def lrs(self, position: int) -> List[float]:
         """See :class:`Schedule`: the rates from now on, whatever the position."""

@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict
 import numpy as np
 import oneflow as flow
 import pytest
-from helpers import MODES, fill_deterministically, quiet_trainer, weights_of
+from helpers import MODES, ByStep, fill_deterministically, quiet_trainer, weights_of
 from oneflow import nn
 
 from ofengine import GraphModeError, TaskModule
@@ -15,25 +15,18 @@ from ofengine import GraphModeError, TaskModule
 Step = Callable[[Any, Any], Any]
 
 
-class Parts(TaskModule):
-    """Modules of several kinds; ``step`` makes the loss of the task and of the rows."""
+class Parts(ByStep):
+    """Modules of several kinds."""
 
     def __init__(self, step: Step) -> None:
-        super().__init__()
+        super().__init__(step)
         self.first = nn.Linear(7, 7)
         self.rest = nn.Sequential(nn.Linear(7, 7), nn.ReLU(), nn.Sequential(nn.Linear(7, 7)))
         self.factors = nn.ParameterList([nn.Parameter(flow.ones(7)) for _ in range(3)])
         self.norm = nn.BatchNorm1d(7)
         self.instances = nn.InstanceNorm1d(1, affine=True, track_running_stats=True)
         self.table = nn.Embedding(5, 7)
-        self.step = step
         fill_deterministically(self, spread=0.4)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return self.step(self, batch)
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_loss", self.step(self, batch))
 
     def configure_optimizers(self) -> Any:
         return flow.optim.SGD(self.param_groups(), lr=0.02, momentum=0.9)

@@ -10,27 +10,18 @@ from typing import Any, Callable, Dict, List
 import numpy as np
 import oneflow as flow
 import pytest
-from helpers import MODES, fill_deterministically, quiet_trainer, weights_of
+from helpers import MODES, ByStep, fill_deterministically, quiet_trainer, weights_of
 from oneflow import nn
 
-from ofengine import TaskModule, _oneflow
+from ofengine import _oneflow
 
 
-class Sums(TaskModule):
-    """``step`` makes the loss of the task and of the rows."""
-
+class Sums(ByStep):
     def __init__(self, step: Callable[[Any, Any], Any]) -> None:
-        super().__init__()
+        super().__init__(step)
         self.layer = nn.Linear(7, 7)
         self.others = nn.ModuleList([nn.Linear(7, 7) for _ in range(4)])
-        self.step = step
         fill_deterministically(self, spread=0.4)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return self.step(self, batch)
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_loss", self.step(self, batch))
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         return sum(other(batch) for other in self.others)
