@@ -37,13 +37,8 @@ lint: $(READY)  ## check style and layout with ruff
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
 
-# The folder callbacks/ is ofengine.callbacks only once it is installed, and mypy does not
-# follow an editable install, so this one is installed into a folder of its own.
 types: $(READY)  ## check types with mypy
-	@rm -rf build/types build/lib build/bdist.*
-	@$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --target build/types .
-	@cd build/types && ../../$(PYTHON) -m mypy --config-file ../../pyproject.toml \
-		--cache-dir ../../.mypy_cache -p ofengine
+	@$(PYTHON) -m mypy -p ofengine
 
 wheel: $(READY)  ## build dist/ofengine-*.whl
 	@rm -rf build dist
@@ -62,7 +57,7 @@ clean:  ## remove .venv and everything that was built
 ifneq "$(shell cat $(READY) 2>/dev/null)" "$(CURDIR)"
 .PHONY: $(READY)
 endif
-$(READY): setup.cfg setup.py pyproject.toml ofengine/_pth.py
+$(READY): setup.cfg setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 8) <= sys.version_info[:2] <= (3, 10))' 2>/dev/null || \
 		{ python=$$(.ci/find-python) && echo "Making .venv with $$python, once. OneFlow is large." && \
 		"$$python" -m venv --clear .venv; }

@@ -13,7 +13,7 @@ from _measure import Pair, Turns
 from oneflow import nn
 
 from ofengine import Callback, TaskModule, Trainer
-from ofengine._oneflow import synchronize
+from ofengine._oneflow.session import synchronize
 
 # flowvision's MobileNetV2 asks for an activation in place, which OneFlow does not have.
 warnings.filterwarnings("ignore", message="ReLU6 module")

@@ -47,7 +47,7 @@ def run(kind: str, mode: str, network: str, images: int) -> Tuple[float, float]:
     from oneflow.utils.data import DataLoader
 
     from ofengine import Callback, ImageArrays, Trainer, in_memory_loader
-    from ofengine._oneflow import synchronize
+    from ofengine._oneflow.session import synchronize
 
     generator = np.random.RandomState(0)
     pixels = generator.randint(0, 256, (images, 32, 32, 3)).astype("uint8")

@@ -28,7 +28,7 @@ def run(kind: str, mode: str, network: str) -> Dict[str, float]:
     from oneflow import nn
 
     from ofengine import Callback, Trainer
-    from ofengine._oneflow import synchronize
+    from ofengine._oneflow.session import synchronize
 
     case = next(case for name, case in CASES.items() if name.startswith(network))
     batch = flow.randn(32, 3, 32, 32), flow.randint(0, 10, (32,))

@@ -30,7 +30,7 @@ def measured(mode: str, axis: str, size: int, quick: bool) -> Any:
     from _cases import OFF, Idle, Task, hand_step, measure, sgd
     from oneflow import nn
 
-    from ofengine._oneflow import synchronize
+    from ofengine._oneflow.session import synchronize
 
     grouped = "groups" in axis
     scheduled = axis in ("groups under a schedule", "steps of a schedule")

@@ -23,7 +23,7 @@ import sys
 import oneflow as flow
 from oneflow import nn
 if sys.argv[1] == "mended":
-    from ofengine._launch_race import mend_launch_race
+    from ofengine._oneflow.launch_race import mend_launch_race
     assert mend_launch_race() == "mended", mend_launch_race()
 model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1))
 optimizer = flow.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)

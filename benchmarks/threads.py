@@ -48,7 +48,7 @@ def _prepared(network: str, mode: str, configure: Any = lambda config: None) -> 
     import oneflow as flow
     from oneflow import nn
 
-    from ofengine._launch_race import mend_launch_race
+    from ofengine._oneflow.launch_race import mend_launch_race
 
     mend_launch_race()  # or a process with small graphs may die of OneFlow's race
     flow.manual_seed(0)
@@ -60,7 +60,7 @@ def _prepared(network: str, mode: str, configure: Any = lambda config: None) -> 
 
 
 def _timed(step: Callable[[], Any], steps: int) -> float:
-    from ofengine._oneflow import synchronize
+    from ofengine._oneflow.session import synchronize
 
     synchronize()
     began = time.perf_counter()

@@ -1,5 +1,6 @@
 """The callbacks that ship with ofengine, one a file; they use what any user's callback could."""
 
+import ofengine._oneflow  # noqa: F401  first: it imports OneFlow quietly
 from ofengine.callbacks.early_stopping import EarlyStopping
 from ofengine.callbacks.ema_weight_averaging import EMAWeightAveraging
 from ofengine.callbacks.gradual_unfreezing import GradualUnfreezing

@@ -7,12 +7,12 @@ import math
 import numbers
 from typing import Any, Dict, Optional
 
-from ofengine.arguments import check_choice, check_count, check_flag
+from ofengine.callback import Callback
 from ofengine.callbacks._monitor import hint, warn_of_misspelt_monitor
 from ofengine.errors import CheckpointError, ConfigurationError, warn
-from ofengine.hooks import Callback
+from ofengine.run.arguments import check_choice, check_count, check_flag
+from ofengine.run.view import RunView
 from ofengine.task import TaskModule
-from ofengine.trainer import Trainer
 
 log = logging.getLogger("ofengine")
 
@@ -132,16 +132,16 @@ class EarlyStopping(Callback):
 
     # ------------------------------------------------------------------ when
 
-    def setup(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
+    def setup(self, trainer: RunView, task: TaskModule, stage: str) -> None:
         """Start anew."""
         if stage == "fit":
             self._forget()
 
-    def on_sanity_check_end(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_sanity_check_end(self, trainer: RunView, task: TaskModule) -> None:
         """Warn early of a ``monitor`` that looks misspelt."""
         warn_of_misspelt_monitor(self, self.monitor, trainer.callback_metrics)
 
-    def on_train_start(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_train_start(self, trainer: RunView, task: TaskModule) -> None:
         """In a resumed run: stop again, or go on where what is configured now allows it."""
         if self.check_on_train_epoch_end is False and not trainer.has_validation:
             warn(
@@ -163,7 +163,7 @@ class EarlyStopping(Callback):
             if not any(each._reason_to_stop() for each in others):
                 trainer.should_stop = False
 
-    def on_validation_end(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_validation_end(self, trainer: RunView, task: TaskModule) -> None:
         """Look, unless only the ends of epochs count."""
         if trainer.sanity_checking or self.check_on_train_epoch_end:
             return
@@ -174,7 +174,7 @@ class EarlyStopping(Callback):
         if not self._wait_for_epoch_end:
             self._look(trainer, "after this validation")
 
-    def on_train_epoch_end(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_train_epoch_end(self, trainer: RunView, task: TaskModule) -> None:
         """Look, where validation does not log the metric, or where only epochs count."""
         if self.check_on_train_epoch_end is None:
             if not self._validated and self.monitor in trainer.callback_metrics:
@@ -187,7 +187,7 @@ class EarlyStopping(Callback):
 
     # ------------------------------------------------------------------ what
 
-    def _look(self, trainer: Trainer, when: str) -> None:
+    def _look(self, trainer: RunView, when: str) -> None:
         """Count this value of the metric; stop where that is due."""
         metrics = trainer.callback_metrics
         if self.monitor not in metrics:

@@ -11,11 +11,11 @@ import numpy as np
 import oneflow as flow
 from oneflow import nn
 
-from ofengine.arguments import check_count, check_flag
+from ofengine.callback import Callback
 from ofengine.errors import CheckpointError, ConfigurationError
-from ofengine.hooks import Callback
+from ofengine.run.arguments import check_count, check_flag
+from ofengine.run.view import RunView
 from ofengine.task import TaskModule
-from ofengine.trainer import Trainer
 
 log = logging.getLogger("ofengine")
 
@@ -145,7 +145,7 @@ class EMAWeightAveraging(Callback):
         }
         self._loaded_without = list(state.get("without", []))
 
-    def on_fit_start(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_fit_start(self, trainer: RunView, task: TaskModule) -> None:
         """Take over what was loaded, where it fits the task."""
         own = self._tensors_of(task)
         self._names = list(own)
@@ -178,7 +178,7 @@ class EMAWeightAveraging(Callback):
 
     # ------------------------------------------------------------------ averaging
 
-    def setup(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
+    def setup(self, trainer: RunView, task: TaskModule, stage: str) -> None:
         """Start anew where training does."""
         self._stage = stage
         evaluating = [e for e in trainer.callbacks if isinstance(e, EMAWeightAveraging)]
@@ -190,12 +190,12 @@ class EMAWeightAveraging(Callback):
         if stage == "fit":
             self._forget()
 
-    def on_train_start(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_train_start(self, trainer: RunView, task: TaskModule) -> None:
         """Count steps from here."""
         self._step = trainer.global_step
 
     def on_train_batch_end(
-        self, trainer: Trainer, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: RunView, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Update, where a step was made and it is its turn."""
         step = trainer.global_step
@@ -254,7 +254,7 @@ class EMAWeightAveraging(Callback):
 
     # ------------------------------------------------------------------ evaluating
 
-    def on_validation_start(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_validation_start(self, trainer: RunView, task: TaskModule) -> None:
         """Put the averages in the place of the weights."""
         if not self.evaluate or not self._average or self._kept:
             return
@@ -269,34 +269,35 @@ class EMAWeightAveraging(Callback):
         with flow.no_grad():
             kept = {name: own[name].clone() for name in self._average}
         self._kept = [(own[name], tensor) for name, tensor in kept.items()]
-        trainer.weights_aside = kept  # complete before the first weight is overwritten
+        trainer.set_weights_aside(kept)  # complete before the first weight is overwritten
         _copy([(own[name], tensor) for name, tensor in self._average.items()])
 
-    def on_validation_end(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_validation_end(self, trainer: RunView, task: TaskModule) -> None:
         """Put the weights back."""
         self._restore(trainer)
 
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
 
-    def on_train_end(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_train_end(self, trainer: RunView, task: TaskModule) -> None:
         """Take note of the weights that training ends with."""
         if self.evaluate and self._average:
             self._left = _fingerprint(task)
 
-    def on_exception(self, trainer: Trainer, task: TaskModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: RunView, task: TaskModule, exception: BaseException) -> None:
         """Put the weights back, where the exception came in the middle of an evaluation."""
         self._restore(trainer)
 
-    def teardown(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
+    def teardown(self, trainer: RunView, task: TaskModule, stage: str) -> None:
         """Put the weights back, and let go of the task; the averages stay."""
         self._restore(trainer)
         self._flats, self._trained = [], None
 
-    def _restore(self, trainer: Trainer) -> None:
+    def _restore(self, trainer: RunView) -> None:
         if self._kept:
             _copy(self._kept)
-            self._kept, trainer.weights_aside = [], {}
+            self._kept = []
+            trainer.set_weights_aside({})
 
 
 class _Flat:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
+from ofengine.callback import Callback
 from ofengine.errors import RateError, warn
-from ofengine.hooks import Callback
 from ofengine.rates.regroup import whole
+from ofengine.run.view import RunView
 from ofengine.task import TaskModule
-from ofengine.trainer import Trainer
 
 log = logging.getLogger("ofengine")
 
@@ -64,7 +64,7 @@ class GradualUnfreezing(Callback):
         self._epochs: Dict[str, int] = {}
         self._trained: Optional[List[str]] = None
 
-    def on_fit_start(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_fit_start(self, trainer: RunView, task: TaskModule) -> None:
         """Check the names; freeze all groups that are not to train in the first epoch."""
         self._trained = None
         names = trainer.rates.names
@@ -83,7 +83,7 @@ class GradualUnfreezing(Callback):
         }
         self._freeze_all_but(self._due(trainer.current_epoch))
 
-    def on_train_epoch_start(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_train_epoch_start(self, trainer: RunView, task: TaskModule) -> None:
         """Let the groups train whose epoch has come."""
         due = self._due(trainer.current_epoch)
         if due == self._trained:
@@ -100,7 +100,7 @@ class GradualUnfreezing(Callback):
             f"; frozen: {', '.join(frozen)}" if frozen else ", nothing is frozen",
         )
 
-    def teardown(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
+    def teardown(self, trainer: RunView, task: TaskModule, stage: str) -> None:
         """Make trainable again what was so before ``fit``."""
         self._freeze_all_but(list(self._members))
         self._members = {}

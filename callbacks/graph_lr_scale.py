@@ -6,11 +6,11 @@ from typing import Any, Optional
 
 from oneflow import nn
 
+from ofengine.callback import Callback
 from ofengine.callbacks.lr_decay import checked_decay
-from ofengine.hooks import Callback
 from ofengine.rates.plan import DecayEvents
+from ofengine.run.view import RunView
 from ofengine.task import TaskModule
-from ofengine.trainer import Trainer
 
 
 class GraphLRScaleCallback(Callback):
@@ -43,23 +43,23 @@ class GraphLRScaleCallback(Callback):
                 default.key if key is None else key,
             )
 
-    def on_fit_start(self, trainer: Trainer, task: TaskModule) -> None:
-        """Tell the plan when decay happens, where this callback was given arguments."""
-        if self._decay is not None:
-            trainer.rates.set_decay(self._decay, type(self).__name__)
+    @property
+    def decay_events(self) -> Optional[DecayEvents]:
+        """When decay happens, where this callback was given arguments."""
+        return self._decay
 
-    def on_train_start(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_train_start(self, trainer: RunView, task: TaskModule) -> None:
         """Remember the groups' rates, to notice where somebody changes them."""
         if trainer.mode == "graph":
             trainer.rates.watch(trainer.optimizer)
 
     def on_train_batch_end(
-        self, trainer: Trainer, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: RunView, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Refuse a rate written into a group by hand, which the graph would not see."""
         if trainer.mode == "graph":
             trainer.rates.check_untouched()
 
-    def on_before_graph_compile(self, trainer: Trainer, task: TaskModule, graph: nn.Graph) -> None:
+    def on_before_graph_compile(self, trainer: RunView, task: TaskModule, graph: nn.Graph) -> None:
         """Lower the rates from this step on into ``graph``."""
         trainer.lower_rates(graph)

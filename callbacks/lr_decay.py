@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Callable, Optional
 
-from ofengine.arguments import is_whole
+from ofengine.callback import Callback
 from ofengine.errors import ConfigurationError
-from ofengine.hooks import Callback
 from ofengine.rates.plan import DecayEvents
+from ofengine.run.arguments import is_whole
+from ofengine.run.view import RunView
 from ofengine.task import TaskModule
-from ofengine.trainer import Trainer
 
 
 class LRDecayCallback(Callback):
@@ -43,32 +43,32 @@ class LRDecayCallback(Callback):
         if every_n_batches is not None:
             self._decay = checked_decay(type(self).__name__, every_n_batches, per_epoch, key)
 
-    def on_fit_start(self, trainer: Trainer, task: TaskModule) -> None:
-        """Tell the plan when decay happens."""
-        if self._decay is not None:
-            trainer.rates.set_decay(self._decay, type(self).__name__)
+    @property
+    def decay_events(self) -> Optional[DecayEvents]:
+        """When decay happens; None where this callback was told to leave that to another."""
+        return self._decay
 
-    def on_train_start(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_train_start(self, trainer: RunView, task: TaskModule) -> None:
         """Write the first step's rates."""
         self._write = None
         if trainer.mode == "eager":
             trainer.rates.watch(trainer.optimizer)
             trainer.rates.write(trainer.global_step)
-            self._write = trainer.rates.write
+            self._write, self._progress = trainer.rates.write, trainer.progress
 
-    def on_train_epoch_start(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_train_epoch_start(self, trainer: RunView, task: TaskModule) -> None:
         """Write again: the epoch before may have had another length than was expected."""
         if self._write is not None:
             self._write(trainer.global_step)
 
     def on_train_batch_end(
-        self, trainer: Trainer, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: RunView, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write the next step's rates."""
         if self._write is not None:
-            self._write(trainer.steps_done)  # global_step, without its guard
+            self._write(self._progress.global_step)
 
-    def teardown(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
+    def teardown(self, trainer: RunView, task: TaskModule, stage: str) -> None:
         """Let go of the plan and the optimizer."""
         self._write = None
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
+from ofengine.callback import Callback
 from ofengine.errors import ConfigurationError
-from ofengine.hooks import Callback
+from ofengine.run.view import RunView
 from ofengine.task import TaskModule
-from ofengine.trainer import Trainer
 
 
 class LearningRateMonitor(Callback):
@@ -35,23 +35,23 @@ class LearningRateMonitor(Callback):
         self.logging_interval = logging_interval or "step"
         self._logged = 0
 
-    def on_train_start(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_train_start(self, trainer: RunView, task: TaskModule) -> None:
         """Only steps of this run are logged."""
         self._logged = trainer.global_step
 
     def on_train_batch_end(
-        self, trainer: Trainer, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: RunView, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the rates of the step that was just made, where its turn has come."""
         if trainer.global_step % trainer.log_every_n_steps == 0 and self.logging_interval == "step":
             self._log(trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_train_epoch_end(self, trainer: RunView, task: TaskModule) -> None:
         """Log the rates of the epoch's last step."""
         if self.logging_interval == "epoch":
             self._log(trainer)
 
-    def _log(self, trainer: Trainer) -> None:
+    def _log(self, trainer: RunView) -> None:
         step = trainer.global_step
         if step == self._logged:
             return  # no step was made: this batch's gradients were only accumulated

@@ -12,10 +12,10 @@ from string import Formatter
 from time import monotonic
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
-from ofengine.arguments import MaxTime, check_flag, seconds_of
-from ofengine.background import BackgroundWriter
+from ofengine.callback import Callback
 from ofengine.callbacks._monitor import hint, warn_of_misspelt_monitor
 from ofengine.checkpoint import EXTENSION, load_weights, metadata_of, remove_leftovers, write
+from ofengine.checkpoint.background import BackgroundWriter
 from ofengine.errors import (
     CheckpointError,
     ConfigurationError,
@@ -23,9 +23,9 @@ from ofengine.errors import (
     OFEngineError,
     OFEngineWarning,
 )
-from ofengine.hooks import Callback
+from ofengine.run.arguments import MaxTime, check_flag, seconds_of
+from ofengine.run.view import RunView
 from ofengine.task import TaskModule
-from ofengine.trainer import Trainer
 
 log = logging.getLogger("ofengine")
 
@@ -199,7 +199,7 @@ class ModelCheckpoint(Callback):
 
     # ------------------------------------------------------------------ when
 
-    def setup(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
+    def setup(self, trainer: RunView, task: TaskModule, stage: str) -> None:
         """Start anew, and see whether files can be written."""
         if stage != "fit":
             return
@@ -216,12 +216,12 @@ class ModelCheckpoint(Callback):
             )
         remove_leftovers(self._folder)
 
-    def on_train_start(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_train_start(self, trainer: RunView, task: TaskModule) -> None:
         """Start the clock of ``train_time_interval``."""
         if self.train_time_interval is not None:
             self._next_time = monotonic() + self.train_time_interval
 
-    def on_sanity_check_end(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_sanity_check_end(self, trainer: RunView, task: TaskModule) -> None:
         """Warn early of a ``monitor`` that looks misspelt."""
         if self.monitor is not None:
             warn_of_misspelt_monitor(self, self.monitor, trainer.callback_metrics)
@@ -234,7 +234,7 @@ class ModelCheckpoint(Callback):
         return ("on_train_batch_end",) if own and not looks else ()
 
     def on_train_batch_end(
-        self, trainer: Trainer, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: RunView, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Look, where ``every_n_train_steps`` says so."""
         every = self.every_n_train_steps
@@ -246,7 +246,7 @@ class ModelCheckpoint(Callback):
             self._next_time = monotonic() + self.train_time_interval
             self._look(trainer, "at this time")
 
-    def on_validation_end(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_validation_end(self, trainer: RunView, task: TaskModule) -> None:
         """Look, where there is a ``monitor``."""
         if trainer.sanity_checking or self.monitor is None:
             return
@@ -258,7 +258,7 @@ class ModelCheckpoint(Callback):
         if not self._wait_for_epoch_end:
             self._look(trainer, "after this validation")
 
-    def on_train_epoch_end(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_train_epoch_end(self, trainer: RunView, task: TaskModule) -> None:
         """Look, where there is no ``monitor`` or no validation."""
         if not self._validated and self.monitor in trainer.callback_metrics:
             self._wait_for_epoch_end = True  # only training can have logged it
@@ -267,7 +267,7 @@ class ModelCheckpoint(Callback):
         if self.monitor is None or self._wait_for_epoch_end or not trainer.has_validation:
             self._look(trainer, "at the end of this epoch")
 
-    def on_train_end(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_train_end(self, trainer: RunView, task: TaskModule) -> None:
         """Save the last moment; say so where ``monitor`` never came; restore the best weights."""
         if self.save_last and self._last_saved_at != trainer.global_step:
             self._save_last(trainer)
@@ -285,7 +285,7 @@ class ModelCheckpoint(Callback):
                 stacklevel=2,
             )
 
-    def on_exception(self, trainer: Trainer, task: TaskModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: RunView, task: TaskModule, exception: BaseException) -> None:
         """Save where training has come to, if that is a moment that can be saved."""
         first = next(each for each in trainer.callbacks if isinstance(each, ModelCheckpoint))
         unsafe = isinstance(exception, (NonFiniteError, CheckpointError))
@@ -303,18 +303,18 @@ class ModelCheckpoint(Callback):
                 self.last_model_path, trainer.current_epoch, trainer.global_step,
             )  # fmt: skip
 
-    def teardown(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
+    def teardown(self, trainer: RunView, task: TaskModule, stage: str) -> None:
         """Let the file that is being written become complete."""
         if self._writer is not None:
             self._writer.close()
 
-    def _epoch_counts(self, trainer: Trainer) -> bool:
+    def _epoch_counts(self, trainer: RunView) -> bool:
         by_epoch = self.every_n_train_steps is None and self.train_time_interval is None
         return by_epoch and (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
     # ------------------------------------------------------------------ what
 
-    def _look(self, trainer: Trainer, when: str) -> None:
+    def _look(self, trainer: RunView, when: str) -> None:
         """Save, where this moment is worth it."""
         self._looked_at = trainer.global_step
         metrics = trainer.callback_metrics
@@ -334,7 +334,7 @@ class ModelCheckpoint(Callback):
         if self.save_last:
             self._save_last(trainer)
 
-    def _save_if_good(self, trainer: Trainer, metrics: Dict[str, float], score: float) -> None:
+    def _save_if_good(self, trainer: RunView, metrics: Dict[str, float], score: float) -> None:
         kept = dict(self.best_k_models)
         out = ""
         if self.save_top_k == 0 or (math.isnan(score) and self.save_top_k != -1):
@@ -358,7 +358,7 @@ class ModelCheckpoint(Callback):
 
     # ------------------------------------------------------------------ where
 
-    def _save(self, trainer: Trainer, path: str, out: str, **changes: Any) -> None:
+    def _save(self, trainer: RunView, path: str, out: str, **changes: Any) -> None:
         """Save to ``path``, then remove the file ``out``.
 
         The attributes in ``changes`` are as they will be already in the state that is saved.
@@ -376,7 +376,7 @@ class ModelCheckpoint(Callback):
             raise
         self._to_remove = ""
 
-    def _write(self, trainer: Trainer, path: str, out: str) -> None:
+    def _write(self, trainer: RunView, path: str, out: str) -> None:
         if self._writer is None:
             trainer.save_checkpoint(path)
             self._remove(out)
@@ -396,15 +396,15 @@ class ModelCheckpoint(Callback):
             with contextlib.suppress(OSError):  # gone already, or somebody holds it: no reason
                 os.remove(path)  # to end the training
 
-    def _save_last(self, trainer: Trainer) -> None:
+    def _save_last(self, trainer: RunView) -> None:
         path = self._unused(trainer, self._folder / f"last{EXTENSION}", self.last_model_path)
         changes = {"last_model_path": path, "_last_saved_at": trainer.global_step}
         self._save(trainer, path, self.last_model_path, **changes)
 
-    def _path(self, trainer: Trainer, metrics: Dict[str, float], out: str) -> str:
+    def _path(self, trainer: RunView, metrics: Dict[str, float], out: str) -> str:
         return self._unused(trainer, self._folder / self._name(trainer, metrics), out)
 
-    def _name(self, trainer: Trainer, metrics: Dict[str, float]) -> str:
+    def _name(self, trainer: RunView, metrics: Dict[str, float]) -> str:
         values = {**metrics, "epoch": trainer.current_epoch, "step": trainer.global_step}
         name = ""
         for text, field, spec in self._template:
@@ -421,7 +421,7 @@ class ModelCheckpoint(Callback):
             name += format(values[field], spec)
         return name if name.endswith(EXTENSION) else name + EXTENSION
 
-    def _unused(self, trainer: Trainer, path: Path, ours: str) -> str:
+    def _unused(self, trainer: RunView, path: Path, ours: str) -> str:
         """``path``, or ``path-v1``, ... where a file is there that is to stay.
 
         The file ``ours`` may go, and so may one that this run wrote before it was killed and

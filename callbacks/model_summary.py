@@ -8,10 +8,10 @@ from typing import Dict, Iterable, List, Sequence, Tuple
 
 from oneflow import nn
 
+from ofengine.callback import Callback
 from ofengine.errors import ConfigurationError
-from ofengine.hooks import Callback
+from ofengine.run.view import RunView
 from ofengine.task import TaskModule
-from ofengine.trainer import Trainer
 
 _MOST_GROUPS = 2
 """A module with parameters in more groups than these shows their number and range instead."""
@@ -39,12 +39,12 @@ class ModelSummary(Callback):
             )
         self.max_depth = max_depth
 
-    def on_fit_start(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_fit_start(self, trainer: RunView, task: TaskModule) -> None:
         """Print it."""
         if self.max_depth:
             print(self.text(trainer, task), flush=True)
 
-    def text(self, trainer: Trainer, task: TaskModule) -> str:
+    def text(self, trainer: RunView, task: TaskModule) -> str:
         """The summary. ``trainer`` must be one that fits, or has fitted, ``task``."""
         parameters = list(task.parameters())
         total = sum(parameter.numel() for parameter in parameters)
@@ -65,7 +65,7 @@ class ModelSummary(Callback):
             ]
         )
 
-    def _modules(self, trainer: Trainer, task: TaskModule) -> List[str]:
+    def _modules(self, trainer: RunView, task: TaskModule) -> List[str]:
         group_of: Dict[int, int] = {
             id(parameter): index
             for index, group in enumerate(trainer.optimizer.param_groups)
@@ -123,12 +123,12 @@ def _group_names(groups: Sequence[Tuple[str, float]]) -> str:
     return f"{len(groups)} groups ({_rate(min(rates))} to {_rate(max(rates))})"
 
 
-def _step(trainer: Trainer) -> int:
+def _step(trainer: RunView) -> int:
     """0; after a fit in which ``set_lr`` was called the newest step, for that one is known."""
     return trainer.rates.within(trainer.global_step) if trainer.rates.changes else 0
 
 
-def _groups(trainer: Trainer) -> List[str]:
+def _groups(trainer: RunView) -> List[str]:
     plan = trainer.rates
     step = _step(trainer)
     rates = plan.rates(step)

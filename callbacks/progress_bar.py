@@ -8,11 +8,11 @@ from typing import Any, Dict, Optional
 
 from oneflow import nn
 
+from ofengine.callback import Callback
 from ofengine.callbacks._progress_display import _IN_NOTEBOOK, Bars, Count, Display, Lines, words
 from ofengine.errors import ConfigurationError
-from ofengine.hooks import Callback
+from ofengine.run.view import RunView
 from ofengine.task import TaskModule
-from ofengine.trainer import Trainer
 
 
 class ProgressBar(Callback):
@@ -56,7 +56,7 @@ class ProgressBar(Callback):
 
     # ------------------------------------------------------------------ the run
 
-    def setup(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
+    def setup(self, trainer: RunView, task: TaskModule, stage: str) -> None:
         """See what stdout is."""
         self._epoch = self._evaluation = None
         self._compiling = False
@@ -67,11 +67,11 @@ class ProgressBar(Callback):
         else:
             self._display = Display()
 
-    def teardown(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
+    def teardown(self, trainer: RunView, task: TaskModule, stage: str) -> None:
         """Take the bars away."""
         self._display.close()
 
-    def on_exception(self, trainer: Trainer, task: TaskModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: RunView, task: TaskModule, exception: BaseException) -> None:
         """Leave a line that says how far the run came."""
         for count in (self._epoch, self._evaluation):
             if count is not None:
@@ -81,14 +81,14 @@ class ProgressBar(Callback):
 
     # ------------------------------------------------------------------ training
 
-    def on_train_start(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_train_start(self, trainer: RunView, task: TaskModule) -> None:
         """Begin where a resumed run goes on in the middle of an epoch."""
         if trainer.resumes_within_epoch:
             self.on_train_epoch_start(trainer, task)
             if self._epoch is not None:
                 self._epoch.skip(trainer.batch_idx + 1)
 
-    def on_train_epoch_start(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_train_epoch_start(self, trainer: RunView, task: TaskModule) -> None:
         """Begin at nought."""
         last = trainer.max_epochs
         number = trainer.current_epoch + 1
@@ -100,13 +100,13 @@ class ProgressBar(Callback):
         self._due = monotonic() + self._display.interval
 
     def on_train_batch_end(
-        self, trainer: Trainer, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: RunView, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Redraw, where it is time: all but a few batches only look at the clock."""
         if monotonic() >= self._due:
             self._draw_epoch(trainer, batch_idx + 1)
 
-    def on_before_graph_compile(self, trainer: Trainer, task: TaskModule, graph: nn.Graph) -> None:
+    def on_before_graph_compile(self, trainer: RunView, task: TaskModule, graph: nn.Graph) -> None:
         """Say what takes so long."""
         if self._epoch is not None:
             self._epoch.pause()
@@ -114,7 +114,7 @@ class ProgressBar(Callback):
             self._compiling = True
             self._due = 0.0
 
-    def on_train_epoch_end(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_train_epoch_end(self, trainer: RunView, task: TaskModule) -> None:
         """Write the line that stays."""
         count = self._epoch
         if count is None:
@@ -127,13 +127,13 @@ class ProgressBar(Callback):
         if self.leave:
             self._display.write(self._line)
 
-    def on_train_end(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_train_end(self, trainer: RunView, task: TaskModule) -> None:
         """Take the bar away."""
         self._display.close()
         if not self.leave and self._line:
             self._display.write(self._line)
 
-    def _draw_epoch(self, trainer: Trainer, done: int) -> None:
+    def _draw_epoch(self, trainer: RunView, done: int) -> None:
         count = self._epoch
         if count is None:
             return
@@ -147,14 +147,14 @@ class ProgressBar(Callback):
             self._display.draw(count, words(trainer.progress_bar_metrics))
             self._due = monotonic() + self._display.interval
 
-    def _resume(self, trainer: Trainer, count: Count) -> None:
+    def _resume(self, trainer: RunView, count: Count) -> None:
         count.resume()
         self._display.resume(count, words(trainer.progress_bar_metrics))
         self._due = monotonic() + self._display.interval
 
     # ------------------------------------------------------------------ evaluation
 
-    def on_validation_start(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_validation_start(self, trainer: RunView, task: TaskModule) -> None:
         """Begin a bar, below the epoch's where there is one."""
         if self._epoch is not None:
             self._epoch.done = trainer.batch_idx + 1
@@ -166,7 +166,7 @@ class ProgressBar(Callback):
 
     def on_validation_batch_end(
         self,
-        trainer: Trainer,
+        trainer: RunView,
         task: TaskModule,
         outputs: Any,
         batch: Any,
@@ -184,36 +184,36 @@ class ProgressBar(Callback):
 
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
-    def on_validation_end(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_validation_end(self, trainer: RunView, task: TaskModule) -> None:
         """Take the bar away; outside of a fit, write the results."""
         self._end_evaluation(trainer, within_fit=trainer.sanity_checking or self._epoch is not None)
         if self._epoch is not None:
             self._resume(trainer, self._epoch)
 
-    def on_test_start(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_test_start(self, trainer: RunView, task: TaskModule) -> None:
         """Begin a bar."""
         self._begin_evaluation(trainer, "Test")
 
-    def on_test_end(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_test_end(self, trainer: RunView, task: TaskModule) -> None:
         """Write the results."""
         self._end_evaluation(trainer)
 
-    def on_predict_start(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_predict_start(self, trainer: RunView, task: TaskModule) -> None:
         """Begin a bar."""
         self._begin_evaluation(trainer, "Prediction")
 
-    def on_predict_end(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_predict_end(self, trainer: RunView, task: TaskModule) -> None:
         """Write how many batches there were."""
         self._end_evaluation(trainer, results=False)
 
-    def _begin_evaluation(self, trainer: Trainer, label: str) -> None:
+    def _begin_evaluation(self, trainer: RunView, label: str) -> None:
         total = trainer.num_evaluation_batches or self._lengths.get(label)
         self._evaluation = Count(label, total, nested=self._epoch is not None)
         self._display.begin(self._evaluation)
         self._due = monotonic() + self._display.interval
 
     def _end_evaluation(
-        self, trainer: Trainer, within_fit: bool = False, results: bool = True
+        self, trainer: RunView, within_fit: bool = False, results: bool = True
     ) -> None:
         count = self._evaluation
         if count is None:

@@ -8,13 +8,13 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 import oneflow as flow
 
-from ofengine.arguments import check_count, check_flag
+from ofengine.callback import Callback
 from ofengine.callbacks.model_checkpoint import ModelCheckpoint
 from ofengine.checkpoint import load_weights
 from ofengine.errors import CheckpointError, NonFiniteError
-from ofengine.hooks import Callback
+from ofengine.run.arguments import check_count, check_flag
+from ofengine.run.view import RunView
 from ofengine.task import TaskModule
-from ofengine.trainer import Trainer
 
 _MOST_PENDING = 1000
 """So many losses wait on the device before they are read, to bound the memory."""
@@ -55,14 +55,14 @@ class TerminateOnNaN(Callback):
         self._losses: List[Any] = []
         self._places: List[Tuple[int, int]] = []
 
-    def on_train_start(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_train_start(self, trainer: RunView, task: TaskModule) -> None:
         """Begin with no losses."""
         self._every = self.check_every_n_steps or trainer.log_every_n_steps
         self._step = trainer.global_step
         self._losses, self._places = [], []
 
     def on_train_batch_end(
-        self, trainer: Trainer, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: RunView, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the loss; look at all that were kept, where it is time."""
         self._losses.append(outputs["loss"])
@@ -73,15 +73,15 @@ class TerminateOnNaN(Callback):
         if (made and step % self._every == 0) or len(self._losses) >= _MOST_PENDING:
             self._look(trainer, task)
 
-    def on_train_epoch_end(self, trainer: Trainer, task: TaskModule) -> None:
+    def on_train_epoch_end(self, trainer: RunView, task: TaskModule) -> None:
         """Look at the losses since the last look."""
         self._look(trainer, task)
 
-    def teardown(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
+    def teardown(self, trainer: RunView, task: TaskModule, stage: str) -> None:
         """Let go of the losses."""
         self._losses, self._places = [], []
 
-    def _look(self, trainer: Trainer, task: TaskModule) -> None:
+    def _look(self, trainer: RunView, task: TaskModule) -> None:
         losses, self._losses = self._losses, []
         places, self._places = self._places, []
         if not losses:
@@ -124,9 +124,9 @@ def _count_broken(tensor: Any) -> int:
     return int(np.count_nonzero(~np.isfinite(tensor.numpy())))
 
 
-def _restore(trainer: Trainer, task: TaskModule) -> str:
+def _restore(trainer: RunView, task: TaskModule) -> str:
     """Load the newest checkpoint of this run with finite weights; say which, in words."""
-    trainer.mode_runner.settle()  # what steps left pending is not to be added to what is loaded
+    trainer.settle()  # what steps left pending is not to be added to what is loaded
     own = task.state_dict()
     before = {name: tensor.detach().clone() for name, tensor in own.items()}
     for path in _checkpoints(trainer):
@@ -142,7 +142,7 @@ def _restore(trainer: Trainer, task: TaskModule) -> str:
     return "no checkpoint of this run has finite weights to go back to"
 
 
-def _checkpoints(trainer: Trainer) -> List[str]:
+def _checkpoints(trainer: RunView) -> List[str]:
     """The files that the run's checkpoint callbacks keep, the newest first."""
     times: Dict[str, int] = {}
     for callback in trainer.callbacks:

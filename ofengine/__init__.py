@@ -10,10 +10,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any, List
 
-from ofengine._startup import quiet_oneflow_import
-
 if TYPE_CHECKING:
-    from ofengine.checkpoint import load_weights
+    from ofengine.callback import Callback
+    from ofengine.checkpoint.weights import load_weights
+    from ofengine.data.in_memory import ImageArrays, in_memory_loader
+    from ofengine.data.seeding import seed_everything
     from ofengine.errors import (
         CheckpointError,
         ConfigurationError,
@@ -25,23 +26,20 @@ if TYPE_CHECKING:
         OFEngineWarning,
         RateError,
     )
-    from ofengine.hooks import Callback
-    from ofengine.in_memory import ImageArrays, in_memory_loader
     from ofengine.rates.plan import RatePlan
-    from ofengine.seeding import seed_everything
     from ofengine.task import TaskModule
     from ofengine.trainer import Trainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Callback": "ofengine.hooks",
+    "Callback": "ofengine.callback",
     "CheckpointError": "ofengine.errors",
     "ConfigurationError": "ofengine.errors",
     "DataError": "ofengine.errors",
     "DeviceError": "ofengine.errors",
     "GraphModeError": "ofengine.errors",
-    "ImageArrays": "ofengine.in_memory",
+    "ImageArrays": "ofengine.data.in_memory",
     "NonFiniteError": "ofengine.errors",
     "OFEngineError": "ofengine.errors",
     "OFEngineWarning": "ofengine.errors",
@@ -49,9 +47,9 @@ _HOMES = {
     "RatePlan": "ofengine.rates.plan",
     "TaskModule": "ofengine.task",
     "Trainer": "ofengine.trainer",
-    "in_memory_loader": "ofengine.in_memory",
-    "load_weights": "ofengine.checkpoint",
-    "seed_everything": "ofengine.seeding",
+    "in_memory_loader": "ofengine.data.in_memory",
+    "load_weights": "ofengine.checkpoint.weights",
+    "seed_everything": "ofengine.data.seeding",
 }
 
 __all__ = [
@@ -75,12 +73,11 @@ __all__ = [
     "seed_everything",
 ]
 
-quiet_oneflow_import()
-
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'ofengine' has no attribute {name!r}")
+    importlib.import_module("ofengine._oneflow")  # first: it imports OneFlow quietly
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

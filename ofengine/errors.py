@@ -15,6 +15,14 @@ class ConfigurationError(OFEngineError):
     """The Trainer's arguments, the task's methods or the callbacks do not fit together."""
 
 
+class UnknownArgumentError(ConfigurationError, TypeError):
+    """The Trainer has no argument of this name."""
+
+
+class UnknownAttributeError(ConfigurationError, AttributeError):
+    """The trainer or task has no attribute of this name, which Lightning's has."""
+
+
 class RateError(OFEngineError):
     """A parameter group, a learning rate or a schedule is wrong."""
 

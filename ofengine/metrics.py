@@ -12,7 +12,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import attrs
 import oneflow as flow
 
-from ofengine.data import batch_size_of, describe
+from ofengine.data.structure import batch_size_of, describe
 from ofengine.errors import ConfigurationError
 from ofengine.tracing import active_trace
 

@@ -20,20 +20,23 @@ from typing import (
 import oneflow as flow
 from oneflow import nn
 
-from ofengine.errors import ConfigurationError
+from ofengine.checkpoint.file import read
+from ofengine.checkpoint.weights import load_weights
+from ofengine.errors import ConfigurationError, UnknownAttributeError
+from ofengine.run.lightning import TASK_ATTRIBUTES, mend_for
+from ofengine.run.view import RunView
+from ofengine.task_hooks import TaskHooks
 from ofengine.tracing import forbid_in_trace
 
 if TYPE_CHECKING:
     from oneflow.nn.graph.graph_config import GraphConfig
     from oneflow.optim import Optimizer
 
-    from ofengine.trainer import Trainer
-
 
 T = TypeVar("T", bound="TaskModule")
 
 
-class TaskModule(nn.Module):
+class TaskModule(TaskHooks, nn.Module):
     """A model together with how it is trained: steps, parameter groups, optimizer, hooks.
 
     Write ``training_step`` and, as a rule, ``param_groups``; the rest has defaults.
@@ -51,7 +54,7 @@ class TaskModule(nn.Module):
                 return nn.functional.cross_entropy(self.model(images), labels)
     """
 
-    _trainer: Optional[Trainer] = None
+    _trainer: Optional[RunView] = None
     hparams: Mapping[str, Any] = {}
     """What :meth:`save_hyperparameters` was told; checkpoints keep what of it is plain."""
 
@@ -61,7 +64,13 @@ class TaskModule(nn.Module):
             return self.__dict__["_modules"][name]
         except KeyError:
             pass  # not raised from here, where it would be told with the error
-        return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            mend = mend_for(TASK_ATTRIBUTES, name)
+            if mend is None:
+                raise
+        raise UnknownAttributeError(f"self.{name} of a task is Lightning's name: {mend}.")
 
     # ------------------------------------------------------------------ what the user writes
 
@@ -200,8 +209,6 @@ class TaskModule(nn.Module):
         ``arguments``, which count first. Raises :class:`CheckpointError` where the file is
         missing, damaged or of another model.
         """
-        from ofengine.checkpoint import load_weights, read
-
         state = read(path).state or {}
         task = cls(**{**state.get("hparams", {}), **arguments})
         load_weights(task, path)
@@ -253,7 +260,7 @@ class TaskModule(nn.Module):
             self.log(name, value, **options)
 
     @property
-    def trainer(self) -> Trainer:
+    def trainer(self) -> RunView:
         """The Trainer that runs this task."""
         if self._trainer is None:
             raise ConfigurationError(
@@ -291,119 +298,3 @@ class TaskModule(nn.Module):
         """Optimizer steps done so far. Not readable inside a compiled step."""
         forbid_in_trace("self.global_step")
         return self.trainer.global_step
-
-    # ------------------------------------------------------------------ hooks, as in Callback
-
-    def setup(self, stage: str) -> None:
-        """See :meth:`ofengine.Callback.setup`."""
-
-    def teardown(self, stage: str) -> None:
-        """See :meth:`ofengine.Callback.teardown`."""
-
-    def on_exception(self, exception: BaseException) -> None:
-        """See :meth:`ofengine.Callback.on_exception`."""
-
-    def on_fit_start(self) -> None:
-        """See :meth:`ofengine.Callback.on_fit_start`."""
-
-    def on_fit_end(self) -> None:
-        """See :meth:`ofengine.Callback.on_fit_end`."""
-
-    def on_sanity_check_start(self) -> None:
-        """See :meth:`ofengine.Callback.on_sanity_check_start`."""
-
-    def on_sanity_check_end(self) -> None:
-        """See :meth:`ofengine.Callback.on_sanity_check_end`."""
-
-    def on_train_start(self) -> None:
-        """See :meth:`ofengine.Callback.on_train_start`."""
-
-    def on_train_end(self) -> None:
-        """See :meth:`ofengine.Callback.on_train_end`."""
-
-    def on_train_epoch_start(self) -> None:
-        """See :meth:`ofengine.Callback.on_train_epoch_start`."""
-
-    def on_train_epoch_end(self) -> None:
-        """See :meth:`ofengine.Callback.on_train_epoch_end`."""
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """See :meth:`ofengine.Callback.on_train_batch_start`."""
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """See :meth:`ofengine.Callback.on_train_batch_end`."""
-
-    def on_before_backward(self, loss: Any) -> None:
-        """See :meth:`ofengine.Callback.on_before_backward`."""
-
-    def on_after_backward(self) -> None:
-        """See :meth:`ofengine.Callback.on_after_backward`."""
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """See :meth:`ofengine.Callback.on_before_optimizer_step`."""
-
-    def on_before_zero_grad(self, optimizer: Optimizer) -> None:
-        """See :meth:`ofengine.Callback.on_before_zero_grad`."""
-
-    def on_before_graph_compile(self, graph: nn.Graph) -> None:
-        """See :meth:`ofengine.Callback.on_before_graph_compile`."""
-
-    def on_validation_start(self) -> None:
-        """See :meth:`ofengine.Callback.on_validation_start`."""
-
-    def on_validation_end(self) -> None:
-        """See :meth:`ofengine.Callback.on_validation_end`."""
-
-    def on_validation_epoch_start(self) -> None:
-        """See :meth:`ofengine.Callback.on_validation_epoch_start`."""
-
-    def on_validation_epoch_end(self) -> None:
-        """See :meth:`ofengine.Callback.on_validation_epoch_end`."""
-
-    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
-        """See :meth:`ofengine.Callback.on_validation_batch_start`."""
-
-    def on_validation_batch_end(
-        self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int
-    ) -> None:
-        """See :meth:`ofengine.Callback.on_validation_batch_end`."""
-
-    def on_test_start(self) -> None:
-        """See :meth:`ofengine.Callback.on_test_start`."""
-
-    def on_test_end(self) -> None:
-        """See :meth:`ofengine.Callback.on_test_end`."""
-
-    def on_test_epoch_start(self) -> None:
-        """See :meth:`ofengine.Callback.on_test_epoch_start`."""
-
-    def on_test_epoch_end(self) -> None:
-        """See :meth:`ofengine.Callback.on_test_epoch_end`."""
-
-    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
-        """See :meth:`ofengine.Callback.on_test_batch_start`."""
-
-    def on_test_batch_end(
-        self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int
-    ) -> None:
-        """See :meth:`ofengine.Callback.on_test_batch_end`."""
-
-    def on_predict_start(self) -> None:
-        """See :meth:`ofengine.Callback.on_predict_start`."""
-
-    def on_predict_end(self) -> None:
-        """See :meth:`ofengine.Callback.on_predict_end`."""
-
-    def on_predict_epoch_start(self) -> None:
-        """See :meth:`ofengine.Callback.on_predict_epoch_start`."""
-
-    def on_predict_epoch_end(self) -> None:
-        """See :meth:`ofengine.Callback.on_predict_epoch_end`."""
-
-    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
-        """See :meth:`ofengine.Callback.on_predict_batch_start`."""
-
-    def on_predict_batch_end(
-        self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int
-    ) -> None:
-        """See :meth:`ofengine.Callback.on_predict_batch_end`."""

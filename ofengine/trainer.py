@@ -1,52 +1,69 @@
-"""Trainer: its arguments and the four verbs."""
+"""Trainer: makes the settings, puts a run together, and carries out the four verbs."""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
+import inspect
 import logging
-import os
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union
 
 from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 
-from ofengine import arguments, connect, supervisor
-from ofengine._oneflow import synchronize
-from ofengine.checkpoint import load_weights
-from ofengine.crash_report import CrashReport
-from ofengine.culprit import culprit_of
-from ofengine.data import Limit, describe
-from ofengine.devices import resolve_device
-from ofengine.errors import ConfigurationError, GraphModeError, OFEngineError
-from ofengine.generators import states_in
-from ofengine.hooks import Callback, HookRunner, warn_of_misspelt_methods
-from ofengine.interrupts import InterruptGuard
+from ofengine._oneflow.session import synchronize
+from ofengine.callback import Callback
+from ofengine.checkpoint.file import write
+from ofengine.checkpoint.find import find_checkpoint
+from ofengine.checkpoint.resume import Resumed
+from ofengine.checkpoint.snapshot import content_of
+from ofengine.checkpoint.weights import load_weights
+from ofengine.data.generators import states_in
+from ofengine.data.seeding import seed_everything
+from ofengine.data.structure import describe
+from ofengine.defaults import add_rate_callback, make_callbacks, make_loggers
+from ofengine.errors import (
+    ConfigurationError,
+    GraphModeError,
+    OFEngineError,
+    UnknownArgumentError,
+)
 from ofengine.loggers import Logger
-from ofengine.loops import evaluation_loop, fit_loop
-from ofengine.metrics import Metrics
 from ofengine.modes.eager import EagerMode
 from ofengine.modes.graph import GraphMode
-from ofengine.optimizers import read_optimizers
+from ofengine.processes import supervisor
+from ofengine.processes.crash_report import CrashReport
+from ofengine.processes.interrupts import InterruptGuard
 from ofengine.rates.checks import check_rates
+from ofengine.rates.finder import LRFinder
+from ofengine.rates.optimizers import Optimization
+from ofengine.rates.plan import RatePlan
+from ofengine.rates.planning import plan_run
+from ofengine.rates.preview import Preview, epoch_length, preview
 from ofengine.rates.resume import POLICIES
-from ofengine.resume import Resumed, find_checkpoint
-from ofengine.seeding import seed_everything
-from ofengine.state import Runner, RunState
+from ofengine.run import connect
+from ofengine.run.arguments import Limit, MaxTime, batches_between_validations, check_choice
+from ofengine.run.culprit import culprit_of
+from ofengine.run.hooks import HookRunner, tell_of_lightning_s_names, warn_of_misspelt_methods
+from ofengine.run.lightning import TRAINER_ARGUMENTS, mend_for
+from ofengine.run.loops import evaluation_loop, fit_loop
+from ofengine.run.mode import Mode
+from ofengine.run.settings import CHECKS, Settings
+from ofengine.run.state import Run
+from ofengine.run.view import RunView
 from ofengine.task import TaskModule
-
-if TYPE_CHECKING:
-    from ofengine.rates.finder import LRFinder
-    from ofengine.rates.preview import Preview
+from ofengine.trials.lr_find import lr_find
 
 log = logging.getLogger("ofengine")
 
-_MODES = ("eager", "graph")
+CheckpointPath = Union[str, Path, None]
+T = TypeVar("T")
 
 
-class Trainer(RunState):
+class Trainer(RunView):
     """Trains, validates, tests and predicts with a :class:`~ofengine.TaskModule`.
 
     Args:
@@ -99,7 +116,7 @@ class Trainer(RunState):
         device: str = "auto",
         max_epochs: Optional[int] = None,
         max_steps: int = -1,
-        max_time: arguments.MaxTime = None,
+        max_time: MaxTime = None,
         limit_train_batches: Limit = None,
         limit_val_batches: Limit = None,
         limit_test_batches: Limit = None,
@@ -122,88 +139,15 @@ class Trainer(RunState):
         enable_model_summary: bool = True,
         default_root_dir: Union[str, Path, None] = None,
         restart_on_crash: int = 0,
+        **unknown: Any,
     ) -> None:
         _configure_logging()
-        at_least_one = "a whole number from 1 on"
-        self.mode = arguments.check_choice("mode", mode, _MODES)
-        chosen = mode if eval_mode is None else eval_mode
-        self.eval_mode = arguments.check_choice("eval_mode", chosen, _MODES)
-        self.device = resolve_device(device)
-        self.max_steps = arguments.check_count("max_steps", max_steps, -1, "a number, -1 for any")
-        self._seconds = arguments.seconds_of(max_time)
-        unlimited = max_steps != -1 or max_time is not None
-        default_epochs = -1 if unlimited else 1000
-        self.max_epochs = arguments.check_count(
-            "max_epochs", default_epochs if max_epochs is None else max_epochs, -1,
-            "a whole number of epochs, or -1 for no limit",
-        )  # fmt: skip
-        if max_epochs is None and not unlimited and not fast_dev_run:
-            log.info("max_epochs was not given: training up to 1000 epochs.")
-        limits = (limit_train_batches, limit_val_batches, limit_test_batches, limit_predict_batches)
-        self._limits: Dict[str, Limit] = {
-            stage: arguments.check_limit(name, limit)
-            for (stage, name), limit in zip(connect.LIMIT_OF_STAGE.items(), limits)
-        }
-        self._val_check_interval = val_check_interval
-        arguments.batches_between_validations(val_check_interval, 10**9)
-        self.check_val_every_n_epoch = arguments.check_count(
-            "check_val_every_n_epoch", check_val_every_n_epoch, 1, at_least_one
-        )
-        self.num_sanity_val_steps = arguments.check_count(
-            "num_sanity_val_steps", num_sanity_val_steps, -1, "a number of batches, or -1 for all"
-        )
-        self.log_every_n_steps = arguments.check_count(
-            "log_every_n_steps", log_every_n_steps, 1, at_least_one
-        )
-        self.accumulate_grad_batches = arguments.check_count(
-            "accumulate_grad_batches", accumulate_grad_batches, 1, at_least_one
-        )
-        self.gradient_clip_val = arguments.check_clip(gradient_clip_val)
-        self.gradient_clip_algorithm = arguments.check_choice(
-            "gradient_clip_algorithm", gradient_clip_algorithm, ("norm", "value")
-        )
-        if seed is not None:
-            what = "a whole number from 0 to 2**63 - 1, or None"
-            seed = arguments.check_count("seed", seed, 0, what, 2**63 - 1)
-        self.seed = seed
-        if not isinstance(default_root_dir, (str, Path, type(None))):
-            raise ConfigurationError(
-                f"default_root_dir={default_root_dir!r}: give the path of a folder."
-            )
-        self.default_root_dir = str(default_root_dir or os.getcwd())
-        self.restart_on_crash = arguments.check_count(
-            "restart_on_crash", restart_on_crash, 0, "a whole number, 0 for never"
-        )
-        self._overfit = arguments.check_limit("overfit_batches", overfit_batches) or None
-        for name, flag in (
-            ("enable_checkpointing", enable_checkpointing),
-            ("enable_progress_bar", enable_progress_bar),
-            ("enable_model_summary", enable_model_summary),
-        ):
-            arguments.check_flag(name, flag)
-        self.fast_dev_run = fast_dev_run
-        if fast_dev_run is True or fast_dev_run != 0:
-            batches = 1 if fast_dev_run is True else fast_dev_run
-            batches = arguments.check_count(
-                "fast_dev_run", batches, 1, "True, False or a number of batches"
-            )
-            self._limits = dict.fromkeys(self._limits, batches)
-            self.max_epochs, self.max_steps, self.num_sanity_val_steps = 1, -1, 0
-            self._val_check_interval, self.check_val_every_n_epoch = None, 1
-            logger = enable_checkpointing = False
-
-        self.loggers = connect.make_loggers(logger, self.default_root_dir)
-        self.callbacks = connect.make_callbacks(
-            callbacks,
-            enable_progress_bar,
-            enable_model_summary,
-            enable_checkpointing,
-            drop_checkpoints=bool(fast_dev_run),
-        )
-        self.metrics = Metrics()
-        self.interrupts = InterruptGuard()
-        self.predictions: List[List[Any]] = []
-        self._reset_progress()
+        if unknown:
+            raise _unknown_argument(next(iter(unknown)))
+        given = locals()
+        settings = Settings.of({name: given[name] for name, _ in CHECKS})
+        loggers = make_loggers(logger, settings)
+        self._run = Run.new(settings, make_callbacks(callbacks, settings), loggers)
 
     # ------------------------------------------------------------------ verbs
 
@@ -235,114 +179,141 @@ class Trainer(RunState):
         """
         if self.restart_on_crash:
             ckpt_path = self._supervised(ckpt_path)
+        _check_task(task)
+        check_choice("rates_on_resume", rates_on_resume, POLICIES)
+        self._run = run = Run.new(self.settings, self.callbacks, self.loggers)
         self._attach(task)
-        arguments.check_choice("rates_on_resume", rates_on_resume, POLICIES)
-        self._reset_progress()
         connect.check_step(task, "train")
-        connect.add_rate_callback(self.callbacks, self.mode)
-        self.resumed = self._find(ckpt_path)
+        add_rate_callback(run.callbacks, self.mode)
+        resumed = self._find(ckpt_path)
         _ = self.log_dir  # a folder that cannot be made is told before training
         if self.mode == "graph":
-            connect.check_graph_mode(self, task)
-        self._run(
-            "fit",
-            lambda: self._fit(task, train_dataloaders, val_dataloaders, rates_on_resume),
-        )
+            connect.check_graph_mode(run)
+
+        def body(hooks: HookRunner, eval_mode: Mode) -> None:
+            self._fit(
+                hooks, eval_mode, train_dataloaders, val_dataloaders, resumed, rates_on_resume
+            )
+
+        self._carry_out("fit", body)
 
     def validate(
-        self, task: TaskModule, dataloaders: Any = None, ckpt_path: Union[str, Path, None] = None
+        self, task: TaskModule, dataloaders: Any = None, ckpt_path: CheckpointPath = None
     ) -> List[Dict[str, float]]:
         """Run ``validation_step`` over the data; return its metrics, a dict for each dataloader.
 
         ``ckpt_path`` names saved weights to load first.
         """
-        return self._evaluate("validation", task, dataloaders, ckpt_path)
+        return self._evaluate("validation", task, dataloaders, ckpt_path)[0]
 
     def test(
-        self, task: TaskModule, dataloaders: Any = None, ckpt_path: Union[str, Path, None] = None
+        self, task: TaskModule, dataloaders: Any = None, ckpt_path: CheckpointPath = None
     ) -> List[Dict[str, float]]:
         """As :meth:`validate`, with ``test_step``."""
-        return self._evaluate("test", task, dataloaders, ckpt_path)
+        return self._evaluate("test", task, dataloaders, ckpt_path)[0]
 
     def predict(
-        self, task: TaskModule, dataloaders: Any = None, ckpt_path: Union[str, Path, None] = None
+        self, task: TaskModule, dataloaders: Any = None, ckpt_path: CheckpointPath = None
     ) -> List[Any]:
         """What ``predict_step`` returned for each batch; with several dataloaders, a list each."""
-        self._evaluate("predict", task, dataloaders, ckpt_path)
-        return self.predictions[0] if len(self.predictions) == 1 else self.predictions
+        predictions = self._evaluate("predict", task, dataloaders, ckpt_path)[1]
+        return predictions[0] if len(predictions) == 1 else predictions
 
     def preview(
         self, task: TaskModule, train_dataloaders: Any = None, steps_per_epoch: Optional[int] = None
     ) -> Preview:
         """Every group's rate over the run that ``fit`` would make, without making it.
 
-        See :func:`ofengine.rates.preview.preview`.
+        ``train_dataloaders`` are as in ``fit``, and only their length is asked for;
+        ``steps_per_epoch`` are optimizer steps, instead of that length. See
+        :func:`ofengine.rates.preview.preview`.
         """
-        from ofengine.rates.preview import preview
-
-        return preview(self, task, train_dataloaders, steps_per_epoch)
+        batches = epoch_length(self.settings, task, train_dataloaders, steps_per_epoch)
+        with self._imagining(task, batches):
+            return preview(self.settings, task, batches, self._decays())
 
     def lr_find(self, task: TaskModule, train_dataloaders: Any = None, **options: Any) -> LRFinder:
         """Try rising rates on ``task`` and put everything back.
 
-        See :func:`ofengine.rates.finder.lr_find`, which takes the same ``options``.
+        See :func:`ofengine.trials.lr_find.lr_find`, which takes the same ``options``.
         """
-        from ofengine.rates.finder import lr_find
 
-        return lr_find(self, task, train_dataloaders, **options)
+        def plan(batches: Optional[int]) -> Tuple[Optimization, RatePlan]:
+            with self._imagining(task, batches):
+                return plan_run(self.settings, task, batches, self._decays())
 
-    # ------------------------------------------------------------------ inside
+        def fit(settings: Settings, callback: Callback, task: TaskModule, source: Any) -> None:
+            trainer = Trainer.__new__(Trainer)
+            trainer._run = Run.new(settings, [callback], [])
+            trainer.fit(task, source)
+
+        return lr_find(self.settings, task, train_dataloaders, plan, fit, **options)
+
+    # ------------------------------------------------------------------ saving
+
+    def save_checkpoint(self, path: Union[str, Path]) -> Path:
+        """See :meth:`RunView.save_checkpoint`."""
+        return write(path, *self.checkpoint_content())
+
+    def checkpoint_content(self) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]], Dict[str, Any]]:
+        """See :meth:`RunView.checkpoint_content`."""
+        return content_of(self._run)
+
+    # ------------------------------------------------------------------ fit
 
     def _fit(
         self,
-        task: TaskModule,
+        hooks: HookRunner,
+        eval_mode: Mode,
         train_dataloaders: Any,
         val_dataloaders: Any,
+        resumed: Optional[Resumed],
         rates_on_resume: str,
     ) -> None:
-        keep = self._overfit is not None
-        limits = dict.fromkeys(self._limits, self._overfit) if keep else self._limits
-        train = connect.training_batches(self, task, train_dataloaders, limits["train"], keep)
+        run, settings, task = self._run, self.settings, self._run.task
+        train = connect.training_batches(settings, task, train_dataloaders)
         validation = connect.evaluation_batches(
-            self, task, "validation", val_dataloaders, limits["validation"], keep
+            settings, task, "validation", val_dataloaders, in_fit=True
         )
-        self.train_batches, self.validation_batches = train, validation
-        self.has_validation = bool(validation)
-        self.num_training_batches = train.count
-        self.val_every_batches = arguments.batches_between_validations(
-            self._val_check_interval, train.count or None
+        run.train, run.validation, run.has_validation = train, validation, bool(validation)
+        run.batches_per_epoch = train.count
+        run.batches_between_validations = batches_between_validations(
+            settings.val_check_interval, train.count or None
         )
-        task.to(self.device)
-        if self.seed is not None:
-            seed_everything(self.seed)
-        made = read_optimizers(connect.configure_optimizers(task), type(task).__name__)
-        self.optimization = made
-        self._rates = connect.make_plan(task, made, train.count, self.accumulate_grad_batches)
-        self.rates.stop = self.total_steps
-        if self.resumed is not None:
-            self.resumed.check(self, rates_on_resume)
-            self.resumed.restore_run(self)
-        self.hooks.fire("on_fit_start")
-        if self.resumed is not None:
-            self.resumed.restore_rates(self, rates_on_resume)
-        check_rates(self.rates, made, self.total_steps, self.max_epochs, self.global_step)
-        self.begun_at = time.monotonic()
-        if self._seconds is not None:
-            self.deadline = self.begun_at + self._seconds - self.seconds_before
+        task.to(settings.device)
+        if settings.seed is not None:
+            seed_everything(settings.seed)
+        run.optimization, run.plan = plan_run(settings, task, train.count, self._decays())
+        if resumed is not None:
+            resumed.check(run, rates_on_resume)
+            resumed.restore_run(run)
+        hooks.fire("on_fit_start")
+        if resumed is not None:
+            resumed.restore_rates(run, rates_on_resume)
+        step = run.progress.global_step
+        check_rates(run.plan, run.optimization, run.total_steps, settings.max_epochs, step)
+        run.begun_at = time.monotonic()
+        if settings.max_time is not None:
+            run.deadline = run.begun_at + settings.max_time - run.seconds_before
         if train.count == 0:
             log.info("limit_train_batches is 0: nothing is trained.")
         else:
-            fit_loop(self, train, validation)
+            fit_loop(run, hooks, eval_mode, train, validation, resumed)
         synchronize()
-        self._leave_rates_behind()
-        self.data_states_after_fit = {
+        _leave_rates_behind(run)
+        run.data_states_after_fit = {
             "now": states_in(None, train.source),
             "at_pass": train.states_at_start,
             "at_validation": [each.states_at_start for each in validation],
         }
-        self.hooks.fire("on_fit_end")
+        hooks.fire("on_fit_end")
 
-    def _supervised(self, ckpt_path: Union[str, Path, None]) -> Union[str, Path, None]:
+    def _decays(self) -> List[Tuple[str, Any]]:
+        """When decay happens, by the callbacks that say so."""
+        said = [(type(each).__name__, each.decay_events) for each in self.callbacks]
+        return [(name, events) for name, events in said if events is not None]
+
+    def _supervised(self, ckpt_path: CheckpointPath) -> CheckpointPath:
         """Run the script again as a child; in the child, what ``fit`` resumes from."""
         if not any(callback.fires_last for callback in self.callbacks):
             raise ConfigurationError(
@@ -351,133 +322,160 @@ class Trainer(RunState):
             )
         if supervisor.tries() is None:
             supervisor.supervise(self.restart_on_crash)
-        if self._rates is not None:
+        if self._run.plan is not None:
             raise ConfigurationError(
                 "restart_on_crash starts the whole script again, so it works for one fit() only: "
                 "put the second one into a script of its own."
             )
         if supervisor.tries() == 1:
             return ckpt_path
-        found = find_checkpoint(self, "last", supervisor.begun_at())
+        found = find_checkpoint(self._run, "last", supervisor.begun_at())
         return ckpt_path if found is None else found.path
 
-    def _find(self, ckpt_path: Union[str, Path, None]) -> Optional[Resumed]:
+    def _find(self, ckpt_path: CheckpointPath) -> Optional[Resumed]:
         """The run of a checkpoint, where there is one to be resumed; the loggers know of it."""
         if ckpt_path is None:
             return None
-        checkpoint = find_checkpoint(self, ckpt_path)
+        checkpoint = find_checkpoint(self._run, ckpt_path)
         if checkpoint is None:
             log.info("ckpt_path='last': there is no checkpoint yet, training begins anew.")
             return None
-        resumed = Resumed(self, checkpoint)
-        resumed.tell_loggers(
-            self, continue_files=str(ckpt_path) == "last" or bool(self.restart_on_crash)
-        )
+        resumed = Resumed(checkpoint)
+        continues = str(ckpt_path) == "last" or bool(self.restart_on_crash)
+        resumed.tell_loggers(self._run, continue_files=continues)
+        self._run.moments_resumed = resumed.moments()
         return resumed
 
+    # ------------------------------------------------------------------ all verbs
+
     def _evaluate(
-        self, stage: str, task: TaskModule, dataloaders: Any, ckpt_path: Union[str, Path, None]
-    ) -> List[Dict[str, float]]:
+        self, stage: str, task: TaskModule, dataloaders: Any, ckpt_path: CheckpointPath
+    ) -> Tuple[List[Dict[str, float]], List[List[Any]]]:
         self._attach(task)
         connect.check_step(task, stage)
-        self.predictions = []
-        results: List[Dict[str, float]] = []
 
-        def body() -> None:
-            limit = self._limits[stage]
-            loaders = connect.evaluation_batches(self, task, stage, dataloaders, limit)
+        def body(hooks: HookRunner, mode: Mode) -> Tuple[List[Dict[str, float]], List[List[Any]]]:
+            loaders = connect.evaluation_batches(self.settings, task, stage, dataloaders)
+            limit = self.settings.limit(stage)
             if limit is None or limit > 0:
                 connect.require_data(task, stage, loaders)
             task.to(self.device)
             if ckpt_path is not None:
                 load_weights(task, ckpt_path)
-            results.extend(evaluation_loop(self, stage, loaders))
+            return evaluation_loop(self._run, hooks, mode, stage, loaders)
 
-        self._run(connect.VERB_OF_STAGE[stage], body)
-        return results
+        return self._carry_out(connect.VERB_OF_STAGE[stage], body)
 
-    def _run(self, stage: str, body: Any) -> None:
+    def _carry_out(self, verb: str, body: Callable[[HookRunner, Mode], T]) -> T:
         """``setup``, ``body``, ``teardown``; ``on_exception`` where something is raised."""
-        task = self.task
+        run, settings, task = self._run, self.settings, self._run.task
         main = threading.current_thread() is threading.main_thread()
-        if self.mode == "graph" and stage == "fit" and not main:
+        if self.mode == "graph" and verb == "fit" and not main:
             raise GraphModeError(
                 "OneFlow trains static graphs in the main thread only: call fit() there, or use "
                 'Trainer(mode="eager").'
             )
-        warn_of_misspelt_methods(task, self.callbacks)
-        self.hooks = HookRunner(self, task, self.callbacks)
-        runners: Dict[str, Runner] = {
-            name: (GraphMode if name == "graph" else EagerMode)(self, task, self.hooks)
-            for name in {self.mode, self.eval_mode}
+        warn_of_misspelt_methods(task, run.callbacks)
+        tell_of_lightning_s_names(task, run.callbacks)
+        hooks = HookRunner(self, task, run.callbacks)
+        modes: Dict[str, Mode] = {
+            name: (GraphMode if name == "graph" else EagerMode)(run, task, hooks.calls)
+            for name in ({settings.mode, settings.eval_mode} if verb == "fit" else {self.eval_mode})
         }
-        self.mode_runner = runners[self.mode]
-        self.eval_runner = runners[self.eval_mode]
-        if stage == "fit":
-            self.fit_runner = self.mode_runner
-        self.interrupts = InterruptGuard()
+        if verb == "fit":
+            run.mode = modes[settings.mode]
+        run.interrupts = InterruptGuard()
         status = "failed"
-        with CrashReport(), self.interrupts:
+        with CrashReport(), run.interrupts:
             try:
-                self.hooks.fire("setup", stage)
-                body()
-                self.interrupts.check()  # one may have come in the last hooks
+                hooks.fire("setup", verb)
+                result = body(hooks, modes[settings.eval_mode])
+                run.interrupts.check()  # one may have come in the last hooks
                 status = "success"
+                return result
             except BaseException as error:
                 self._tell_culprit(error)
-                self.hooks.fire("on_exception", error)
+                hooks.fire("on_exception", error)
                 raise
             finally:
-                self.metrics.reset()
-                self.train_batches = None
-                self.validation_batches = []
-                self.sanity_checking = False
-                for runner in runners.values():
-                    runner.close()
+                run.metrics.reset()
+                run.train, run.validation, run.sanity_checking = None, [], False
+                for mode in modes.values():
+                    mode.close()
                 # One that fails must not keep the others from theirs.
                 with contextlib.ExitStack() as stack:
-                    for each in reversed(self.loggers):
+                    for each in reversed(run.loggers):
                         stack.callback(each.finalize, status)
-                    for call in reversed(self.hooks.calls["teardown"]):
-                        stack.callback(call, stage)
+                    for call in reversed(hooks.calls["teardown"]):
+                        stack.callback(call, verb)
 
     def _tell_culprit(self, error: BaseException) -> None:
         if isinstance(error, (OFEngineError, KeyboardInterrupt, SystemExit)):
             return  # they speak for themselves
-        culprit = culprit_of(error)
+        culprit, at = culprit_of(error), self._run.progress
         if culprit is not None:
             log.error(
                 "%s raised %s in epoch %d, batch %d (after step %d).",
-                culprit, type(error).__name__, self._current_epoch, self.batch_idx, self.steps_done,
+                culprit, type(error).__name__, at.epoch, at.batch_idx, at.global_step,
             )  # fmt: skip
 
     def _attach(self, task: Any) -> None:
-        if not isinstance(task, TaskModule):
-            mend = "give an object of a TaskModule subclass"
-            if isinstance(task, type) and issubclass(task, TaskModule):
-                mend = f"call it first, as in {task.__name__}()"
-            raise ConfigurationError(f"the first argument is {describe(task)}: {mend}.")
-        if "_modules" not in vars(task):
-            raise ConfigurationError(
-                f"{type(task).__name__}.__init__ must call super().__init__() first."
-            )
-        self.task = task
+        _check_task(task)
+        self._run.task = task
         task._trainer = self
-        self.metrics.forget()
+        self._run.metrics.forget()
 
-    def _leave_rates_behind(self) -> None:
-        """Leave scheduler and groups as a loop written by hand would have left them."""
-        made = self.optimization
-        assert made is not None
-        if isinstance(made.scheduler, LRScheduler):
-            for _ in range(self.rates.position(self.global_step)):
-                made.scheduler.step()
-        # A function or a table need not know the step after the last one.
-        asked = made.scheduler is None or isinstance(made.scheduler, LRScheduler)
-        step = self.global_step if asked else max(self.global_step - 1, 0)
-        if self.mode == "eager":
-            for group, lr in zip(made.optimizer.param_groups, self.rates.unscaled(step)):
-                group["lr"] = lr
+    @contextlib.contextmanager
+    def _imagining(self, task: TaskModule, batches: Optional[int]) -> Iterator[None]:
+        """Let ``task`` ask about a run that is not made, and leave both as they were."""
+        kept, of_task = self._run, task.__dict__.get("_trainer")
+        self._run = Run.new(kept.settings, kept.callbacks, kept.loggers)
+        self._run.task, self._run.batches_per_epoch = task, batches
+        task._trainer = self
+        try:
+            yield
+        finally:
+            self._run = kept
+            del task._trainer
+            if of_task is not None:
+                task._trainer = of_task
+
+
+def _unknown_argument(name: str) -> UnknownArgumentError:
+    mend = mend_for(TRAINER_ARGUMENTS, name)
+    if mend is not None:
+        return UnknownArgumentError(f"Trainer has no argument {name!r}: {mend}.")
+    known = [each for each in inspect.signature(Trainer.__init__).parameters if each != "self"]
+    close = difflib.get_close_matches(name, known, n=1)
+    meant = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(known[:-1])}."
+    return UnknownArgumentError(f"Trainer has no argument {name!r}: {meant}")
+
+
+def _check_task(task: Any) -> None:
+    if not isinstance(task, TaskModule):
+        mend = "give an object of a TaskModule subclass"
+        if isinstance(task, type) and issubclass(task, TaskModule):
+            mend = f"call it first, as in {task.__name__}()"
+        raise ConfigurationError(f"the first argument is {describe(task)}: {mend}.")
+    if "_modules" not in vars(task):
+        raise ConfigurationError(
+            f"{type(task).__name__}.__init__ must call super().__init__() first."
+        )
+
+
+def _leave_rates_behind(run: Run) -> None:
+    """Leave scheduler and groups as a loop written by hand would have left them."""
+    made, plan, step = run.made, run.rates, run.progress.global_step
+    if isinstance(made.scheduler, LRScheduler):
+        for _ in range(plan.position(step)):
+            made.scheduler.step()
+    # A function or a table need not know the step after the last one.
+    asked = made.scheduler is None or isinstance(made.scheduler, LRScheduler)
+    if run.settings.mode == "eager":
+        for group, lr in zip(
+            made.optimizer.param_groups, plan.unscaled(step if asked else max(step - 1, 0))
+        ):
+            group["lr"] = lr
 
 
 def _configure_logging() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 from oneflow import nn
 
-from ofengine._launch_race import mend_launch_race
+from ofengine._oneflow.launch_race import mend_launch_race
 
 # The same examples every time, and no limit on the seconds an example takes.
 settings.register_profile("ofengine", deadline=None, derandomize=True, database=None)

@@ -12,7 +12,7 @@ from typing import List, Optional
 
 import pytest
 
-from ofengine.crash_report import ADVICE, CrashReport
+from ofengine.processes.crash_report import ADVICE, CrashReport
 
 WITHOUT_CORE = ["/bin/sh", "-c", 'ulimit -c 0; exec "$@"', "sh"]
 
@@ -26,7 +26,7 @@ def run(
     script.write_text(
         f"""
 import faulthandler, os, signal, sys
-from ofengine.crash_report import CrashReport
+from ofengine.processes.crash_report import CrashReport
 {before}
 def fit():
     with CrashReport():
@@ -132,8 +132,8 @@ def test_a_supervised_process_leaves_the_sentence_to_its_supervisor(tmp_path: Pa
     script.write_text(
         """
 import os, signal
-from ofengine import supervisor
-from ofengine.crash_report import CrashReport
+from ofengine.processes import supervisor
+from ofengine.processes.crash_report import CrashReport
 
 if supervisor.tries() is None:
     supervisor.supervise(1)

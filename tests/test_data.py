@@ -18,16 +18,9 @@ from oneflow.utils.data import BatchSampler, DataLoader, Dataset, IterableDatase
 from oneflow.utils.data.sampler import RandomSampler, SubsetRandomSampler
 
 from ofengine import ConfigurationError, DataError, OFEngineError
-from ofengine.data import (
-    Batches,
-    batch_size_of,
-    count_batches,
-    flatten,
-    stage_loaders,
-    to_device,
-    unflatten,
-)
-from ofengine.loading import _SeededIndices
+from ofengine.data.batches import Batches, count_batches, stage_loaders
+from ofengine.data.loading import _SeededIndices
+from ofengine.data.structure import batch_size_of, flatten, to_device, unflatten
 
 CPU = flow.device("cpu")
 # The fixture that changes the folder acts once for all examples, which is what is wanted.

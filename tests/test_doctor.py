@@ -12,8 +12,9 @@ from typing import Callable, Dict, Tuple
 
 import pytest
 
-from ofengine import cli, doctor
-from ofengine.doctor import Facts, diagnose, fits, report
+from ofengine import cli
+from ofengine.cli import doctor
+from ofengine.cli.doctor import Facts, diagnose, fits, report
 
 PYTHON = shlex.quote(sys.executable)
 ROOT = Path(__file__).resolve().parent.parent

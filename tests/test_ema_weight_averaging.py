@@ -245,7 +245,7 @@ class Evaluated(Callback):
         self.after: List[Arrays] = []
 
     def on_train_batch_end(self, trainer: Any, task: Any, *args: Any) -> None:
-        trainer.mode_runner.settle()  # in graph mode, num_batches_tracked is added up later
+        trainer.settle()  # in graph mode, num_batches_tracked is added up later
         self.training.append(weights_of(task))
         self.averages.append(numbers(self.ema.averaged))
 

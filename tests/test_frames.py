@@ -43,7 +43,7 @@ def stack_below_the_loop(frame: FrameType) -> List[FrameType]:
     while at is not None:
         if is_ours(at):
             frames.append(at)
-        if path_of(at) == os.path.join(ENGINE, "loops.py"):
+        if path_of(at) == os.path.join(ENGINE, "run", "loops.py"):
             return frames[::-1]
         at = at.f_back
     return []
@@ -111,7 +111,7 @@ def test_from_the_loop_to_training_step_at_most_6_frames_in_3_files(accumulate: 
     for stack in stacks:
         assert 2 <= len(stack) <= 6, names(stack)
         files = {os.path.relpath(path_of(frame), ENGINE) for frame in stack}
-        assert files == {"loops.py", os.path.join("modes", "eager.py")}
+        assert files == {os.path.join("run", "loops.py"), os.path.join("modes", "eager.py")}
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

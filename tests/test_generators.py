@@ -14,7 +14,7 @@ from oneflow.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from ofengine import CheckpointError
 from ofengine.checkpoint import encode, put, read
-from ofengine.generators import (
+from ofengine.data.generators import (
     find_generators,
     global_states,
     is_generator,

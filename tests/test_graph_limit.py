@@ -12,7 +12,8 @@ import pytest
 from helpers import assert_same_weights, fill_deterministically, quiet_trainer
 from oneflow import nn
 
-from ofengine import Callback, GraphModeError, TaskModule, _oneflow
+from ofengine import Callback, GraphModeError, TaskModule
+from ofengine._oneflow import graphs as _graphs
 from ofengine.callbacks import ModelCheckpoint
 
 
@@ -49,7 +50,7 @@ def test_too_many_graphs_are_an_error_and_the_run_can_go_on_elsewhere(
 ) -> None:
     whole = fit(tmp_path / "whole")
     with monkeypatch.context() as context:
-        context.setattr(_oneflow, "MOST_GRAPHS", _oneflow.graphs_compiled() + 3)
+        context.setattr(_graphs, "MOST_GRAPHS", _graphs.graphs_compiled() + 3)
         with pytest.raises(GraphModeError, match="go on in a new one, from a checkpoint"):
             fit(tmp_path / "run")
     resumed = fit(tmp_path / "run", ckpt_path="last")
@@ -76,9 +77,9 @@ def test_graphs_of_others_count_and_traces_do_not() -> None:
 
 
 def _count_of_a_fit() -> int:
-    before = _oneflow.graphs_compiled()
+    before = _graphs.graphs_compiled()
     quiet_trainer(mode="graph", max_epochs=1).fit(Dropping(), [flow.ones(4, 3)])
-    return _oneflow.graphs_compiled() - before
+    return _graphs.graphs_compiled() - before
 
 
 class Dropping(Tiny):
@@ -97,7 +98,7 @@ import sys
 import oneflow as flow
 from oneflow import nn
 
-from ofengine._launch_race import mend_launch_race
+from ofengine._oneflow.launch_race import mend_launch_race
 
 mend_launch_race()  # or the many short graphs may wait for each other for ever
 
@@ -120,7 +121,7 @@ for _ in range(int(sys.argv[1])):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("graphs, ends_well", [(_oneflow.MOST_GRAPHS + 20, True), (1_400, False)])
+@pytest.mark.parametrize("graphs, ends_well", [(_graphs.MOST_GRAPHS + 20, True), (1_400, False)])
 def test_the_limit_is_where_the_engine_believes_it_to_be(graphs: int, ends_well: bool) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(graphs)], capture_output=True, text=True, timeout=500

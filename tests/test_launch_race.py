@@ -14,8 +14,8 @@ from typing import Iterator, List
 
 import pytest
 
-from ofengine import _launch_race
-from ofengine._launch_race import mend_launch_race
+from ofengine._oneflow import launch_race as _launch_race
+from ofengine._oneflow.launch_race import mend_launch_race
 
 pytestmark = pytest.mark.skipif(
     mend_launch_race() != "mended", reason=f"not mended: {mend_launch_race()}"
@@ -156,7 +156,7 @@ def test_many_threads_mend_once() -> None:
 _CLEARED = """
 import gc
 import oneflow as flow
-from ofengine import _launch_race
+from ofengine._oneflow import launch_race as _launch_race
 
 class Twice(flow.nn.Graph):
     def build(self, x):

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import configparser
 import os
-import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Dict, List, Set, Tuple
 
 import pytest
+import setuptools
 
 import ofengine
-from ofengine import doctor
+from ofengine.cli.doctor import REQUIREMENTS
 
 ROOT = Path(__file__).resolve().parent.parent
 if not (ROOT / "setup.cfg").exists():
@@ -44,13 +45,32 @@ def test_the_version_is_the_package_s(config: configparser.ConfigParser) -> None
 
 def test_the_doctor_knows_what_is_required(config: configparser.ConfigParser) -> None:
     required = lines(config["options"]["install_requires"])
-    assert sorted(doctor.REQUIREMENTS) == sorted([*required, "protobuf<4"])
+    assert sorted(REQUIREMENTS) == sorted([*required, "protobuf<4"])
 
 
-def test_every_folder_of_code_is_installed(config: configparser.ConfigParser) -> None:
-    folders = {str(path.parent.relative_to(ROOT)) for path in (ROOT / "ofengine").rglob("*.py")}
-    packages = {folder.replace(os.sep, ".") for folder in folders}
-    assert sorted(packages | {"ofengine.callbacks"}) == lines(config["options"]["packages"])
+def code_files(package: Path) -> Set[str]:
+    """Every source file, by its path from the package's folder on; links are followed."""
+    return {
+        (Path(package.name) / Path(folder).relative_to(package) / file).as_posix()
+        for folder, _, files in os.walk(str(package), followlinks=True)
+        for file in files
+        if file.endswith(".py")
+    }
+
+
+def test_every_folder_of_code_is_a_package_and_no_other_is(
+    config: configparser.ConfigParser,
+) -> None:
+    assert config["options"]["packages"] == "find:"
+    include = lines(config["options.packages.find"]["include"])
+    folders = {os.path.dirname(file) for file in code_files(ROOT / "ofengine")}
+    assert "ofengine/callbacks" in folders
+    packages = {folder.replace("/", ".") for folder in folders}
+    assert set(setuptools.find_packages(str(ROOT), include=include)) == packages
+
+
+def test_ofengine_callbacks_is_the_folder_callbacks_in_any_checkout() -> None:
+    assert os.readlink(str(ROOT / "ofengine" / "callbacks")) == os.path.join("..", "callbacks")
 
 
 # ---------------------------------------------------------------------- the wrong Python
@@ -68,7 +88,7 @@ def test_setup_says_one_clear_line_on_another_python(version: Tuple[int, int, in
     assert f"this is {'.'.join(map(str, version))}." in line
 
 
-READ_BY_MAKE = ("setup.cfg", "setup.py", "pyproject.toml", "ofengine/_pth.py")
+READ_BY_MAKE = ("setup.cfg", "setup.py", "pyproject.toml")
 
 
 class Machine:
@@ -223,57 +243,79 @@ def test_a_real_environment_leads_to_the_python_it_was_made_from(machine: Machin
 
 # ---------------------------------------------------------------------- what is installed
 
+DIST_INFO = f"ofengine-{ofengine.__version__}.dist-info"
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
     """A copy of what the build reads: building writes beside the sources."""
-    copy = tmp_path_factory.mktemp("source")
+    copy = tmp_path / "source"
+    copy.mkdir()
     for name in ("setup.cfg", "setup.py", "pyproject.toml", "README.md"):
-        if (ROOT / name).exists():
-            shutil.copy(str(ROOT / name), str(copy))
+        shutil.copy(str(ROOT / name), str(copy))
     for name in ("ofengine", "callbacks"):
         shutil.copytree(
-            str(ROOT / name), str(copy / name), ignore=shutil.ignore_patterns("__pycache__")
+            str(ROOT / name),
+            str(copy / name),
+            symlinks=True,
+            ignore=shutil.ignore_patterns("__pycache__"),
         )
     return copy
 
 
-def build(source: Path, hook: str) -> zipfile.ZipFile:
-    code = f"from setuptools import build_meta; print(build_meta.{hook}('dist'))"
+def build(source: Path, kind: str) -> Path:
+    code = f"from setuptools import build_meta; print(build_meta.build_{kind}('dist'))"
     (source / "dist").mkdir(exist_ok=True)
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=str(source), capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    return zipfile.ZipFile(source / "dist" / result.stdout.split()[-1])
+    return source / "dist" / result.stdout.split()[-1]
 
 
-@pytest.mark.slow
-def test_the_wheel_holds_ofengine_and_nothing_at_top_level_but_it(source: Path) -> None:
-    wheel = build(source, "build_wheel")
-    names = wheel.namelist()
-    assert {name.split("/")[0] for name in names} == {
-        "ofengine",
-        "ofengine.pth",
-        f"ofengine-{ofengine.__version__}.dist-info",
-    }
-    assert "ofengine/py.typed" in names
-    for folder, installed in (("ofengine", "ofengine"), ("callbacks", "ofengine/callbacks")):
-        for path in (ROOT / folder).rglob("*.py"):
-            assert f"{installed}/{path.relative_to(ROOT / folder).as_posix()}" in names
-    entry_points = next(name for name in names if name.endswith("entry_points.txt"))
-    assert b"ofengine = ofengine.cli:main" in wheel.read(entry_points)
-    assert wheel.testzip() is None
+def build_from_sdist(source: Path) -> Path:
+    with tarfile.open(str(build(source, "sdist"))) as archive:
+        archive.extractall(str(source / "unpacked"))
+    (unpacked,) = (source / "unpacked").iterdir()
+    assert not (unpacked / "callbacks").exists()
+    return build(unpacked, "wheel")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("hook", ["build_wheel", "build_editable"])
-def test_wheel_and_editable_install_bring_a_pth_that_runs(source: Path, hook: str) -> None:
-    wheel = build(source, hook)
-    (line,) = wheel.read("ofengine.pth").decode().splitlines()
-    assert line.startswith("import ")
-    record = next(name for name in wheel.namelist() if name.endswith("RECORD"))
-    assert re.search(rb"^ofengine\.pth,", wheel.read(record), re.MULTILINE)  # pip removes it again
-    code = f"import sys; exec({line!r}); print(sys.meta_path[0].find_spec('json'))"
-    result = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == (0, "None\n")
+@pytest.mark.parametrize("made_from", ["checkout", "sdist"])
+def test_the_wheel_holds_ofengine_and_nothing_at_top_level_but_it(
+    source: Path, made_from: str
+) -> None:
+    path = build(source, "wheel") if made_from == "checkout" else build_from_sdist(source)
+    with zipfile.ZipFile(str(path)) as wheel:
+        names = set(wheel.namelist())
+        entry_points = wheel.read(f"{DIST_INFO}/entry_points.txt")
+        assert wheel.testzip() is None
+    # So neither `callbacks` nor a .pth file.
+    assert {name.split("/")[0] for name in names} == {"ofengine", DIST_INFO}
+    installed = {name for name in names if name.startswith("ofengine/")}
+    assert installed == code_files(ROOT / "ofengine") | {"ofengine/py.typed"}
+    assert "ofengine/callbacks/__init__.py" in installed
+    assert b"ofengine = ofengine.cli:main" in entry_points
+
+
+def test_an_editable_install_adds_ofengine_to_what_can_be_imported_and_nothing_else(
+    source: Path, tmp_path: Path
+) -> None:
+    site = tmp_path / "site-packages"
+    with zipfile.ZipFile(str(build(source, "editable"))) as wheel:
+        wheel.extractall(str(site))
+    folders = [path.name for path in source.iterdir() if path.is_dir()]
+    code = f"""
+import importlib.util, site
+site.addsitedir({str(site)!r})
+for name in {folders}:
+    spec = importlib.util.find_spec(name)
+    if spec is not None:
+        print(spec.origin)
+"""
+    # Without the site-packages of this Python, which may have an ofengine of its own.
+    result = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], cwd=str(tmp_path), capture_output=True, text=True
+    )
+    assert result.stderr == ""
+    assert result.stdout.splitlines() == [str(source / "ofengine" / "__init__.py")]

@@ -1,4 +1,4 @@
-"""``ofengine.supervisor``, with scripts that stand in for a training script."""
+"""``ofengine.processes.supervisor``, with scripts that stand in for a training script."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 
 SCRIPT = """
 import os, signal, sys
-from ofengine import supervisor
+from ofengine.processes import supervisor
 
 restarts, *plan = sys.argv[1:]
 number = supervisor.tries()
@@ -96,7 +96,7 @@ def test_a_signal_that_is_no_crash_is_not_followed_by_a_restart(tmp_path: Path) 
 def test_nothing_of_the_script_runs_after_supervise(tmp_path: Path) -> None:
     text = """
 import atexit, sys
-from ofengine import supervisor
+from ofengine.processes import supervisor
 
 atexit.register(print, "atexit", supervisor.tries())
 try:
@@ -112,7 +112,7 @@ finally:
 
 WAITING = """
 import os, signal, sys
-from ofengine import supervisor
+from ofengine.processes import supervisor
 
 if supervisor.tries() is None:
     supervisor.supervise(3)
@@ -202,7 +202,7 @@ def test_ctrl_c_in_the_terminal_reaches_the_child_once(tmp_path: Path) -> None:
 
 SHOW = """
 import os, sys
-from ofengine import supervisor
+from ofengine.processes import supervisor
 
 if sys.argv[-1] != "alone" and supervisor.tries() is None:
     sys.argv[1:] = ["changed by the script"]
@@ -254,7 +254,7 @@ def test_without_sys_orig_argv_the_command_is_found_in_proc(tmp_path: Path) -> N
 def test_the_child_starts_in_the_folder_where_the_command_was_given(tmp_path: Path) -> None:
     text = """
 import os
-from ofengine import supervisor
+from ofengine.processes import supervisor
 
 print(os.path.basename(os.getcwd()), flush=True)
 os.chdir("/")
@@ -268,7 +268,7 @@ if supervisor.tries() is None:
 def test_a_port_that_a_library_holds_is_free_for_the_child(tmp_path: Path) -> None:
     text = """
 import os, socket
-from ofengine import supervisor
+from ofengine.processes import supervisor
 
 number = supervisor.tries()
 if number is None:
@@ -288,11 +288,11 @@ print("free")
 def test_processes_that_the_child_starts_are_not_supervised(tmp_path: Path) -> None:
     text = """
 import subprocess, sys
-from ofengine import supervisor
+from ofengine.processes import supervisor
 
 if supervisor.tries() is None:
     supervisor.supervise(1)
-program = "from ofengine import supervisor; print(supervisor.tries())"
+program = "from ofengine.processes import supervisor; print(supervisor.tries())"
 subprocess.run([sys.executable, "-c", program])
 """
     assert run(write(tmp_path, text)).stdout == "None\n"
@@ -301,7 +301,7 @@ subprocess.run([sys.executable, "-c", program])
 # ---------------------------------------------------------------------- refused
 
 CALL = """
-from ofengine import supervisor
+from ofengine.processes import supervisor
 from ofengine.errors import ConfigurationError
 try:
     supervisor.supervise(1)
@@ -372,7 +372,10 @@ def test_a_number_of_restarts_that_is_none_is_refused(tmp_path: Path, restarts: 
 
 
 def test_a_supervised_process_is_refused(tmp_path: Path) -> None:
-    text = "from ofengine import supervisor\nif not supervisor.tries(): supervisor.supervise(1)\n"
+    text = (
+        "from ofengine.processes import supervisor\n"
+        "if not supervisor.tries(): supervisor.supervise(1)\n"
+    )
     assert "is supervised already" in run(write(tmp_path, text + CALL)).stdout
 
 
@@ -384,7 +387,7 @@ def test_with_oneflow_at_work_in_both_processes(tmp_path: Path) -> None:
     text = """
 import faulthandler, os, signal
 import oneflow as flow
-from ofengine import supervisor
+from ofengine.processes import supervisor
 
 print(supervisor.tries(), (flow.ones(2) * 3).numpy().sum(), flush=True)
 if supervisor.tries() is None:

@@ -212,7 +212,7 @@ class Saved(Callback):
         self.steps: List[Dict[str, np.ndarray]] = []
 
     def on_train_batch_end(self, trainer: Any, task: Any, *args: Any) -> None:
-        trainer.mode_runner.settle()
+        trainer.settle()
         self.steps.append(weights_of(task))
 
 

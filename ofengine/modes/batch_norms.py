@@ -8,7 +8,7 @@ from typing import Any, Dict, Iterator
 
 from oneflow import nn
 
-from ofengine._oneflow import module_of
+from ofengine._oneflow.tracing import module_of
 
 _UNCOUNTED = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 """They have the counter of batch norm, and leave it alone."""

@@ -10,7 +10,7 @@ from typing import Iterator
 
 from oneflow import nn
 
-from ofengine import _oneflow
+from ofengine._oneflow.tracing import has_forward_hooks
 from ofengine.errors import GraphModeError
 from ofengine.task import TaskModule
 
@@ -19,7 +19,7 @@ def refuse_what_graphs_ignore(task: TaskModule) -> None:
     """Raise where a module does something that would silently be left out of a graph."""
     for name, module in task.named_modules():
         where = f"{type(task).__name__}.{name}" if name else type(task).__name__
-        if _oneflow.has_forward_hooks(module):
+        if has_forward_hooks(module):
             raise GraphModeError(
                 f"{where} has a forward hook (register_forward_hook, register_forward_pre_hook or "
                 "weight_norm), which OneFlow does not call in a static graph: write what it does "

@@ -20,7 +20,7 @@ import numpy as np
 import oneflow as flow
 from oneflow import nn
 
-from ofengine._oneflow import functions_by_name
+from ofengine._oneflow.operators import functions_by_name
 from ofengine.errors import GraphModeError, warn
 
 _FACTORIES = ("normal", "rand", "randint", "randn", "randperm")

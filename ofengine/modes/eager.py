@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable, Dict, Tuple
+from typing import Any, Callable, Dict, Tuple
 
 import oneflow as flow
-from oneflow import Tensor
-from oneflow.optim import Optimizer
+from oneflow import Tensor, nn
 
-from ofengine import _oneflow
-from ofengine.hooks import HookRunner
-from ofengine.modes.steps import clip_in_groups, split_outputs, step_arity
-
-if TYPE_CHECKING:
-    from ofengine.task import TaskModule
-    from ofengine.trainer import Trainer
+from ofengine._oneflow import optimizer_state
+from ofengine._oneflow.operators import backward_of
+from ofengine.errors import ConfigurationError
+from ofengine.modes.steps import clip, clip_in_groups, split_outputs, step_arity
+from ofengine.run.mode import HookCalls, ParameterStates
+from ofengine.run.state import Run
+from ofengine.task import TaskModule
 
 
 class EagerMode:
-    """Runs the steps of one task eagerly."""
+    """Runs the steps of one task eagerly. See :class:`ofengine.run.mode.Mode`."""
 
-    def __init__(self, trainer: Trainer, task: TaskModule, hooks: HookRunner) -> None:
-        self._trainer = trainer
+    def __init__(self, run: Run, task: TaskModule, calls: HookCalls) -> None:
+        self._run = run
         self._task = task
-        self._before_backward = hooks.calls["on_before_backward"]
-        self._after_backward = hooks.calls["on_after_backward"]
-        self._before_update = hooks.calls["on_before_optimizer_step"]
-        self._before_zero_grad = hooks.calls["on_before_zero_grad"]
+        self._before_backward = calls["on_before_backward"]
+        self._after_backward = calls["on_after_backward"]
+        self._before_update = calls["on_before_optimizer_step"]
+        self._before_zero_grad = calls["on_before_zero_grad"]
         self._arity: Dict[str, int] = {}
         self._task_name = type(task).__name__
 
+    def start(self) -> None:
+        """See :class:`~ofengine.run.mode.Mode`."""
+        self._optimizer = optimizer = self._run.made.optimizer
+        self._takes_both = step_arity(self._task, "training_step", 2) == 2
+        optimizer.zero_grad(set_to_none=True)  # what a run that was cut off left behind
+        self._clips = self._run.settings.gradient_clip_val is not None
+        self._clips_groups = any("clip_grad_max_norm" in g for g in optimizer.param_groups)
+
     def train_step(self, batch: Any, batch_idx: int, window: int, closes: bool) -> Dict[str, Any]:
-        """Forward and backward of one batch; the update where it ``closes`` its window."""
+        """See :class:`~ofengine.run.mode.Mode`."""
         rest: Dict[str, Any] = {}
         step: Callable[..., Any] = self._task.training_step
         loss = step(batch, batch_idx) if self._takes_both else step(batch)
@@ -39,15 +46,15 @@ class EagerMode:
             loss, rest = split_outputs(loss, self._task_name)
         for call in self._before_backward:
             call(loss)
-        _oneflow.backward_of(loss if window == 1 else loss / window)
+        backward_of(loss if window == 1 else loss / window)
         for call in self._after_backward:
             call()
         if closes:
             optimizer = self._optimizer
             for call in self._before_update:
                 call(optimizer)
-            if self._trainer.gradient_clip_val is not None:
-                self._trainer.clip()
+            if self._clips:
+                clip(self._run)
             if self._clips_groups:
                 clip_in_groups(optimizer)
             optimizer.step()
@@ -57,40 +64,36 @@ class EagerMode:
         rest["loss"] = loss.detach()
         return rest
 
-    def start(self, optimizer: Optimizer) -> None:
-        """Training with ``optimizer`` is about to begin."""
-        self._optimizer = optimizer
-        self._takes_both = step_arity(self._task, "training_step", 2) == 2
-        optimizer.zero_grad(set_to_none=True)  # what a run that was cut off left behind
-        self._clips_groups = any("clip_grad_max_norm" in g for g in optimizer.param_groups)
+    def eval_step(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
+        """See :class:`~ofengine.run.mode.Mode`."""
+        arity = self._arity.get(step)
+        if arity is None:
+            arity = self._arity[step] = step_arity(self._task, step, 3)
+        with flow.no_grad():
+            return getattr(self._task, step)(*(batch, batch_idx, dataloader_idx)[:arity])
 
-    def optimizer_state(self) -> Tuple[int, _oneflow.ParameterStates]:
-        """The optimizer's steps, and what it keeps of each parameter by name; live memory."""
+    def optimizer_state(self) -> Tuple[int, ParameterStates]:
+        """See :class:`~ofengine.run.mode.Mode`."""
         names = {id(p): name for name, p in self._task.named_parameters()}
-        return _oneflow.optimizer_state(self._trainer.optimizer, names)
+        return optimizer_state.optimizer_state(self._run.made.optimizer, names)
 
-    def load_optimizer_state(self, steps: int, states: _oneflow.ParameterStates) -> None:
-        """Go on from what :meth:`optimizer_state` of either mode gave."""
+    def load_optimizer_state(self, steps: int, states: ParameterStates) -> None:
+        """See :class:`~ofengine.run.mode.Mode`."""
         parameters = dict(self._task.named_parameters())
-        _oneflow.load_optimizer_state(self._trainer.optimizer, parameters, steps, states)
+        optimizer_state.load_optimizer_state(self._run.made.optimizer, parameters, steps, states)
 
     def gradients(self) -> Dict[str, Any]:
-        """What an accumulation window that is not closed yet has added up, by parameter."""
+        """See :class:`~ofengine.run.mode.Mode`."""
         return {n: p.grad for n, p in self._task.named_parameters() if p.grad is not None}
 
     def load_gradients(self, gradients: Dict[str, Any]) -> None:
-        """Go on from what :meth:`gradients` of either mode gave."""
+        """See :class:`~ofengine.run.mode.Mode`."""
         for name, parameter in self._task.named_parameters():
             parameter.grad = gradients.get(name)
 
-    def eval_step(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
-        """``validation_step``, ``test_step`` or ``predict_step`` on one batch, no gradients."""
-        with flow.no_grad():
-            return self._call(step, batch, batch_idx, dataloader_idx)
-
     def rebuild(self, reason: str) -> None:
         """Write the rates into the groups now; all else is made anew at every step anyway."""
-        self._trainer.rates.write(self._trainer.global_step)
+        self._run.rates.write(self._run.progress.global_step)
 
     def settle(self) -> None:
         """Nothing to bring up to date."""
@@ -98,8 +101,10 @@ class EagerMode:
     def close(self) -> None:
         """Nothing to let go of."""
 
-    def _call(self, step: str, *args: Any) -> Any:
-        arity = self._arity.get(step)
-        if arity is None:
-            arity = self._arity[step] = step_arity(self._task, step, len(args))
-        return getattr(self._task, step)(*args[:arity])
+    def default_train_graph(self) -> nn.Graph:
+        """There is none."""
+        raise ConfigurationError('build_graph() is for Trainer(mode="graph").')
+
+    def lower_rates(self, graph: nn.Graph) -> None:
+        """There is no graph of this run."""
+        raise ConfigurationError('lower_rates() is for Trainer(mode="graph").')

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, List, Sequence, Tuple
+from typing import Any, List, Sequence, Tuple
 
 import oneflow as flow
 from oneflow import nn
 
-from ofengine import _oneflow
-from ofengine.data import Structure, flatten, unflatten
+from ofengine._oneflow.graphs import allow_backward
+from ofengine._oneflow.tracing import (
+    answering_as_modules,
+    assignments_in_trace,
+    build_parameters,
+    identity,
+    instance_in_trace,
+)
+from ofengine.data.structure import Structure, flatten, unflatten
 from ofengine.errors import DataError, GraphModeError
 from ofengine.metrics import LogSpec
 from ofengine.modes.draws import DrawsMet, Feed, no_numbers_frozen
-from ofengine.modes.steps import split_outputs, step_arity
+from ofengine.modes.steps import clip, split_outputs, step_arity
+from ofengine.run.state import Run
 from ofengine.task import TaskModule
 from ofengine.tracing import Trace, TracedIndex, warn_of_assignments
-
-if TYPE_CHECKING:
-    from ofengine.modes.graph import GraphMode
 
 
 class StepGraph(nn.Graph):
@@ -47,15 +52,15 @@ class StepGraph(nn.Graph):
         """
         batch = unflatten(self.structure, iter(tensors))
         # A step may reach them by other ways than their modules, as eager tensors.
-        _oneflow.build_parameters(self.task)
+        build_parameters(self.task)
         arguments = (batch, self.index, *self.extra)[: self.arity]
-        task = _oneflow.instance_in_trace(self.task)
+        task = instance_in_trace(self.task)
         feeding = Feed(drawn).replacing_calls()
-        answering = _oneflow.answering_as_modules(self.task)
+        answering = answering_as_modules(self.task)
         with Trace() as trace, feeding as feed, no_numbers_frozen(self.step), answering:
             outputs = getattr(task, self.step)(*arguments)
         feed.stop_if_met()
-        self.assigned = _oneflow.assignments_in_trace(task)
+        self.assigned = assignments_in_trace(task)
         tensor_logs = [(s, v) for s, v in trace.logs if isinstance(v, flow.Tensor)]
         self.specs = [spec for spec, _ in tensor_logs]
         self.constants = [(s, v) for s, v in trace.logs if not isinstance(v, flow.Tensor)]
@@ -70,7 +75,7 @@ class StepGraph(nn.Graph):
         except DataError as error:
             raise GraphModeError(str(error)) from None
         # One tensor may not be put out twice.
-        return [*first, *(_oneflow.identity(tensor) for tensor in [*logged, *rest])]
+        return [*first, *(identity(tensor) for tensor in [*logged, *rest])]
 
 
 class _TrainStepGraph(StepGraph):
@@ -85,26 +90,26 @@ class _TrainStepGraph(StepGraph):
 class TrainGraph(_TrainStepGraph):
     """Forward, backward, clipping and update in one."""
 
-    def __init__(self, mode: GraphMode, structure: Structure) -> None:
-        super().__init__(mode.task, "training_step", structure, ())
-        self.trainer = mode.trainer
-        self.add_optimizer(mode.trainer.optimizer)
+    def __init__(self, run: Run, structure: Structure) -> None:
+        super().__init__(run.task, "training_step", structure, ())
+        self.run = run
+        self.add_optimizer(run.made.optimizer)
 
     def build(self, tensors: List[Any], drawn: List[Any]) -> List[Any]:
         """Trace the whole step."""
         loss, rest, logged = self.trained_loss(tensors, drawn, None)
-        self.trainer.clip()
+        clip(self.run)
         return self.put_out(rest, logged, [loss])
 
 
 class GradientGraph(_TrainStepGraph):
     """Forward and backward; the gradients are outputs."""
 
-    def __init__(self, mode: GraphMode, structure: Structure) -> None:
-        super().__init__(mode.task, "training_step", structure, ())
-        self.parameters = [mode.trainer.parameters]
+    def __init__(self, run: Run, structure: Structure) -> None:
+        super().__init__(run.task, "training_step", structure, ())
+        self.parameters = [run.parameters]
         self.having: List[int] = []
-        _oneflow.allow_backward(self)
+        allow_backward(self)
 
     def build(self, tensors: List[Any], drawn: List[Any], scale: Any) -> List[Any]:
         """Trace forward and backward of ``loss * scale``."""
@@ -118,24 +123,24 @@ class GradientGraph(_TrainStepGraph):
 class ApplyGraph(nn.Graph):
     """Clipping and update, from gradients that are inputs."""
 
-    def __init__(self, mode: GraphMode, having: Sequence[int]) -> None:
+    def __init__(self, run: Run, having: Sequence[int]) -> None:
         super().__init__()
-        self.task = mode.task
-        self.trainer = mode.trainer
+        self.task = run.task
+        self.run = run
         self.having = tuple(having)
-        self.add_optimizer(mode.trainer.optimizer)
+        self.add_optimizer(run.made.optimizer)
 
     def build(self, gradients: List[Any]) -> Any:
         """Trace the update."""
-        lazy = _oneflow.build_parameters(self.task)
+        lazy = build_parameters(self.task)
         anchor = min((p for p in lazy if p.requires_grad), key=lambda p: p.numel()).sum()
         anchor.backward()  # a graph with an optimizer must have a loss
-        parameters = self.trainer.parameters
+        parameters = self.run.parameters
         for parameter in parameters:
             parameter.grad = None
         for index, gradient in zip(self.having, gradients):
             parameters[index].grad = gradient
-        self.trainer.clip()
+        clip(self.run)
         return anchor
 
 
@@ -147,7 +152,7 @@ class EvalGraph(StepGraph):
         with flow.no_grad():
             outputs, logged = self.call_step(tensors, drawn)
             # A graph must put out something, even where the step neither logs nor returns.
-            return self.put_out(outputs, logged, []) or [_oneflow.identity(tensors[0])]
+            return self.put_out(outputs, logged, []) or [identity(tensors[0])]
 
 
 class ProbeGraph(StepGraph):

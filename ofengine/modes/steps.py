@@ -8,8 +8,9 @@ from typing import Any, Dict, Iterable, Tuple
 import oneflow as flow
 from oneflow import nn
 
-from ofengine.data import describe_returned
+from ofengine.data.structure import describe_returned
 from ofengine.errors import ConfigurationError
+from ofengine.run.state import Run
 
 
 def step_arity(task: nn.Module, step: str, most: int) -> int:
@@ -67,6 +68,13 @@ def clip_in_groups(optimizer: Any) -> None:
             nn.utils.clip_grad_norm_(
                 group.parameters, group["clip_grad_max_norm"], group["clip_grad_norm_type"]
             )
+
+
+def clip(run: Run) -> None:
+    """Clip the gradients of all parameters that train together, where that was asked for."""
+    settings = run.settings
+    if settings.gradient_clip_val is not None:
+        clip_gradients(run.parameters, settings.gradient_clip_val, settings.gradient_clip_algorithm)
 
 
 def clip_gradients(parameters: Iterable[Any], clip_val: float, algorithm: str) -> None:

@@ -6,6 +6,7 @@ here: :func:`by_pattern`, :func:`layer_decay`, :func:`no_weight_decay`, :func:`r
 over groups of any rates.
 """
 
+import ofengine._oneflow  # noqa: F401  first: it imports OneFlow quietly
 from ofengine.rates.builders import by_pattern, freeze, layer_decay, unfreeze
 from ofengine.rates.regroup import no_weight_decay, rates, rates_between
 from ofengine.rates.warmup import WarmupLR

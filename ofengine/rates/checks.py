@@ -8,7 +8,7 @@ from typing import Any, Iterator, List, Optional, Tuple
 import numpy as np
 
 from ofengine.errors import RateError, warn
-from ofengine.optimizers import Optimization
+from ofengine.rates.optimizers import Optimization
 from ofengine.rates.plan import RatePlan
 
 # Where OneFlow's schedulers keep how many positions they are made for.

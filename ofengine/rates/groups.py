@@ -12,7 +12,7 @@ import attrs
 from oneflow import nn
 from oneflow.optim import Optimizer
 
-from ofengine._oneflow import default_options
+from ofengine._oneflow.optimizer_state import default_options
 from ofengine.errors import RateError, warn
 
 ENGINE_KEYS = ("name", "lr_scale", "lr_decay_scale")

@@ -13,7 +13,8 @@ import numpy as np
 from oneflow import nn
 from oneflow.optim import Optimizer
 
-from ofengine._oneflow import lower_rates, updates_many_tensors_at_once
+from ofengine._oneflow.graphs import updates_many_tensors_at_once
+from ofengine._oneflow.lowering import lower_rates
 from ofengine.errors import RateError
 from ofengine.rates.calendar import Calendar
 from ofengine.rates.groups import Group

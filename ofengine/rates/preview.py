@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
-from ofengine.data import count_batches
+from ofengine.data.batches import count_batches
 from ofengine.errors import ConfigurationError, RateError
 from ofengine.rates.calendar import ceil_div
 from ofengine.rates.canvas import LETTERS, Canvas, figure, in_columns, round_numbers, spread
 from ofengine.rates.checks import check_rates
-from ofengine.rates.dry_run import plan_run
 from ofengine.rates.plan import RatePlan
-
-if TYPE_CHECKING:
-    from ofengine.task import TaskModule
-    from ofengine.trainer import Trainer
+from ofengine.rates.planning import Decays, plan_run
+from ofengine.run.settings import Settings
 
 _ALL_STEPS = 8192
 """A run of up to so many steps is sampled at every step."""
@@ -313,32 +310,56 @@ class Preview:
         return [(step, f"{step:.0f}") for step in ticks]
 
 
-def preview(
-    trainer: Trainer,
-    task: TaskModule,
-    train_dataloaders: Any = None,
-    steps_per_epoch: Optional[int] = None,
-) -> Preview:
-    """What ``trainer.fit(task, train_dataloaders)`` would do to the rates; trains nothing.
-
-    The groups are checked as ``fit`` checks them. No batch is read and the device is not
-    touched; ``configure_optimizers`` is called, and ``train_dataloader`` where none is given, but
-    no hook, ``setup`` included.
+def epoch_length(
+    settings: Settings, task: Any, train_dataloaders: Any, steps_per_epoch: Optional[int]
+) -> Optional[int]:
+    """Batches in an epoch of ``fit(task, train_dataloaders)``, or None where that is not known.
 
     Args:
-        trainer: whose ``max_epochs``, ``max_steps``, ``accumulate_grad_batches``,
-            ``limit_train_batches`` and rate callbacks count.
-        task: the task.
+        settings: whose ``limit_train_batches``, ``overfit_batches`` and
+            ``accumulate_grad_batches`` count.
+        task: its ``train_dataloader`` is called where no data is given.
         train_dataloaders: as in ``fit``; only its length is asked for.
         steps_per_epoch: optimizer steps in an epoch, instead of that length.
+    """
+    if steps_per_epoch is not None:
+        whole = isinstance(steps_per_epoch, int) and not isinstance(steps_per_epoch, bool)
+        if not whole or steps_per_epoch < 1:
+            raise ConfigurationError(
+                f"steps_per_epoch={steps_per_epoch!r}: give a whole number from 1 on."
+            )
+        return steps_per_epoch * settings.accumulate_grad_batches
+    source = train_dataloaders if train_dataloaders is not None else task.train_dataloader()
+    try:
+        total: Optional[int] = None if source is None else len(source)
+    except TypeError:
+        total = None
+    if settings.overfit_batches is not None:
+        return count_batches(total, settings.overfit_batches, "train_dataloader", "overfit_batches")
+    limit = settings.limit_train_batches
+    return count_batches(total, limit, "train_dataloader", "limit_train_batches")
+
+
+def preview(
+    settings: Settings, task: Any, per_epoch: Optional[int], decays: Decays = ()
+) -> Preview:
+    """What ``fit`` would do to the rates of ``task``; trains nothing.
+
+    The groups are checked as ``fit`` checks them. No batch is read and the device is not
+    touched; ``configure_optimizers`` is called, but no hook, ``setup`` included.
+
+    Args:
+        settings: whose ``max_epochs``, ``max_steps`` and ``accumulate_grad_batches`` count.
+        task: the task.
+        per_epoch: batches in an epoch (:func:`epoch_length`), or None where not known.
+        decays: when decay happens, by the name of who says so.
 
     Raises:
         RateError: the groups or the schedule are wrong.
         ConfigurationError: how long the run is cannot be known.
     """
     name = type(task).__name__
-    per_epoch = _batches(trainer, task, train_dataloaders, steps_per_epoch)
-    if trainer.max_epochs < 0 and trainer.max_steps < 0:
+    if settings.max_epochs < 0 and settings.max_steps < 0:
         raise ConfigurationError(
             f"the run of {name} has no end that is known ahead: give the Trainer max_epochs or "
             "max_steps."
@@ -347,38 +368,17 @@ def preview(
         f"how many steps an epoch of {name} has is not known (there is no train_dataloader with a "
         "length), and the rates depend on it: give steps_per_epoch."
     )
-    if per_epoch is None and trainer.max_steps < 0:
+    if per_epoch is None and settings.max_steps < 0:
         raise unknown
-    made, plan, total = plan_run(trainer, task, per_epoch)
+    made, plan = plan_run(settings, task, per_epoch, decays)
+    total = plan.stop
     if total is None or (per_epoch is None and plan.depends_on_epochs()):
         raise unknown
-    check_rates(plan, made, total, trainer.max_epochs)
+    check_rates(plan, made, total, settings.max_epochs)
     note = ""
     if made.monitor is not None:
         note = f"ReduceLROnPlateau will lower these rates where {made.monitor} stops improving."
     return Preview(plan, total, name, note)
-
-
-def _batches(
-    trainer: Trainer, task: TaskModule, given: Any, steps_per_epoch: Optional[int]
-) -> Optional[int]:
-    """Batches in an epoch, or None where that is not known."""
-    if steps_per_epoch is not None:
-        whole = isinstance(steps_per_epoch, int) and not isinstance(steps_per_epoch, bool)
-        if not whole or steps_per_epoch < 1:
-            raise ConfigurationError(
-                f"steps_per_epoch={steps_per_epoch!r}: give a whole number from 1 on."
-            )
-        return steps_per_epoch * trainer.accumulate_grad_batches
-    source = given if given is not None else task.train_dataloader()
-    try:
-        total: Optional[int] = None if source is None else len(source)
-    except TypeError:
-        total = None
-    if trainer._overfit is not None:
-        return count_batches(total, trainer._overfit, "train_dataloader", "overfit_batches")
-    limit = trainer._limits["train"]
-    return count_batches(total, limit, "train_dataloader", "limit_train_batches")
 
 
 def _short(rate: float) -> str:

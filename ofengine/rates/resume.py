@@ -7,8 +7,8 @@ from typing import Any, Dict, List, Optional
 import attrs
 
 from ofengine.errors import CheckpointError, RateError
-from ofengine.optimizers import Optimization, make_schedule
 from ofengine.rates.groups import Group
+from ofengine.rates.optimizers import Optimization, make_schedule
 from ofengine.rates.plan import DecayEvents, RatePlan
 from ofengine.rates.schedule import PlateauSchedule, as_read, describe_schedule, same_kind
 

@@ -13,7 +13,7 @@ import pytest
 from helpers import MODES, ByStep, fill_deterministically, quiet_trainer, weights_of
 from oneflow import nn
 
-from ofengine import _oneflow
+from ofengine._oneflow import graphs
 
 
 class Sums(ByStep):
@@ -114,7 +114,7 @@ def test_sums_are_equal_in_both_modes(name: str, arguments: Dict[str, Any]) -> N
 
 def test_without_it_they_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """So the test above would see a difference, in the weights as in what is predicted."""
-    monkeypatch.setattr(_oneflow, "put_back", lambda before, after: 0)
+    monkeypatch.setattr(graphs, "put_back", lambda before, after: 0)
     eager, graph = (trained(chain(3), mode) for mode in MODES)
     assert eager[0] != graph[0]
     assert eager[2] != graph[2]

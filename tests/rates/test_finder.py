@@ -15,7 +15,7 @@ from oneflow.utils.data import DataLoader, Dataset
 
 from ofengine import Callback, ConfigurationError, DataError, RateError, TaskModule
 from ofengine.callbacks import LRDecayCallback
-from ofengine.rates.finder import LRFinder, lr_find, smooth
+from ofengine.rates.finder import LRFinder, smooth
 
 
 class Samples(Dataset):
@@ -95,7 +95,7 @@ def fitted(cls: Any, find: bool, **arguments: Any) -> TaskModule:
         trainer.fit(task, loader)  # so that there is a state to be kept
     if find:
         before = dict(vars(trainer))
-        found = lr_find(trainer, task, loader, num_steps=12, min_lr=1e-3, max_lr=10.0)
+        found = trainer.lr_find(task, loader, num_steps=12, min_lr=1e-3, max_lr=10.0)
         assert len(found.rates) == 12
         assert dict(vars(trainer)) == before
     trainer.fit(task, loader)
@@ -127,7 +127,7 @@ def test_generators_are_where_they_were() -> None:
         flow.manual_seed(1)
         dropout = task.dropout.generator
         if find:
-            lr_find(quiet_trainer(seed=4), task, DataLoader(own, batch_size=8), num_steps=4)
+            quiet_trainer(seed=4).lr_find(task, DataLoader(own, batch_size=8), num_steps=4)
         assert task.dropout.generator is dropout
         masked = task.dropout(flow.ones(20)).numpy().tolist()
         return [random.random(), np.random.rand(), flow.rand(2).tolist(), own.noise.rand(), masked]
@@ -165,7 +165,7 @@ def batches(count: int = 3) -> List[Any]:
 def test_losses_equal_those_of_a_hand_written_loop(mode: str, accumulate: int) -> None:
     data = batches(4)
     trainer = quiet_trainer(mode=mode, accumulate_grad_batches=accumulate)
-    found = lr_find(trainer, Linear(), data, min_lr=1e-2, max_lr=1.0, num_steps=5)
+    found = trainer.lr_find(Linear(), data, min_lr=1e-2, max_lr=1.0, num_steps=5)
     # The largest rate is that of "first": 0.5 * 0.25. "second" keeps 0.01 / 0.125 of it.
     hand = Linear()
     optimizer = flow.optim.SGD(
@@ -188,8 +188,8 @@ def test_losses_equal_those_of_a_hand_written_loop(mode: str, accumulate: int) -
 
 
 def test_a_linear_sweep_and_the_lr_to_write() -> None:
-    found = lr_find(
-        quiet_trainer(), Linear(), batches(), min_lr=0.1, max_lr=0.5, num_steps=5, mode="linear"
+    found = quiet_trainer().lr_find(
+        Linear(), batches(), min_lr=0.1, max_lr=0.5, num_steps=5, mode="linear"
     )
     assert found.rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
     assert found.lrs(0.25) == pytest.approx({"first": 1.0, "second": 0.02})
@@ -199,7 +199,7 @@ def test_decay_and_the_cookbooks_key_are_left_out(mode: str) -> None:
     task = Linear(key="lr_scale", scale=0.5)
     callbacks = [LRDecayCallback(1, key="lr_scale")]  # here lr_scale decays, and scales nothing
     trainer = quiet_trainer(mode=mode, callbacks=callbacks)
-    found = lr_find(trainer, task, batches(), min_lr=0.1, max_lr=0.2, num_steps=3)
+    found = trainer.lr_find(task, batches(), min_lr=0.1, max_lr=0.2, num_steps=3)
     assert found.rates == pytest.approx([0.1, 0.1 * 2**0.5, 0.2])
     assert found.lrs(0.2) == pytest.approx({"first": 0.2, "second": 0.004})
 
@@ -217,7 +217,7 @@ def test_callbacks_and_validation_stay_out() -> None:
             return batches()
 
     trainer = quiet_trainer(callbacks=[Never()])
-    assert len(lr_find(trainer, Validates(), batches(), num_steps=7).losses) == 7
+    assert len(trainer.lr_find(Validates(), batches(), num_steps=7).losses) == 7
 
 
 def test_it_stops_where_the_loss_grows_or_is_not_finite() -> None:
@@ -231,7 +231,7 @@ def test_it_stops_where_the_loss_grows_or_is_not_finite() -> None:
     def found(losses: List[float], **arguments: Any) -> LRFinder:
         task = Told()
         task.losses = losses
-        return lr_find(quiet_trainer(), task, batches(), num_steps=6, **arguments)
+        return quiet_trainer().lr_find(task, batches(), num_steps=6, **arguments)
 
     calm = found([1.0, 1.0, 1.0, 9.0, 1.0, 1.0])
     # The mean of 1, 1, 1, 9 is about 3; then of 1, 1, 1, 99 about 25.
@@ -255,7 +255,7 @@ def test_all_is_put_back_after_an_error(mode: str) -> None:
     task = Fails()
     before = weights_of(task)
     with pytest.raises(KeyError, match="in a hook"):
-        lr_find(quiet_trainer(mode=mode), task, DataLoader(Samples(), batch_size=8), max_lr=10.0)
+        quiet_trainer(mode=mode).lr_find(task, DataLoader(Samples(), batch_size=8), max_lr=10.0)
     assert all(np.array_equal(before[name], array) for name, array in weights_of(task).items())
     assert (task.batches_seen, task.history) == (0, [])
     assert "configure_optimizers" not in vars(task)
@@ -268,11 +268,11 @@ def test_mistakes() -> None:
         {"early_stop_threshold": 1.0},
     ):  # fmt: skip
         with pytest.raises(ConfigurationError, match=next(iter(wrong))):
-            lr_find(trainer, task, batches(), **wrong)
+            trainer.lr_find(task, batches(), **wrong)
     with pytest.raises(DataError, match="only once"):
-        lr_find(trainer, task, iter(batches()))
+        trainer.lr_find(task, iter(batches()))
     with pytest.raises(RateError, match="rate above 0"):
-        lr_find(trainer, Linear(scale=0.0, other=0.0), batches())
+        trainer.lr_find(Linear(scale=0.0, other=0.0), batches())
 
 
 def result(smoothed: List[float], mode: str = "exponential") -> LRFinder:

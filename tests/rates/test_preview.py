@@ -13,7 +13,7 @@ from oneflow import nn
 
 from ofengine import Callback, ConfigurationError, RateError, TaskModule
 from ofengine.callbacks import GraphLRScaleCallback, LRDecayCallback
-from ofengine.rates.preview import Preview, preview
+from ofengine.rates.preview import Preview
 
 
 class Layers(TaskModule):
@@ -55,7 +55,7 @@ class Unreadable:
 
 
 def preview_of(task: TaskModule, batches: int = 10, **arguments: Any) -> Preview:
-    return preview(quiet_trainer(**arguments), task, Unreadable(batches))
+    return quiet_trainer(**arguments).preview(task, Unreadable(batches))
 
 
 def test_rates_equal_the_closed_form() -> None:
@@ -115,7 +115,7 @@ def test_preview_equals_the_rates_that_a_fit_uses(mode: str) -> None:
     task = Layers(options, lambda step: 1 / (1 + step))
     trainer = quiet_trainer(mode=mode, max_epochs=2, callbacks=[Watch(), LRDecayCallback(2)])
     batches = [flow.ones(2, 3)] * 4
-    seen = preview(trainer, task, batches)
+    seen = trainer.preview(task, batches)
     trainer.fit(task, batches)
     if mode == "eager":  # the rates of step 0 are written after this hook's callbacks began
         assert len(used) == 8
@@ -137,7 +137,7 @@ def test_nothing_is_touched() -> None:
     trainer = quiet_trainer(max_epochs=2, callbacks=LRDecayCallback(3))
     before, of_task = dict(vars(trainer)), dict(vars(task))
     weights = weights_of(task)
-    preview(trainer, task, Unreadable(4))
+    trainer.preview(task, Unreadable(4))
     assert dict(vars(trainer)) == before
     assert {k: id(v) for k, v in vars(task).items()} == {k: id(v) for k, v in of_task.items()}
     assert all(np.array_equal(weights[name], array) for name, array in weights_of(task).items())
@@ -147,16 +147,16 @@ def test_an_unknown_length_is_asked_for() -> None:
     task = Layers([{"name": "a"}], lambda step: 0.5**step)
     loader = OfUnknownLength([1])
     with pytest.raises(ConfigurationError, match="give steps_per_epoch"):
-        preview(quiet_trainer(max_epochs=2), task, loader)
-    assert preview(quiet_trainer(max_epochs=2), task, loader, 7).total_steps == 14
-    assert preview(quiet_trainer(max_epochs=2), task, steps_per_epoch=7).total_steps == 14
+        quiet_trainer(max_epochs=2).preview(task, loader)
+    assert quiet_trainer(max_epochs=2).preview(task, loader, 7).total_steps == 14
+    assert quiet_trainer(max_epochs=2).preview(task, steps_per_epoch=7).total_steps == 14
     # Where no rate depends on epochs, the number of steps is enough.
-    assert preview(quiet_trainer(max_steps=5), task, loader).total_steps == 5
+    assert quiet_trainer(max_steps=5).preview(task, loader).total_steps == 5
     decays = Layers([{"name": "a", "lr_decay_scale": 0.5}])
     with pytest.raises(ConfigurationError, match="give steps_per_epoch"):
-        preview(quiet_trainer(max_steps=5), decays, loader)
+        quiet_trainer(max_steps=5).preview(decays, loader)
     with pytest.raises(ConfigurationError, match="whole number"):
-        preview(quiet_trainer(max_epochs=2), task, steps_per_epoch=0)
+        quiet_trainer(max_epochs=2).preview(task, steps_per_epoch=0)
 
 
 def test_a_run_without_end_is_refused() -> None:
@@ -189,7 +189,7 @@ def test_the_peak_is_found_to_the_step(total: int) -> None:
         return step / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / total))
 
     task = Layers([{"name": "a", "lr": 0.5}, {"name": "flat", "lr": 0.0}], factor)
-    seen = preview(quiet_trainer(max_steps=total), task)
+    seen = quiet_trainer(max_steps=total).preview(task)
     assert seen.peak("a") == (warm, 0.5)
     assert seen.peak("flat") == (0, 0.0)
     assert len(seen.steps) < 10_000
@@ -197,7 +197,7 @@ def test_the_peak_is_found_to_the_step(total: int) -> None:
 
 def test_a_long_run_shows_its_jumps() -> None:
     task = Layers([{"name": "a"}], lambda step: 1.0 if step < 333_333 else 0.1)
-    seen = preview(quiet_trainer(max_steps=1_000_000), task)
+    seen = quiet_trainer(max_steps=1_000_000).preview(task)
     assert {0, 333_332, 333_333, 999_999} <= set(seen.steps)
     assert all(rate == seen.plan.rate("a", s) for s, rate in zip(seen.steps, seen.curve("a")))
 

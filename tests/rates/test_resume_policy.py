@@ -24,10 +24,10 @@ from oneflow.optim import lr_scheduler
 
 from ofengine import Callback, CheckpointError, RateError, TaskModule, Trainer
 from ofengine.callbacks import GraphLRScaleCallback, LRDecayCallback
-from ofengine.optimizers import Optimization, make_schedule
 from ofengine.rates import WarmupLR
 from ofengine.rates.calendar import Calendar
 from ofengine.rates.groups import Group
+from ofengine.rates.optimizers import Optimization, make_schedule
 from ofengine.rates.plan import DecayEvents, RatePlan
 from ofengine.rates.resume import plan_state, resume_plan
 

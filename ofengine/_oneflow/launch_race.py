@@ -1,0 +1,175 @@
+"""The mend of a race in OneFlow 0.9.0 at the start of a graph's run, of which processes die."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import glob
+import logging
+import mmap
+import os
+import platform
+import struct
+import sys
+import threading
+from typing import Dict, Optional, Tuple
+
+import oneflow as flow
+
+from ofengine._oneflow.session import synchronize
+
+log = logging.getLogger("ofengine")
+
+# OneFlow 0.9.0 notes that a graph's run is in flight (EnqueueNNGraph) after it has started the
+# run. Where the run ends before that, DequeueNNGraph pops from an empty std::queue, and the
+# process dies of it sooner or later. Below, the run is counted before it is started instead:
+# the three functions of the queue are replaced in memory by the same logic over a counter.
+# Each of them is called from one place, through the PLT, and there is one queue a process.
+_QUEUE = "_ZN7oneflow2vm19LazyJobStreamPolicy"
+_WAIT = _QUEUE + "42WaitUntilQueueEmptyIfFrontNNGraphNotEqualsERKSt10shared_ptrINS_9NNGraphIfEE"
+_ENQUEUE = _QUEUE + "14EnqueueNNGraphERKSt10shared_ptrINS_9NNGraphIfEE"
+_DEQUEUE = _QUEUE + "14DequeueNNGraphEv"
+_EXPECTED = {  # how each begins in the wheels that were looked at
+    _WAIT: bytes.fromhex("41574156415541544989f555534889fb4883c7584883ec18"),
+    _ENQUEUE: bytes.fromhex("41574156415541544c8d6f5855534989f44889fb4883ec18"),
+    _DEQUEUE: bytes.fromhex("4154554c8d6758488b2d"),
+}
+_PAGE = mmap.PAGESIZE
+_DEQUEUE_AT = 0x80
+_launch_race: Optional[str] = None
+_told = False
+_launch_race_lock = threading.Lock()
+
+
+def mend_launch_race() -> str:
+    """Mend the race of OneFlow 0.9.0 at the start of a graph's run; "mended", or why not.
+
+    Done once a process, and only to the very binary it was written for: Linux on x86-64,
+    OneFlow 0.9.0, functions that begin as expected. ``OFENGINE_MEND_LAUNCH=0`` leaves it out.
+    """
+    global _launch_race
+    with _launch_race_lock:
+        if _launch_race is None:
+            if os.environ.get("OFENGINE_MEND_LAUNCH") == "0":
+                _launch_race = "left out by OFENGINE_MEND_LAUNCH=0"
+            elif flow.__version__ != "0.9.0" or (sys.platform, platform.machine()) != (
+                "linux",
+                "x86_64",
+            ):
+                _launch_race = "not for this version of OneFlow or this machine"
+            else:
+                try:
+                    _launch_race = _mend_launch_race()
+                except (OSError, AttributeError) as error:
+                    _launch_race = f"not possible here: {error}"
+        return _launch_race
+
+
+def mend_or_tell() -> None:
+    """Mend the race; where that is not done, say so, once a process."""
+    global _told
+    found = mend_launch_race()
+    if found != "mended" and not _told:
+        _told = True
+        log.warning(
+            "OneFlow's race at the start of a graph's run is not mended (%s): on a busy machine, "
+            "graph steps of less than a millisecond may crash. Trainer(restart_on_crash=3) goes "
+            "on after that.", found,
+        )  # fmt: skip
+
+
+def _mend_launch_race() -> str:
+    folder = os.path.join(os.path.dirname(flow.__file__), os.pardir, "oneflow.libs")
+    paths = glob.glob(os.path.join(glob.escape(folder), "liboneflow-*.so"))
+    if len(paths) != 1:
+        return "not possible here: liboneflow was not found"
+    library = ctypes.CDLL(paths[0])
+    at: Dict[str, int] = {}
+    for name, expected in _EXPECTED.items():
+        at[name] = ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
+        if ctypes.string_at(at[name], len(expected)) != expected:
+            return "not possible here: liboneflow is not the one this was written for"
+    wait, dequeue = _load_queue_code()
+    synchronize()  # no run may be in flight
+    _overwrite({at[_WAIT]: _jump_to(wait), at[_DEQUEUE]: _jump_to(dequeue), at[_ENQUEUE]: _RETURN})
+    return "mended"
+
+
+def _load_queue_code() -> Tuple[int, int]:
+    """Put :func:`_queue_code` into memory; the addresses of its two functions."""
+    # Not shared: a forked process must not count the runs of this one.
+    page = mmap.mmap(-1, 2 * _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # Kept for ever: OneFlow's threads may run it when Python has already cleared its modules.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(page))
+    base = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    wait, dequeue = _queue_code()
+    page[: len(wait)] = wait
+    page[_DEQUEUE_AT : _DEQUEUE_AT + len(dequeue)] = dequeue
+    _protect(base, _PAGE, mmap.PROT_READ | mmap.PROT_EXEC)
+    return base, base + _DEQUEUE_AT
+
+
+def _queue_code() -> Tuple[bytes, bytes]:
+    """x86-64 code of "wait for the other graph's runs, then count mine" and "count it off".
+
+    The second page holds the graph launched last (8 bytes), the runs in flight (4 bytes) and
+    whether somebody sleeps until there are none (4 bytes). The code uses only registers that a
+    function may use freely, r8 and r9 because a system call leaves them alone. Each sleeper
+    says so before the kernel compares the count, each run is counted off before it looks for
+    sleepers, both by locked instructions: a sleeper is woken, or the kernel lets it not sleep.
+    """
+
+    def data_from(offset: int) -> bytes:
+        return struct.pack("<i", _PAGE - offset)
+
+    sleep = b"\xb8\x01\x00\x00\x00\x41\x87\x41\x0c"  # mov eax, 1; xchg [r9+12], eax
+    sleep += b"\x49\x8d\x79\x08"  # lea rdi, [r9+8]
+    sleep += b"\xbe\x80\x00\x00\x00"  # mov esi, 128         FUTEX_WAIT_PRIVATE
+    sleep += b"\x45\x31\xd2"  # xor r10d, r10d        no timeout
+    sleep += b"\xb8\xca\x00\x00\x00\x0f\x05"  # mov eax, 202; syscall while [rdi] is edx
+    wait = b"\x4c\x8b\x06"  # mov r8, [rsi]          the graph to launch
+    wait += b"\x4c\x8d\x0d" + data_from(len(wait) + 7)  # lea r9, [data]
+    loop = len(wait)
+    wait += b"\x4d\x3b\x01"  # cmp r8, [r9]
+    wait += b"\x74" + struct.pack("b", 10 + len(sleep))  # je ready     launched last as well
+    wait += b"\x41\x8b\x51\x08\x85\xd2"  # mov edx, [r9+8]; test edx, edx
+    wait += b"\x7e" + struct.pack("b", 2 + len(sleep))  # jle ready    none in flight
+    wait += sleep
+    wait += b"\xeb" + struct.pack("b", loop - len(wait) - 2)  # jmp loop
+    wait += b"\x4d\x89\x01"  # ready: mov [r9], r8
+    wait += b"\x41\xc7\x41\x0c\x00\x00\x00\x00"  # mov dword [r9+12], 0
+    wait += b"\xf0\x41\xff\x41\x08\xc3"  # lock inc dword [r9+8]; ret
+    wake = b"\x49\x8d\x79\x08"  # lea rdi, [r9+8]
+    wake += b"\xbe\x81\x00\x00\x00\xba\x01\x00\x00\x00"  # mov esi, 129 (WAKE_PRIVATE); mov edx, 1
+    wake += b"\xb8\xca\x00\x00\x00\x0f\x05"  # mov eax, 202; syscall
+    dequeue = b"\x4c\x8d\x0d" + data_from(_DEQUEUE_AT + 7)  # lea r9, [data]
+    dequeue += b"\xf0\x41\xff\x49\x08"  # lock dec dword [r9+8]
+    dequeue += b"\x75" + struct.pack("b", 7 + len(wake))  # jnz done    others are in flight
+    dequeue += b"\x41\x83\x79\x0c\x00"  # cmp dword [r9+12], 0
+    dequeue += b"\x74" + struct.pack("b", len(wake))  # je done     nobody sleeps
+    dequeue += wake + _RETURN
+    return wait, dequeue
+
+
+_RETURN = b"\xc3"  # ret
+
+
+def _jump_to(address: int) -> bytes:
+    return b"\x48\xb8" + struct.pack("<Q", address) + b"\xff\xe0"  # mov rax, address; jmp rax
+
+
+def _overwrite(codes: Dict[int, bytes]) -> None:
+    """Write each code to its address: all of them, or none where an OSError is raised."""
+    start = min(codes) // _PAGE * _PAGE
+    length = max(address + len(code) for address, code in codes.items()) - start
+    _protect(start, length, mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    for address, code in codes.items():
+        ctypes.memmove(address, code, len(code))
+    with contextlib.suppress(OSError):  # it works all the same
+        _protect(start, length, mmap.PROT_READ | mmap.PROT_EXEC)
+
+
+def _protect(start: int, length: int, protection: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(start), ctypes.c_size_t(length), protection):
+        raise OSError(ctypes.get_errno(), "memory protection cannot be changed")

@@ -1,0 +1,33 @@
+"""Single operators: the shortest way to a backward pass, and who draws random numbers."""
+
+from __future__ import annotations
+
+from typing import Any, List, Tuple
+
+import oneflow as flow
+from oneflow import nn
+
+_TensorTuple = flow._oneflow_internal.TensorTuple
+_backward = flow._oneflow_internal.autograd.backward
+_OF_ONE = _TensorTuple()
+"""No gradient to begin with: that of a single element is 1."""
+
+
+def backward_of(loss: Any) -> None:
+    """``loss.backward()`` of an eager loss of one element, without the calls on the way to it."""
+    _backward(_TensorTuple([loss]), _OF_ONE, False, False)
+
+
+def functions_by_name(name: str) -> List[Tuple[Any, Any]]:
+    """Where OneFlow's function ``name`` is looked up when it is called: (holder, function)."""
+    holders = (flow, flow._C, nn.functional)
+    return [(each, getattr(each, name)) for each in holders if hasattr(each, name)]
+
+
+_RANDOM = ("bernoulli", "exponential", "normal", "randperm", "uniform", "uniform_int")
+
+
+def random_operations(graph: nn.Graph) -> List[str]:
+    """The kinds of operations in ``graph``, which is compiled, that draw random numbers."""
+    kinds = {each.user_conf.op_type_name for each in graph._full_job_proto.net.op}
+    return sorted(kind for kind in kinds if kind in _RANDOM or kind.endswith("dropout"))

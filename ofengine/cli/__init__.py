@@ -1,0 +1,79 @@
+"""The command line: `ofengine COMMAND` or `python -m ofengine COMMAND`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, List, Optional
+
+import ofengine
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run one command; return the exit status of the process."""
+    parser = argparse.ArgumentParser(prog="ofengine", description="A trainer engine for OneFlow.")
+    parser.add_argument("--version", action="version", version=f"ofengine {ofengine.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
+    _add_doctor(commands)
+    _add_rates(commands)
+    _add_checkpoint(commands)
+    arguments = parser.parse_args(argv)
+    return int(arguments.run(arguments))
+
+
+# One function a command. It sets `run`, which imports what it needs only when it is called:
+# `ofengine doctor` must work where OneFlow cannot be imported.
+
+
+def _add_doctor(commands: Any) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        from ofengine.cli.doctor import doctor
+
+        return doctor()
+
+    text = "say whether training can run on this machine, and how to mend what is missing"
+    commands.add_parser("doctor", help=text, description=text).set_defaults(run=run)
+
+
+def _add_rates(commands: Any) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        from ofengine.cli.rates import rates
+
+        return rates(arguments)
+
+    text = "show every parameter group's learning rate over a run, without training"
+    parser = commands.add_parser("rates", help=text, description=text)
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("task", metavar="FILE.py:TASK", help="the file and the TaskModule in it")
+    add(
+        "--mode", choices=("eager", "graph"), default="eager", help="the rates are the same in both"
+    )
+    add("--steps-per-epoch", type=_count, metavar="N", help="optimizer steps in an epoch; "
+        "default: the length of the task's train_dataloader")  # fmt: skip
+    add("--max-epochs", type=_count, metavar="N", help="default: 1, or any with --max-steps")
+    add("--max-steps", type=_count, metavar="N", help="optimizer steps in all")
+    add("--at", type=int, nargs="+", default=[], action="extend", metavar="STEP",
+        help="show the rates at these steps too, counted from 0")  # fmt: skip
+    add("--plot", metavar="FILE", help="write the picture as .png, .svg or .pdf")
+    add("--arg", default=[], action="append", metavar="KEY=VALUE",
+        help="an argument of the task; the value is read as Python, else as a text")  # fmt: skip
+
+
+def _add_checkpoint(commands: Any) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        from ofengine.cli.checkpoint import checkpoint
+
+        return checkpoint(arguments)
+
+    text = "verify a checkpoint and print what is in it, executing nothing of it"
+    parser = commands.add_parser("checkpoint", help=text, description=text)
+    parser.set_defaults(run=run)
+    parser.add_argument("file", metavar="FILE", help="the file that was saved")
+    parser.add_argument("--tensors", action="store_true", help="list every weight")
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return number

@@ -1,0 +1,273 @@
+"""Batches: which ones, in which order, on which device, and in which accumulation window."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, Callable, Iterable, Iterator, List, Optional, Tuple
+
+import attrs
+import oneflow as flow
+from oneflow.utils.data import DataLoader
+
+from ofengine.data.generators import (
+    RandomState,
+    global_states,
+    set_global_states,
+    set_states_in,
+    states_in,
+)
+from ofengine.data.loading import can_skip, open_source
+from ofengine.data.structure import describe, to_device
+from ofengine.errors import ConfigurationError, DataError
+from ofengine.run.arguments import Limit
+
+Step = Tuple[int, Any, int, bool, bool]
+"""One batch of an epoch, with its place in the accumulation window.
+
+The batch's index; the batch, or :data:`STEPPED` where a resumed run has only what follows it left
+to do; how many batches its window has; True where the window closes, so that the optimizer steps
+after this batch; True for the last batch of the epoch. A tuple, for it is made at every step.
+"""
+
+
+class _Stepped:
+    def __repr__(self) -> str:
+        return "STEPPED"
+
+
+STEPPED: Any = _Stepped()
+
+
+@attrs.frozen
+class Resumption:
+    """Where in an epoch a resumed run goes on."""
+
+    done: int
+    """Batches whose step was made."""
+    again: bool
+    """True where what follows the last of them is still to be done."""
+    begin: Callable[[], None]
+    """Puts the generators where they were at the beginning of the pass."""
+    reached: Callable[[], None]
+    """Puts the generators where they were when the run stopped."""
+
+
+class Batches:
+    """A dataloader as the loops see it: limited, on the device, in windows.
+
+    Args:
+        source: any iterable of batches.
+        limit: None for all; an int for so many batches; a float in [0, 1] for that share.
+        limit_name: the Trainer's argument that ``limit`` comes from.
+        device: where the tensors go.
+        what: how errors call it, e.g. ``"train_dataloader"``.
+        keep: hold the batches of the first pass and repeat them (``overfit_batches``).
+        resumable: note where the generators are when a pass is begun.
+    """
+
+    def __init__(
+        self,
+        source: Iterable[Any],
+        limit: Limit,
+        device: flow.device,
+        what: str,
+        limit_name: str = "limit",
+        keep: bool = False,
+        resumable: bool = False,
+    ) -> None:
+        if not hasattr(source, "__iter__") or isinstance(source, (str, bytes, dict, type)):
+            raise DataError(
+                f"{what} is {describe(source)}, which holds no batches: give a "
+                "oneflow.utils.data.DataLoader or a list of batches."
+            )
+        self.source = source
+        self.what = what
+        self.device = device
+        self.keep = keep
+        self._resumable = resumable
+        self._kept: Optional[List[Any]] = None
+        try:
+            total: Optional[int] = len(source)  # type: ignore[arg-type]
+        except TypeError:
+            total = None
+        if total == 0:
+            raise DataError(f"{what} is empty: it has no batch (is batch_size larger than the "
+                            "dataset, with drop_last=True?).")  # fmt: skip
+        self.count = count_batches(total, limit, what, limit_name)
+        """How many batches a pass has, or has at most; None where that shows only at its end."""
+        self._total = total
+        self.once = total is None and hasattr(source, "__next__")
+        """True for a generator or iterator, which can be gone through only once."""
+        self.pass_seed: Tuple[int, ...] = (0,)
+        """What the randomness in worker processes is a function of, with the batch's number."""
+        self.states_at_start: Optional[RandomState] = None
+        """The generators' states when the last pass was begun, where it is ``resumable``; None
+        for a list."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches of one pass, on the device."""
+        return self._from(None)
+
+    def _from(self, resumption: Optional[Resumption]) -> Iterator[Any]:
+        """The batches of one pass; those that are ``done`` are gone through, or skipped."""
+        if self._kept is not None:
+            return iter(self._kept)
+        if resumption is not None:
+            resumption.begin()
+        if self._resumable and not isinstance(self.source, (list, tuple)):
+            self.states_at_start = {
+                "global": global_states(),
+                "data": states_in(None, self.source),
+            }
+        skipped = resumption.done if resumption is not None and self.can_skip else 0
+        batches = open_source(self.source, skipped, self.pass_seed)
+        if self.count is not None:
+            batches = itertools.islice(batches, self.count - skipped)
+        if self.device.type != "cpu":
+            batches = (to_device(batch, self.device) for batch in batches)
+        if self.keep:
+            self._kept = list(batches)
+            return iter(self._kept)
+        return batches
+
+    @property
+    def can_skip(self) -> bool:
+        """True where batches that are done need not be loaded again to get behind them."""
+        return not self.keep and self._total is not None and can_skip(self.source)
+
+    def steps(self, accumulate: int, resumption: Optional[Resumption] = None) -> Iterator[Step]:
+        """The batches of one pass with their windows of ``accumulate`` batches.
+
+        The window that the end of the pass cuts short has the number of batches it really has.
+        Where the length is not known, up to ``accumulate`` batches are read ahead to find out.
+        """
+        if self.count is not None and self._total is not None:
+            return self._steps_of_known(self.count, accumulate, resumption)
+        return self._steps_of_unknown(accumulate, resumption)
+
+    def _steps_of_unknown(
+        self, accumulate: int, resumption: Optional[Resumption]
+    ) -> Iterator[Step]:
+        done = 0 if resumption is None else resumption.done
+        batches = self._from(resumption)
+        batch_idx = 0
+        window_batches = list(itertools.islice(batches, accumulate))
+        while window_batches:
+            following = list(itertools.islice(batches, accumulate))
+            window = len(window_batches)
+            for place, batch in enumerate(window_batches):
+                closes = place == window - 1
+                step = (batch_idx, batch, window, closes, closes and not following)
+                if resumption is None or batch_idx >= done:
+                    yield step
+                else:
+                    yield from _resumed(step, resumption)
+                batch_idx += 1
+            window_batches = following
+
+    def _steps_of_known(
+        self, count: int, accumulate: int, resumption: Optional[Resumption]
+    ) -> Iterator[Step]:
+        batches = self._from(resumption)
+        last, first = count - 1, 0
+        if resumption is not None:
+            first = resumption.done
+            if not self.can_skip:
+                first = sum(1 for _ in itertools.islice(batches, first))
+            if first:
+                yield from _resumed(_step_of(count, accumulate, first - 1, STEPPED), resumption)
+        batch_idx = first - 1
+        if accumulate == 1:  # what _step_of gives, without its call at every step
+            for batch_idx, batch in enumerate(batches, first):
+                yield batch_idx, batch, 1, True, batch_idx == last
+        else:
+            for batch_idx, batch in enumerate(batches, first):
+                yield _step_of(count, accumulate, batch_idx, batch)
+        if batch_idx < last:
+            raise DataError(
+                f"{self.what} gave {batch_idx + 1} batches, though its length is "
+                f"{self._total}: correct its __len__, or remove it."
+            )
+
+    def set_states(self, states: Optional[RandomState]) -> None:
+        """Put the generators where they were when a pass was begun."""
+        if states is not None:
+            set_global_states(states["global"])
+            set_states_in(None, self.source, states["data"])
+
+    def hold(self, states: Optional[RandomState]) -> None:
+        """Where batches are kept: take them anew as the pass took them that was begun so."""
+        if self.keep and self._kept is None and states is not None:
+            self.set_states(states)
+            iter(self)
+
+    def reseed(self, seed: int) -> None:
+        """Make the next pass shuffle as a function of ``seed`` alone."""
+        if isinstance(self.source, DataLoader):
+            generator = flow.Generator("cpu")
+            generator.manual_seed(seed)
+            batch_sampler: Any = self.source.batch_sampler
+            sampler: Any = self.source.sampler
+            inner = [getattr(each, "sampler", None) for each in (batch_sampler, sampler)]
+            holders: Tuple[Any, ...] = (self.source, sampler, batch_sampler, *inner)
+            for holder in holders:
+                if hasattr(holder, "generator"):
+                    holder.generator = generator
+
+
+def _step_of(count: int, accumulate: int, batch_idx: int, batch: Any) -> Step:
+    place = batch_idx % accumulate
+    window = min(accumulate, count - (batch_idx - place))
+    return batch_idx, batch, window, place == window - 1, batch_idx == count - 1
+
+
+def _resumed(step: Step, resumption: Resumption) -> Iterator[Step]:
+    """What a resumed run does about the batches that were done.
+
+    Behind the last of them the generators are put where they were when the run stopped.
+    """
+    batch_idx, _, window, closes, is_last = step
+    if batch_idx == resumption.done - 1:
+        resumption.reached()
+        if resumption.again:
+            yield batch_idx, STEPPED, window, closes, is_last
+
+
+def count_batches(total: Optional[int], limit: Limit, what: str, limit_name: str) -> Optional[int]:
+    """How many of ``total`` batches ``limit`` lets through (see :class:`Batches`)."""
+    if limit is None or (isinstance(limit, float) and limit == 1.0):
+        return total
+    if isinstance(limit, int):
+        return limit if total is None else min(limit, total)
+    if total is None:
+        raise ConfigurationError(
+            f"{limit_name}={limit!r} is a share of {what}, whose length is not known: give a "
+            "number of batches (an int)."
+        )
+    count = int(total * limit)
+    if count == 0 and limit > 0:
+        raise ConfigurationError(
+            f"{limit_name}={limit!r} of the {total} batches of {what} is less than one batch: give "
+            "a larger share, or a number of batches (an int)."
+        )
+    return count
+
+
+def stage_loaders(
+    loaders: Any, limit: Limit, device: flow.device, what: str, limit_name: str, keep: bool
+) -> List[Batches]:
+    """One :class:`Batches` for each dataloader of an evaluation stage (one or a list)."""
+    if loaders is None:
+        return []
+    several = isinstance(loaders, (list, tuple)) and any(
+        isinstance(loader, DataLoader) for loader in loaders
+    )
+    if several and not all(isinstance(loader, DataLoader) for loader in loaders):
+        raise DataError(
+            f"{what} mixes DataLoaders with other things: give one dataloader, or a list of "
+            "oneflow.utils.data.DataLoader objects."
+        )
+    return [
+        Batches(loader, limit, device, what, limit_name, keep, resumable=keep)
+        for loader in (loaders if several else [loaders])
+    ]

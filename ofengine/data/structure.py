@@ -1,0 +1,107 @@
+"""What a batch is made of: tensors in containers; moved, measured, taken apart, described."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Iterator, List, NamedTuple, Tuple
+
+import numpy as np
+import oneflow as flow
+
+from ofengine.errors import DataError
+
+
+def describe(value: Any) -> str:
+    """``value`` in an error: "None", "the class X" or "a X"."""
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return f"a {type(value).__name__}"
+
+
+def describe_returned(value: Any) -> str:
+    """As :func:`describe`, of what a user's method returned: None is "nothing"."""
+    return "nothing" if value is None else describe(value)
+
+
+def to_device(batch: Any, device: flow.device) -> Any:
+    """``batch`` with every tensor in it, however nested, on ``device``."""
+    if isinstance(batch, flow.Tensor):
+        return batch.to(device)
+    if isinstance(batch, dict):
+        moved = copy.copy(batch)  # a defaultdict keeps its factory
+        moved.update((key, to_device(value, device)) for key, value in batch.items())
+        return moved
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def batch_size_of(batch: Any) -> int:
+    """The first dimension of the first tensor in ``batch`` that has one; 1 where none has."""
+    return _first_dimension(batch) or 1
+
+
+def _first_dimension(batch: Any) -> int:
+    if isinstance(batch, flow.Tensor):
+        return int(batch.shape[0]) if batch.ndim else 0
+    if isinstance(batch, dict):
+        batch = batch.values()
+    elif not isinstance(batch, (list, tuple)):
+        return 0
+    return next((size for size in map(_first_dimension, batch) if size), 0)
+
+
+class Structure(NamedTuple):
+    """How the tensors of a batch are nested; two batches of one structure share a graph."""
+
+    kind: Any
+    """A container's type, ``flow.Tensor`` for a leaf, or None for a constant."""
+    keys: Tuple[Any, ...]
+    children: Tuple[Any, ...]
+
+
+_LEAF = Structure(flow.Tensor, (), ())
+
+
+def flatten(batch: Any, tensors: List[Any], what: str = "a batch holds") -> Structure:
+    """Append the tensors in ``batch`` to ``tensors``, depth first; return their structure."""
+    if isinstance(batch, flow.Tensor):
+        tensors.append(batch)
+        return _LEAF
+    if isinstance(batch, dict):
+        children = tuple(flatten(value, tensors, what) for value in batch.values())
+        return Structure(type(batch), tuple(batch), children)
+    if isinstance(batch, (list, tuple)):
+        return Structure(type(batch), (), tuple(flatten(value, tensors, what) for value in batch))
+    if batch is None or isinstance(batch, (bool, int, float, str)):
+        return Structure(None, (batch, type(batch)), ())  # 1 == True, but they trace differently
+    if isinstance(batch, (np.ndarray, np.generic)):
+        raise DataError(
+            f"{what} a numpy array, which a static graph cannot take: turn it into a tensor "
+            "with oneflow.from_numpy in the dataset or in collate_fn."
+        )
+    raise DataError(
+        f"{what} {describe(batch)}, which a static graph cannot take: use tensors, "
+        "numbers, strings and None in tuples, lists and dicts."
+    )
+
+
+def unflatten(structure: Structure, tensors: Iterator[Any]) -> Any:
+    """The inverse of :func:`flatten`."""
+    kind, keys, children = structure
+    if kind is flow.Tensor:
+        return next(tensors)
+    if kind is None:
+        return keys[0]
+    values = [unflatten(child, tensors) for child in children]
+    if issubclass(kind, dict):
+        filled = kind()
+        filled.update(zip(keys, values))
+        return filled
+    if hasattr(kind, "_fields"):
+        return kind(*values)
+    return kind(values)

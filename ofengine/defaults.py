@@ -1,0 +1,70 @@
+"""The loggers and callbacks of a Trainer: those it was given, and those that are on by default."""
+
+from __future__ import annotations
+
+from typing import Any, Iterable, List, Sequence, Union
+
+from ofengine.callback import Callback
+from ofengine.callbacks import (
+    GraphLRScaleCallback,
+    LRDecayCallback,
+    ModelCheckpoint,
+    ModelSummary,
+    ProgressBar,
+)
+from ofengine.errors import ConfigurationError
+from ofengine.loggers import CSVLogger, Logger
+from ofengine.run.settings import Settings
+
+
+def make_loggers(logger: Union[bool, Logger, Sequence[Logger]], settings: Settings) -> List[Logger]:
+    """The Trainer's ``logger`` argument as a list; none in a ``fast_dev_run``."""
+    if settings.fast_dev_run:
+        return []
+    if isinstance(logger, bool):
+        return [CSVLogger(settings.default_root_dir)] if logger else []
+    return _as_list("logger", logger, Logger)
+
+
+def _as_list(argument: str, given: Any, kind: type) -> List[Any]:
+    """One object of ``kind``, or a list of them, as a list; None only for no callbacks."""
+    if given is None and kind is Callback:
+        return []
+    listed = list(given) if isinstance(given, (list, tuple)) else [given]
+    for each in listed:
+        if not isinstance(each, kind):
+            called = isinstance(each, type) and issubclass(each, kind)
+            raise ConfigurationError(
+                f"{argument}={given!r}: "
+                + (
+                    f"call the class first, as in {each.__name__}()."
+                    if called
+                    else f"give ofengine {kind.__name__} objects, one or a list of them"
+                    + (", or True or False." if kind is Logger else ".")
+                )
+            )
+    return listed
+
+
+def make_callbacks(
+    callbacks: Union[Callback, Iterable[Callback], None], settings: Settings
+) -> List[Callback]:
+    """The Trainer's ``callbacks`` argument as a list, and those that are on by default."""
+    listed = _as_list("callbacks", callbacks, Callback)
+    if settings.fast_dev_run:
+        listed = [each for each in listed if not isinstance(each, ModelCheckpoint)]
+    for wanted, add in (
+        (ProgressBar, settings.enable_progress_bar),
+        (ModelSummary, settings.enable_model_summary),
+        (ModelCheckpoint, settings.enable_checkpointing),
+    ):
+        if add and not any(isinstance(callback, wanted) for callback in listed):
+            listed.append(wanted())
+    return listed
+
+
+def add_rate_callback(callbacks: List[Callback], mode: str) -> None:
+    """Each mode has a callback that carries out the rate plan; add it where it is missing."""
+    wanted = GraphLRScaleCallback if mode == "graph" else LRDecayCallback
+    if not any(isinstance(callback, wanted) for callback in callbacks):
+        callbacks.insert(0, wanted(every_n_batches=None))

@@ -1,0 +1,170 @@
+"""What ``configure_optimizers`` may return, taken apart and checked."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Dict, Optional, Sequence
+
+import attrs
+from oneflow.nn.optimizer.lr_scheduler import LRScheduler
+from oneflow.optim import Optimizer
+from oneflow.optim.lr_scheduler import ReduceLROnPlateau
+
+from ofengine.data.structure import describe_returned
+from ofengine.errors import ConfigurationError, RateError
+from ofengine.rates.schedule import (
+    ConstantSchedule,
+    FunctionSchedule,
+    PerGroupSchedule,
+    PlateauSchedule,
+    RecordedSchedule,
+    Schedule,
+    TableSchedule,
+)
+
+
+@attrs.frozen
+class Optimization:
+    """An optimizer and how its rates move."""
+
+    optimizer: Optimizer
+    scheduler: Any = None
+    """A OneFlow scheduler, a function of the position that returns a factor, a list of factors,
+    a dict of these by group name, or None."""
+    interval: str = "step"
+    frequency: int = 1
+    monitor: Optional[str] = None
+    """The metric of ReduceLROnPlateau."""
+
+
+_OPTIMIZER_KEYS = {"optimizer", "lr_scheduler"}
+_SCHEDULER_KEYS = {"scheduler", "interval", "frequency", "monitor", "name", "strict"}
+
+
+def read_optimizers(returned: Any, task_name: str) -> Optimization:
+    """Understand what ``configure_optimizers`` returned, in any of Lightning's forms."""
+    where = f"{task_name}.configure_optimizers()"
+    scheduler: Any = None
+    optimizer = returned
+    if isinstance(returned, dict):
+        _check_keys(returned, _OPTIMIZER_KEYS, where)
+        optimizer, scheduler = returned.get("optimizer"), returned.get("lr_scheduler")
+    elif isinstance(returned, (list, tuple)):
+        pair = len(returned) == 2 and all(isinstance(part, (list, tuple)) for part in returned)
+        optimizers = returned[0] if pair else returned
+        schedulers = returned[1] if pair else ()
+        if len(optimizers) != 1 or len(schedulers) > 1:
+            raise ConfigurationError(
+                f"{where} returned {len(optimizers)} optimizers and {len(schedulers)} schedulers: "
+                "return one optimizer, with several param_groups, and at most one scheduler, as "
+                "{'optimizer': ..., 'lr_scheduler': ...} or [optimizer], [scheduler]."
+            )
+        optimizer = optimizers[0]
+        scheduler = schedulers[0] if schedulers else None
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigurationError(
+            f"{where} returned {describe_returned(optimizer)} for the optimizer: return a "
+            'oneflow.optim optimizer, or {"optimizer": ..., "lr_scheduler": ...}.'
+        )
+    if scheduler is None:
+        return Optimization(optimizer)
+    options: Dict[str, Any] = {}
+    if isinstance(scheduler, dict) and not scheduler:
+        raise ConfigurationError(
+            f"lr_scheduler of {where} is an empty dict: put the scheduler under 'scheduler', or "
+            "leave lr_scheduler out."
+        )
+    if isinstance(scheduler, dict) and "scheduler" in scheduler:
+        _check_keys(scheduler, _SCHEDULER_KEYS, f"lr_scheduler of {where}")
+        options, scheduler = scheduler, scheduler["scheduler"]
+    return _with_scheduler(optimizer, scheduler, options, where)
+
+
+def _with_scheduler(
+    optimizer: Optimizer, scheduler: Any, options: Dict[str, Any], where: str
+) -> Optimization:
+    parts = list(scheduler.values()) if isinstance(scheduler, dict) else [scheduler]
+    for part in parts:
+        _check_scheduler(optimizer, part, where)
+    plateau = isinstance(scheduler, ReduceLROnPlateau)
+    if not plateau and any(isinstance(part, ReduceLROnPlateau) for part in parts):
+        raise RateError(
+            f"{where} gave one group a ReduceLROnPlateau of its own: it can only move all groups."
+        )
+    monitor = options.get("monitor")
+    if plateau and (not isinstance(monitor, str) or not monitor):
+        raise RateError(
+            f"{where} returned ReduceLROnPlateau without a metric: add 'monitor', for example "
+            "{'scheduler': ..., 'monitor': 'val_loss'}."
+        )
+    interval = options.get("interval", "epoch" if plateau else "step")
+    frequency = options.get("frequency", 1)
+    if interval not in ("step", "epoch"):
+        raise RateError(f"interval={interval!r} in {where}: use 'step' or 'epoch'.")
+    if isinstance(frequency, bool) or not isinstance(frequency, int) or frequency < 1:
+        raise RateError(f"frequency={frequency!r} in {where}: use a whole number from 1 on.")
+    return Optimization(optimizer, scheduler, interval, frequency, monitor if plateau else None)
+
+
+def _check_scheduler(optimizer: Optimizer, scheduler: Any, where: str) -> None:
+    if isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)):
+        if scheduler.optimizer is not optimizer:
+            raise ConfigurationError(
+                f"the scheduler of {where} was made for another optimizer than the one beside it."
+            )
+    elif isinstance(scheduler, (list, tuple)):
+        numbers = [isinstance(f, (int, float)) and math.isfinite(f) and f >= 0 for f in scheduler]
+        if not numbers or not all(numbers):
+            raise RateError(
+                f"the table of factors in {where} must hold finite numbers that are not negative."
+            )
+    elif not callable(scheduler) or isinstance(scheduler, type):
+        raise ConfigurationError(
+            f"{where} returned {describe_returned(scheduler)} for the scheduler: return a "
+            "oneflow.optim.lr_scheduler object, a function of the step that returns a factor, a "
+            "list of factors, or a dict of these by group name."
+        )
+
+
+def make_schedule(made: Optimization, names: Sequence[str], lrs: Sequence[float]) -> Any:
+    """The :class:`Schedule` of what ``configure_optimizers`` returned, or None.
+
+    ``names`` and ``lrs`` are the groups' names and base rates.
+    """
+    if not isinstance(made.scheduler, dict):
+        return None if made.scheduler is None else _schedule_of(made.scheduler, lrs)
+    unknown = sorted(set(made.scheduler) - set(names))
+    if unknown:
+        raise RateError(
+            f"schedulers were given for the groups {unknown}, but the groups are {list(names)}."
+        )
+    return PerGroupSchedule(
+        [
+            _schedule_of(made.scheduler[name], lrs)
+            if name in made.scheduler
+            else ConstantSchedule(lrs)
+            for name in names
+        ]
+    )
+
+
+def _schedule_of(scheduler: Any, lrs: Sequence[float]) -> Schedule:
+    if isinstance(scheduler, ReduceLROnPlateau):
+        return PlateauSchedule(scheduler)
+    if isinstance(scheduler, LRScheduler):
+        return RecordedSchedule(scheduler)
+    if isinstance(scheduler, (list, tuple)):
+        return TableSchedule(lrs, scheduler)
+    return FunctionSchedule(lrs, scheduler)
+
+
+def writes_initial_lr(scheduler: Any) -> bool:
+    """True where a OneFlow scheduler has written its own rate into ``lr`` already."""
+    parts = scheduler.values() if isinstance(scheduler, dict) else [scheduler]
+    return any(isinstance(part, LRScheduler) for part in parts)
+
+
+def _check_keys(given: Dict[str, Any], known: Any, where: str) -> None:
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ConfigurationError(f"{where} has the unknown keys {unknown}: known: {sorted(known)}.")

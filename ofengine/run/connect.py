@@ -1,0 +1,106 @@
+"""What a verb runs with: is the step there, which data, what can the mode not do."""
+
+from __future__ import annotations
+
+from typing import Any, List
+
+from oneflow import nn
+
+from ofengine.callback import overrides
+from ofengine.data.batches import Batches, stage_loaders
+from ofengine.errors import ConfigurationError, DataError
+from ofengine.modes.own_graphs import has_own_graph
+from ofengine.run.arguments import Limit
+from ofengine.run.hooks import refuse_eager_only_hooks
+from ofengine.run.settings import LIMIT_OF_STAGE, Settings
+from ofengine.run.state import Run
+from ofengine.task import TaskModule
+
+STEP_OF_STAGE = {
+    "train": "training_step",
+    "validation": "validation_step",
+    "test": "test_step",
+    "predict": "predict_step",
+}
+LOADER_OF_STAGE = {
+    "train": "train_dataloader",
+    "validation": "val_dataloader",
+    "test": "test_dataloader",
+    "predict": "predict_dataloader",
+}
+VERB_OF_STAGE = {"train": "fit", "validation": "validate", "test": "test", "predict": "predict"}
+
+
+def check_graph_mode(run: Run) -> None:
+    """Refuse, before training, what graph mode cannot do for this task."""
+    task, accumulate = run.task, run.settings.accumulate_grad_batches
+    refuse_eager_only_hooks(task, run.callbacks)
+    if has_own_graph(task) and accumulate > 1:
+        raise ConfigurationError(
+            f"accumulate_grad_batches={accumulate} cannot reach into "
+            f"{type(task).__name__}.build_graph(): leave build_graph() as it is, or use "
+            "accumulate_grad_batches=1."
+        )
+
+
+def check_step(task: TaskModule, stage: str) -> None:
+    """Raise where ``task`` lacks the step that ``stage`` runs."""
+    step = STEP_OF_STAGE[stage]
+    if overrides(task, step, TaskModule):
+        return
+    if stage == "predict":
+        return
+    if stage == "train" and has_own_graph(task):
+        return
+    getattr(task, step)(None, 0)  # the default raises, and says what to write
+
+
+def training_batches(settings: Settings, task: TaskModule, given: Any) -> Batches:
+    """The training data of ``fit``."""
+    source = given if given is not None else task.train_dataloader()
+    if source is None:
+        raise _no_data(task, "train")
+    keep = settings.overfit_batches is not None
+    limit = settings.overfit_batches if keep else settings.limit("train")
+    name = "overfit_batches" if keep else LIMIT_OF_STAGE["train"]
+    return Batches(source, limit, settings.device, "train_dataloader", name, keep, resumable=True)
+
+
+def evaluation_batches(
+    settings: Settings, task: TaskModule, stage: str, given: Any, in_fit: bool = False
+) -> List[Batches]:
+    """The data of an evaluation stage; none where the task does not take part in it."""
+    step = STEP_OF_STAGE[stage]
+    if stage != "predict" and not overrides(task, step, TaskModule):
+        if given is not None:
+            raise ConfigurationError(
+                f"{type(task).__name__} has no {step}, but {stage} data was given: write {step}, "
+                "or give no data."
+            )
+        return []
+    loaders = given if given is not None else getattr(task, LOADER_OF_STAGE[stage])()
+    keep = in_fit and settings.overfit_batches is not None
+    limit: Limit = settings.overfit_batches if keep else settings.limit(stage)
+    if limit is not None and limit == 0:
+        return []
+    name = "overfit_batches" if keep else LIMIT_OF_STAGE[stage]
+    return stage_loaders(loaders, limit, settings.device, LOADER_OF_STAGE[stage], name, keep)
+
+
+def require_data(task: TaskModule, stage: str, loaders: List[Batches]) -> None:
+    """Raise where a verb was called that has nothing to run over, or nothing to run."""
+    if not loaders:
+        raise _no_data(task, stage)
+    own_step = overrides(task, STEP_OF_STAGE[stage], TaskModule)
+    if not own_step and type(task).forward is nn.Module.forward:
+        raise ConfigurationError(
+            f"{type(task).__name__} has neither predict_step nor forward: write "
+            "`def predict_step(self, batch, batch_idx)` that returns the prediction."
+        )
+
+
+def _no_data(task: TaskModule, stage: str) -> DataError:
+    return DataError(
+        f"{VERB_OF_STAGE[stage]} has no data: pass a dataloader as its second argument, or write "
+        f"{type(task).__name__}.{LOADER_OF_STAGE[stage]}()."
+    )

@@ -1,0 +1,115 @@
+"""The course of a run: when validation is due, what changed on the way."""
+
+from __future__ import annotations
+
+from typing import List
+
+from ofengine.data.batches import Batches
+from ofengine.data.generators import global_states, states_in
+from ofengine.data.seeding import seed_epoch
+from ofengine.errors import DataError, RateError
+from ofengine.run.progress import Point
+from ofengine.run.state import Run
+
+
+def validation_is_due(run: Run, batch_idx: int, is_last: bool) -> bool:
+    """True where validation follows this batch."""
+    if (run.progress.epoch + 1) % run.settings.check_val_every_n_epoch:
+        return False
+    every = run.batches_between_validations
+    return is_last if every is None else (batch_idx + 1) % every == 0
+
+
+def epoch_outgrew(run: Run) -> None:
+    """Take note that the epoch has more batches than was expected."""
+    run.rates.calendar.outgrown(run.progress.epoch)
+    if run.rates.depends_on_epochs():
+        run.training_mode.rebuild("the epoch is longer than was expected")
+
+
+def epoch_ended(run: Run, batches: int, once: bool) -> None:
+    """Take note of an epoch's true length; ``once`` tells of data that cannot be repeated."""
+    if batches == 0:
+        raise DataError(
+            f"train_dataloader gave no batch in epoch {run.progress.epoch}"
+            + (": it is a generator, which can be gone through only once; give a list, a "
+               "DataLoader, or an object whose __iter__ starts anew." if once else ".")
+        )  # fmt: skip
+    surprise = run.rates.calendar.epoch_ended(run.progress.epoch, batches)
+    if surprise and run.rates.depends_on_epochs():
+        run.training_mode.rebuild("the epoch had another length than was expected")
+
+
+def refresh_parameters(run: Run) -> None:
+    """Look which parameters train now; hooks may have frozen or unfrozen some."""
+    parameters = [
+        parameter
+        for group in run.made.optimizer.param_groups
+        for parameter in group.parameters
+        if parameter.requires_grad
+    ]
+    others = [id(p) for p in parameters] != [id(p) for p in run.parameters]
+    training = [module.training for module in run.task.modules()]
+    if run.parameters and (others or training != run.layers_in_training):
+        what = "parameters train" if others else "layers are in training mode"
+        run.training_mode.rebuild(f"other {what} from here on")
+    run.parameters = parameters
+    run.layers_in_training = training
+
+
+def observes_steps(run: Run) -> bool:
+    """True where ReduceLROnPlateau is to see its metric between epochs."""
+    made = run.optimization
+    return made is not None and made.monitor is not None and made.interval == "step"
+
+
+def observe_metric(run: Run, interval: str, count: int) -> None:
+    """Let ReduceLROnPlateau see its metric, where that is due after ``count`` intervals."""
+    made = run.optimization
+    if made is None or made.monitor is None or made.interval != interval:
+        return
+    if count % made.frequency:
+        return
+    metrics = run.metrics.values
+    if made.monitor not in metrics:
+        raise RateError(
+            f"ReduceLROnPlateau monitors {made.monitor!r}, which nothing has logged: there are "
+            f"{sorted(metrics)}."
+        )
+    if run.rates.observe(metrics[made.monitor]):
+        run.training_mode.rebuild(f"ReduceLROnPlateau lowered the rates on {made.monitor}")
+
+
+def begin_epoch(run: Run, train: Batches) -> None:
+    """Make the epoch's randomness a function of (seed, epoch), where there is a seed."""
+    if run.seed is not None:
+        seed_epoch(run.seed, run.progress.epoch, train, run.task)
+    train.pass_seed = (run.data_seed, run.progress.epoch)
+    run.progress.batch_idx = -1
+    run.cut_short = None
+    run.progress.point = Point.EPOCH_START
+
+
+def note_layers_in_eval_mode(run: Run) -> None:
+    """Note which layers training has in eval mode: validation, or the user, will change it."""
+    run.layers_in_eval_mode = [n for n, m in run.task.named_modules() if not m.training]
+
+
+def begin_validation(run: Run, validation: List[Batches]) -> None:
+    """Note the generators' states, so that a run that is cut off here can validate again."""
+    run.states_before_validation = {
+        "global": global_states(),
+        "data": [states_in(None, loader.source) for loader in validation],
+    }
+    note_layers_in_eval_mode(run)
+    for index, loader in enumerate(validation):
+        loader.pass_seed = (run.data_seed, run.progress.batches_seen, 1 + index)
+    run.progress.point = Point.VALIDATING
+
+
+def epoch_cut_short(run: Run, batches: int, is_last: bool) -> None:
+    """Take note that the epoch ends here because training does."""
+    if is_last:
+        run.rates.calendar.epoch_ended(run.progress.epoch, batches)
+    else:
+        run.cut_short = run.metrics.state()

@@ -1,0 +1,118 @@
+"""Who is called when: the overrides of each hook, found once; names that nobody would call."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from functools import partial
+from typing import Any, Callable, Dict, Iterable, List, Sequence, Tuple
+
+from ofengine.callback import EAGER_ONLY_HOOKS, HOOKS, METHODS, Callback, overrides
+from ofengine.errors import ConfigurationError, warn
+from ofengine.run.lightning import HOOKS as HOOKS_OF_LIGHTNING, TASK_ATTRIBUTES
+from ofengine.run.view import RunView
+from ofengine.task import TaskModule
+
+
+class HookRunner:
+    """For every hook the bound functions that override it: a hook of nobody costs nothing."""
+
+    def __init__(self, trainer: RunView, task: TaskModule, callbacks: Sequence[Callback]) -> None:
+        self._trainer, self._task = trainer, task
+        self._first = [callback for callback in callbacks if not callback.fires_last]
+        self._last = [callback for callback in callbacks if callback.fires_last]
+        self.calls: Dict[str, List[Callable[..., None]]] = {}
+        self.look_again(*HOOKS)
+
+    def look_again(self, *hooks: str) -> None:
+        """Find the overrides of ``hooks`` anew: what was idle may have something to do now."""
+        for hook in hooks:
+            own = [getattr(self._task, hook)] if overrides(self._task, hook, TaskModule) else []
+            before, after = (
+                [
+                    partial(getattr(callback, hook), self._trainer, self._task)
+                    for callback in group
+                    if overrides(callback, hook, Callback) and hook not in callback.idle_hooks
+                ]
+                for group in (self._first, self._last)
+            )
+            self.calls[hook] = [*before, *own, *after]
+
+    def fire(self, hook: str, *args: Any) -> None:
+        """Call every override of ``hook``, in order."""
+        for call in self.calls[hook]:
+            call(*args)
+
+
+def warn_of_misspelt_methods(task: TaskModule, callbacks: Iterable[Callback]) -> None:
+    """Warn of methods with almost the name of one that the engine calls, which it would not."""
+    for owner in (*callbacks, task):
+        for name in dir(type(owner)):
+            if name.startswith("on_") and name not in HOOKS:
+                close = difflib.get_close_matches(name, HOOKS, n=1, cutoff=0.85)
+                if close:
+                    warn(
+                        f"{type(owner).__name__}.{name} is no hook, so nothing calls it: did you "
+                        f"mean {close[0]}?"
+                    )
+    cls = type(task)
+    for name in sorted(set(dir(cls)).difference(dir(TaskModule))):
+        if name.startswith(("_", "on_")) or not _is_method(inspect.getattr_static(cls, name, None)):
+            continue
+        close = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.9)
+        if close and not overrides(task, close[0], TaskModule):
+            own_groups = overrides(task, "configure_optimizers", TaskModule)
+            if close[0] != "param_groups" or not own_groups:  # it may call a helper of this name
+                warn(
+                    f"{cls.__name__}.{name} is not what the engine calls: did you mean {close[0]}?"
+                )
+
+
+def _is_method(value: object) -> bool:
+    return inspect.isfunction(value) or isinstance(value, (staticmethod, classmethod))
+
+
+def refuse_eager_only_hooks(task: TaskModule, callbacks: Iterable[Callback]) -> None:
+    """Raise where somebody overrides a hook that graph mode cannot fire."""
+    owners: List[Tuple[object, type]] = [(callback, Callback) for callback in callbacks]
+    owners.append((task, TaskModule))
+    for owner, base in owners:
+        for hook in EAGER_ONLY_HOOKS:
+            if overrides(owner, hook, base):
+                function = getattr(owner, hook)
+                code = getattr(function, "__code__", None)
+                where = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
+                raise ConfigurationError(
+                    f"{type(owner).__name__}.{hook}{where} cannot fire in graph mode: the whole "
+                    "step, backward and update included, is one compiled graph. Use "
+                    'on_train_batch_start or on_train_batch_end, or Trainer(mode="eager").'
+                )
+
+
+_TURNED_OFF = ("automatic_optimization", "strict_loading")
+"""Attributes of a task that ask for something by being False."""
+
+
+def tell_of_lightning_s_names(task: TaskModule, callbacks: Iterable[Callback]) -> None:
+    """Warn of hooks that Lightning would call and nothing here does; refuse what turns things off.
+
+    Raises :class:`ConfigurationError` where the task sets ``automatic_optimization = False`` or
+    the like.
+    """
+    owners: List[Tuple[object, type]] = [(each, Callback) for each in callbacks]
+    owners.append((task, TaskModule))
+    for owner, base in owners:
+        for name, mend in HOOKS_OF_LIGHTNING.items():
+            own = inspect.getattr_static(type(owner), name, None)
+            if _is_method(own) and not hasattr(base, name):
+                warn(
+                    f"{type(owner).__name__}.{name} is a hook of Lightning's that nothing here "
+                    f"calls: {mend}."
+                )
+    for name in _TURNED_OFF:
+        if name in vars(task) or hasattr(type(task), name):
+            value = getattr(task, name)
+            if value is False or isinstance(inspect.getattr_static(type(task), name, 0), property):
+                raise ConfigurationError(
+                    f"{type(task).__name__}.{name} is Lightning's name: {TASK_ATTRIBUTES[name]}."
+                )

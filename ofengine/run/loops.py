@@ -1,0 +1,266 @@
+"""The fit loop and the evaluation loop, to be read from top to bottom."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Optional, Tuple
+
+import oneflow as flow
+
+from ofengine.checkpoint.resume import Entry, Resumed
+from ofengine.data.batches import STEPPED, Batches
+from ofengine.run import course, report
+from ofengine.run.connect import STEP_OF_STAGE
+from ofengine.run.hooks import HookRunner
+from ofengine.run.mode import Mode
+from ofengine.run.progress import Point
+from ofengine.run.state import Run
+
+_LEAST_AHEAD, _MOST_AHEAD = 16, 128
+"""Steps that are handed to the device between two waits for it, at least and at most."""
+_BYTES_AHEAD = 64 * 1024 * 1024
+"""The memory that batches of these steps may take where they are more than the least."""
+
+
+# In a step, a name costs less than a look into an enum.
+_STEP, _STEPPED, _READY = Point.STEP, Point.STEPPED, Point.READY
+_VALIDATION_IS_OVER = (Point.VALIDATED, Point.READY)
+
+
+def fit_loop(
+    run: Run,
+    hooks: HookRunner,
+    eval_mode: Mode,
+    train: Batches,
+    validation: List[Batches],
+    resumed: Optional[Resumed],
+) -> None:
+    """Train the task of ``run``: epochs, batches, validation where it is due."""
+    mode, progress, metrics = run.training_mode, run.progress, run.metrics
+    validate = _Validation(run, hooks, eval_mode, validation)
+    if resumed is None:
+        _sanity_check(validate)
+    metrics.begin(per_step=False)
+    run.task.train()
+    mode.start()
+    if resumed is not None:
+        resumed.restore_training(run)
+    hooks.fire("on_train_start")
+    entry = None
+    if resumed is not None:
+        entry = resumed.enter(run, train)
+        if progress.point is Point.EPOCH_END:
+            _end_epoch(run)
+    while entry is not None or not run.is_done():
+        if entry is None:
+            course.begin_epoch(run, train)
+            hooks.fire("on_train_epoch_start")
+        course.refresh_parameters(run)
+        _train_epoch(run, hooks, train, validate, entry)
+        entry = None
+        mode.settle()
+        report.log_metrics(run, metrics.close_epoch())
+        progress.point = Point.EPOCH_END
+        hooks.fire("on_train_epoch_end")
+        _end_epoch(run)
+    progress.point = Point.OVER
+    course.note_layers_in_eval_mode(run)
+    hooks.fire("on_train_end")
+    report.log_metrics(run, metrics.close_epoch())  # what that hook logged
+    metrics.end()
+
+
+def _end_epoch(run: Run) -> None:
+    report.log_metrics(run, run.metrics.close_epoch())  # what on_train_epoch_end logged
+    report.save_logs(run)
+    course.observe_metric(run, "epoch", run.progress.epoch + 1)
+    run.progress.epoch += 1
+
+
+def _train_epoch(
+    run: Run, hooks: HookRunner, train: Batches, validate: _Validation, entry: Optional[Entry]
+) -> None:
+    # Everything that stays the same from batch to batch is looked up here, once.
+    hooks.look_again("on_train_batch_start", "on_train_batch_end")
+    batch_start, batch_end = hooks.calls["on_train_batch_start"], hooks.calls["on_train_batch_end"]
+    settings, progress = run.settings, run.progress
+    step, commit = run.training_mode.train_step, run.metrics.commit
+    stage = run.metrics.begin_batches()
+    logged = stage.current
+    log_every = settings.log_every_n_steps
+    observes_steps = course.observes_steps(run)
+    is_limited = settings.max_steps != -1 or run.deadline is not None
+    interrupts = run.interrupts
+    last_expected = (run.rates.calendar.batches_per_epoch or 0) - 1
+    waiting: Any = None
+    next_wait = 0
+    batch_idx = -1
+    steps = train.steps(settings.accumulate_grad_batches, entry.data if entry else None)
+    if entry is not None:
+        entry.restore_step_state(run)
+        batch_idx = progress.batch_idx
+    for batch_idx, batch, window, closes, is_last in steps:
+        progress.batch_idx = batch_idx
+        if batch is not STEPPED:
+            progress.point = _STEP
+            if batch_idx == last_expected and not is_last:
+                course.epoch_outgrew(run)
+            for call in batch_start:
+                call(batch, batch_idx)
+            outputs = step(batch, batch_idx, window, closes)
+            progress.global_step += closes
+            progress.batches_seen += 1
+            progress.point = _STEPPED
+            stage.batch, stage.loss = batch, outputs["loss"]
+            if logged:
+                commit(batch)
+            for call in batch_end:
+                call(outputs, batch, batch_idx)
+            if logged:
+                commit(batch)  # what those hooks logged
+            if batch_idx >= next_wait:
+                if waiting is not None:
+                    waiting.numpy()  # not item(): it spins, and takes the core from the device
+                waiting = outputs["loss"]
+                next_wait = batch_idx + _run_ahead(batch)
+        if closes and progress.point is _STEPPED:  # a resumed run may be beyond it
+            if progress.global_step % log_every == 0:
+                report.log_step(run)
+                waiting = None  # that has waited for this step
+            if observes_steps:
+                course.observe_metric(run, "step", progress.global_step)
+        if (
+            validate.loaders
+            and course.validation_is_due(run, batch_idx, is_last)
+            and progress.point not in _VALIDATION_IS_OVER
+        ):
+            course.begin_validation(run, validate.loaders)
+            validate()
+        progress.point = _READY
+        if interrupts.received is not None:
+            interrupts.check()
+        if run.should_stop or (is_limited and closes and run.is_out_of_time_or_steps()):
+            course.epoch_cut_short(run, batch_idx + 1, is_last)
+            break
+    else:
+        course.epoch_ended(run, batch_idx + 1, train.once)
+    run.metrics.end_batches()
+
+
+def _run_ahead(batch: Any) -> int:
+    """How many steps like that of ``batch`` may be handed to the device before the next wait.
+
+    Python runs far ahead of the device where nothing stops it, and what waits holds its batch. A
+    wait costs some hundred microseconds, which is much beside the steps of a small network.
+    """
+    size = _bytes_of(batch)
+    return min(_MOST_AHEAD, max(_LEAST_AHEAD, _BYTES_AHEAD // size)) if size else _LEAST_AHEAD
+
+
+def _bytes_of(batch: Any) -> int:
+    if isinstance(batch, flow.Tensor):
+        return int(batch.numel() * batch.element_size())
+    if isinstance(batch, dict):
+        batch = batch.values()
+    elif not isinstance(batch, (list, tuple)):
+        return 0
+    return sum(map(_bytes_of, batch))
+
+
+def _total(loaders: List[Batches], most: Optional[int]) -> Optional[int]:
+    """The batches of all ``loaders``, ``most`` of each, or None where that is not known."""
+    total = 0
+    for loader in loaders:
+        if loader.count is None:
+            return None
+        total += loader.count if most is None else min(loader.count, most)
+    return total
+
+
+class _Validation:
+    """Validation within a fit, ready to be called."""
+
+    def __init__(
+        self, run: Run, hooks: HookRunner, eval_mode: Mode, loaders: List[Batches]
+    ) -> None:
+        self.run = run
+        self.hooks = hooks
+        self.loaders = loaders
+        self._mode = eval_mode
+
+    def __call__(self, most: Optional[int] = None) -> None:
+        """Run over ``most`` batches of each loader, or all."""
+        evaluation_loop(self.run, self.hooks, self._mode, "validation", self.loaders, most)
+
+
+def _sanity_check(validate: _Validation) -> None:
+    """Try a few validation batches, so that a mistake there shows before training."""
+    run, hooks, batches = validate.run, validate.hooks, validate.run.settings.num_sanity_val_steps
+    if not validate.loaders or not batches:
+        return
+    run.sanity_checking = True
+    hooks.fire("on_sanity_check_start")
+    validate(most=None if batches == -1 else batches)
+    hooks.fire("on_sanity_check_end")
+    run.metrics.forget()
+    run.sanity_checking = False
+
+
+def evaluation_loop(
+    run: Run,
+    hooks: HookRunner,
+    mode: Mode,
+    stage: str,
+    loaders: List[Batches],
+    most: Optional[int] = None,
+) -> Tuple[List[Dict[str, float]], List[List[Any]]]:
+    """Run ``stage`` ("validation", "test" or "predict") over ``loaders``.
+
+    Returns the metrics of each loader, and what ``predict_step`` returned.
+    """
+    metrics, calls = run.metrics, hooks.calls
+    batch_start, batch_end = calls[f"on_{stage}_batch_start"], calls[f"on_{stage}_batch_end"]
+    step, step_name = mode.eval_step, STEP_OF_STAGE[stage]
+    results: List[Dict[str, float]] = []
+    predictions: List[List[Any]] = []
+    if run.mode is not None:
+        run.mode.settle()
+    training = [module for module in run.task.modules() if module.training]
+    run.task.eval()
+    run.evaluation_batches = _total(loaders, most)
+    metrics.begin(per_step=False)
+    hooks.fire(f"on_{stage}_start")
+    hooks.fire(f"on_{stage}_epoch_start")
+    for loader_idx, loader in enumerate(loaders):
+        suffix = f"/dataloader_idx_{loader_idx}" if len(loaders) > 1 else ""
+        metrics.begin(per_step=False, suffix=suffix)
+        predicted: List[Any] = []
+        for batch_idx, batch in enumerate(loader):
+            if most is not None and batch_idx >= most:
+                break
+            for call in batch_start:
+                call(batch, batch_idx, loader_idx)
+            outputs = step(step_name, batch, batch_idx, loader_idx)
+            metrics.commit(batch)
+            for call in batch_end:
+                call(outputs, batch, batch_idx, loader_idx)
+            metrics.commit(batch)
+            if stage == "predict":
+                predicted.append(outputs)
+            run.interrupts.check()
+        results.append(metrics.close_epoch())
+        metrics.end()
+        predictions.append(predicted)
+    hooks.fire(f"on_{stage}_epoch_end")
+    shared = metrics.close_epoch()
+    for result in results:
+        result.update(shared)
+    metrics.end()
+    if run.progress.point is Point.VALIDATING:
+        run.progress.point = Point.VALIDATED
+    if not run.sanity_checking:
+        all_loaders = {name: value for result in results for name, value in result.items()}
+        report.log_metrics(run, all_loaders)
+    hooks.fire(f"on_{stage}_end")
+    for module in training:  # not task.train(): a user may keep some layers in eval mode
+        module.training = True
+    return results, predictions

@@ -1,0 +1,29 @@
+"""Metrics on their way to the loggers."""
+
+from __future__ import annotations
+
+from typing import Dict
+
+from ofengine.run.state import Run
+
+
+def log_metrics(run: Run, metrics: Dict[str, float]) -> None:
+    """Send ``metrics`` to the loggers and to ``callback_metrics``."""
+    if not metrics:
+        return
+    run.metrics.put(metrics)
+    for each in run.loggers:
+        each.log_metrics(metrics, run.progress.global_step, run.progress.epoch)
+
+
+def log_step(run: Run) -> None:
+    """Read what the last steps logged, which waits for the device, and send it on."""
+    for each in run.loggers:
+        each.save_due(run.progress.global_step)
+    log_metrics(run, run.metrics.flush())
+
+
+def save_logs(run: Run) -> None:
+    """Let the loggers store what they were sent."""
+    for each in run.loggers:
+        each.save()

@@ -1,0 +1,169 @@
+"""Settings: the Trainer's arguments, checked once, frozen."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Union
+
+import attrs
+import oneflow as flow
+
+from ofengine.errors import ConfigurationError
+from ofengine.run.arguments import (
+    Limit,
+    batches_between_validations,
+    check_choice,
+    check_clip,
+    check_count,
+    check_flag,
+    check_limit,
+    seconds_of,
+)
+from ofengine.run.devices import resolve_device
+
+log = logging.getLogger("ofengine")
+
+MODES = ("eager", "graph")
+STAGES = ("train", "validation", "test", "predict")
+LIMIT_OF_STAGE = {
+    "train": "limit_train_batches",
+    "validation": "limit_val_batches",
+    "test": "limit_test_batches",
+    "predict": "limit_predict_batches",
+}
+
+
+def _whole(least: int, words: str, most: float = float("inf")) -> Callable[[str, Any], int]:
+    return lambda name, value: check_count(name, value, least, words, most)
+
+
+def _one_of(*choices: str) -> Callable[[str, Any], str]:
+    return lambda name, value: check_choice(name, value, choices)
+
+
+def _or_none(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _interval(name: str, value: Any) -> Limit:
+    batches_between_validations(value, 10**9)
+    return value
+
+
+def _batches(name: str, value: Any) -> int:
+    if isinstance(value, bool):
+        return int(value)
+    if value == 0 and not isinstance(value, float):
+        return 0
+    return check_count(name, value, 1, "True, False or a number of batches")
+
+
+def _folder(name: str, value: Any) -> str:
+    if not isinstance(value, (str, Path, type(None))):
+        raise ConfigurationError(f"{name}={value!r}: give the path of a folder.")
+    return str(value or os.getcwd())
+
+
+_FROM_ONE = "a whole number from 1 on"
+
+CHECKS: Tuple[Tuple[str, Callable[[str, Any], Any]], ...] = (
+    ("mode", _one_of(*MODES)),
+    ("eval_mode", _or_none(_one_of(*MODES))),
+    ("device", lambda name, value: resolve_device(value)),
+    ("max_steps", _whole(-1, "a number, -1 for any")),
+    ("max_time", lambda name, value: seconds_of(value)),
+    ("max_epochs", _or_none(_whole(-1, "a whole number of epochs, or -1 for no limit"))),
+    ("limit_train_batches", check_limit),
+    ("limit_val_batches", check_limit),
+    ("limit_test_batches", check_limit),
+    ("limit_predict_batches", check_limit),
+    ("val_check_interval", _interval),
+    ("check_val_every_n_epoch", _whole(1, _FROM_ONE)),
+    ("num_sanity_val_steps", _whole(-1, "a number of batches, or -1 for all")),
+    ("log_every_n_steps", _whole(1, _FROM_ONE)),
+    ("accumulate_grad_batches", _whole(1, _FROM_ONE)),
+    ("gradient_clip_val", lambda name, value: check_clip(value)),
+    ("gradient_clip_algorithm", _one_of("norm", "value")),
+    ("seed", _or_none(_whole(0, "a whole number from 0 to 2**63 - 1, or None", 2**63 - 1))),
+    ("default_root_dir", _folder),
+    ("restart_on_crash", _whole(0, "a whole number, 0 for never")),
+    ("overfit_batches", lambda name, value: check_limit(name, value) or None),
+    ("enable_checkpointing", check_flag),
+    ("enable_progress_bar", check_flag),
+    ("enable_model_summary", check_flag),
+    ("fast_dev_run", _batches),
+)
+"""Each argument and what makes of it the value below; what is not allowed, it says in words."""
+
+
+@attrs.frozen(kw_only=True)
+class Settings:
+    """What a Trainer was told. The arguments are described in :class:`ofengine.Trainer`."""
+
+    mode: str
+    eval_mode: str
+    device: flow.device
+    max_epochs: int
+    """-1 for no limit."""
+    max_steps: int
+    """-1 for no limit."""
+    max_time: Optional[float]
+    """In seconds."""
+    limit_train_batches: Limit
+    limit_val_batches: Limit
+    limit_test_batches: Limit
+    limit_predict_batches: Limit
+    val_check_interval: Limit
+    check_val_every_n_epoch: int
+    num_sanity_val_steps: int
+    log_every_n_steps: int
+    accumulate_grad_batches: int
+    gradient_clip_val: Optional[float]
+    """None for no clipping."""
+    gradient_clip_algorithm: str
+    seed: Optional[int]
+    default_root_dir: str
+    restart_on_crash: int
+    overfit_batches: Union[int, float, None]
+    """None for not."""
+    enable_checkpointing: bool
+    enable_progress_bar: bool
+    enable_model_summary: bool
+    fast_dev_run: int
+    """So many batches; 0 for not."""
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Settings:
+        """Check ``arguments``, by name, and fill in what depends on others.
+
+        Raises :class:`ConfigurationError`, or :class:`DeviceError` for a device that is not there.
+        """
+        values: Dict[str, Any] = {name: check(name, arguments[name]) for name, check in CHECKS}
+        if values["eval_mode"] is None:
+            values["eval_mode"] = values["mode"]
+        if values["fast_dev_run"]:
+            values.update(dict.fromkeys(LIMIT_OF_STAGE.values(), values["fast_dev_run"]))
+            values.update(max_epochs=1, max_steps=-1, num_sanity_val_steps=0)
+            values.update(val_check_interval=None, check_val_every_n_epoch=1)
+            values["enable_checkpointing"] = False
+        elif values["max_epochs"] is None:
+            limited = values["max_steps"] != -1 or values["max_time"] is not None
+            values["max_epochs"] = -1 if limited else 1000
+            if not limited:
+                log.info("max_epochs was not given: training up to 1000 epochs.")
+        return cls(**values)
+
+    def limit(self, stage: str) -> Limit:
+        """How many batches of ``stage`` ("train", "validation", "test", "predict") are used."""
+        limit: Limit = getattr(self, LIMIT_OF_STAGE[stage])
+        return limit
+
+    def total_steps(self, batches: Optional[int]) -> Optional[int]:
+        """The optimizer steps of a ``fit`` whose epochs have ``batches``; None where not known."""
+        totals = [self.max_steps] if self.max_steps >= 0 else []
+        if self.max_epochs >= 0 and batches is not None:
+            per_epoch = -(-batches // self.accumulate_grad_batches)
+            totals.append(per_epoch * self.max_epochs)
+        return min(totals) if totals else None

@@ -1,0 +1,160 @@
+"""Run: what one run consists of, put together."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any, Dict, List, Optional
+
+import attrs
+import oneflow as flow
+
+from ofengine.data.batches import Batches
+from ofengine.errors import ConfigurationError
+from ofengine.loggers.base import Logger
+from ofengine.metrics import Metrics
+from ofengine.processes.interrupts import InterruptGuard
+from ofengine.rates.optimizers import Optimization
+from ofengine.rates.plan import RatePlan
+from ofengine.run.mode import Mode
+from ofengine.run.progress import Point, Progress
+from ofengine.run.settings import Settings
+
+State = Dict[str, Any]
+"""Plain values and arrays, nested, as a checkpoint keeps them."""
+
+
+def _new_id() -> str:
+    return uuid.uuid4().hex
+
+
+@attrs.define(eq=False)
+class Run:
+    """One run: a ``fit`` and what is evaluated after it. No behaviour but answers about these."""
+
+    settings: Settings
+    callbacks: List[Any]
+    """In the order in which the user lists them."""
+    loggers: List[Logger]
+    progress: Progress = attrs.Factory(Progress)
+    metrics: Metrics = attrs.Factory(Metrics)
+    interrupts: InterruptGuard = attrs.Factory(InterruptGuard)
+    id: str = attrs.Factory(_new_id)
+    seed: Optional[int] = None
+    """The Trainer's, or that of the run that is resumed."""
+    data_seed: int = 0
+    """What the randomness of dataloaders' workers is a function of."""
+    task: Any = None
+    """The task of the verb that is running, or ran last."""
+
+    # Set by fit.
+    mode: Optional[Mode] = None
+    """What runs the training steps."""
+    optimization: Optional[Optimization] = None
+    plan: Optional[RatePlan] = None
+    parameters: List[Any] = attrs.Factory(list)
+    """The trainable parameters of all groups."""
+    layers_in_training: List[bool] = attrs.Factory(list)
+    train: Optional[Batches] = None
+    validation: List[Batches] = attrs.Factory(list)
+    batches_per_epoch: Optional[int] = None
+    """None where that is not known ahead."""
+    batches_between_validations: Optional[int] = None
+    """None for the end of the epoch."""
+    begun_at: Optional[float] = None
+    deadline: Optional[float] = None
+    seconds_before: float = 0.0
+    """Seconds trained before the run was resumed."""
+
+    # Changes while it runs.
+    has_validation: bool = False
+    should_stop: bool = False
+    sanity_checking: bool = False
+    evaluation_batches: Optional[int] = None
+    """Batches in the evaluation going on, over all its dataloaders; None where not known."""
+    weights_aside: State = attrs.Factory(dict)
+    """Training's weights, by name, while a callback has others in the task."""
+
+    # For the checkpoint.
+    cut_short: Optional[State] = None
+    """The metrics of an epoch that ends before its last batch because training does."""
+    states_before_validation: Optional[State] = None
+    layers_in_eval_mode: List[str] = attrs.Factory(list)
+    """Of training, while validation or the user has others in eval mode."""
+    data_states_after_fit: State = attrs.Factory(
+        lambda: {"now": {}, "at_pass": None, "at_validation": []}
+    )
+    moments_resumed: Optional[State] = None
+    """Where a checkpoint left off, until the run has gone there."""
+
+    @classmethod
+    def new(cls, settings: Settings, callbacks: List[Any], loggers: List[Logger]) -> Run:
+        """A run at its beginning."""
+        seed = settings.seed
+        data_seed = flow.default_generator.initial_seed() if seed is None else seed
+        return cls(settings, callbacks, loggers, seed=seed, data_seed=data_seed)
+
+    @property
+    def training_mode(self) -> Mode:
+        """What runs the training steps of the running or last ``fit``."""
+        if self.mode is None:
+            raise ConfigurationError("there is no training before fit.")
+        return self.mode
+
+    @property
+    def made(self) -> Optimization:
+        """What ``configure_optimizers`` returned in the running or last ``fit``."""
+        if self.optimization is None:
+            raise ConfigurationError("there is no optimizer before fit.")
+        return self.optimization
+
+    @property
+    def rates(self) -> RatePlan:
+        """The plan of all rates, of the running or last ``fit``."""
+        if self.plan is None:
+            raise ConfigurationError("there is no rate plan before fit.")
+        return self.plan
+
+    @property
+    def total_steps(self) -> Optional[int]:
+        """The optimizer steps that ``fit`` will make, or None where that is not known ahead."""
+        return self.settings.total_steps(self.batches_per_epoch)
+
+    @property
+    def seconds_trained(self) -> float:
+        """Seconds since training began, those before a resumption included."""
+        now = time.monotonic()
+        return self.seconds_before + (0.0 if self.begun_at is None else now - self.begun_at)
+
+    # ------------------------------------------------------------------ does it go on?
+
+    def is_done(self) -> bool:
+        """True where no further epoch is to be started."""
+        most = self.settings.max_epochs
+        epochs = most != -1 and self.progress.epoch >= most
+        return epochs or self.should_stop or self.is_out_of_time_or_steps()
+
+    def is_out_of_time_or_steps(self) -> bool:
+        """True where ``max_steps`` or ``max_time`` is used up."""
+        step = self.progress.global_step
+        if self.settings.max_steps != -1 and step >= self.settings.max_steps:
+            return True
+        return self.deadline is not None and step > 0 and time.monotonic() >= self.deadline
+
+    def can_go_on_within(self, loop: State) -> bool:
+        """True where an epoch of a checkpoint's ``loop`` was cut short by what is no limit now."""
+        most = self.settings.max_epochs
+        epochs_left = most == -1 or loop["epoch"] < most
+        stops = self.should_stop or self.is_out_of_time_or_steps()
+        return loop["cut_short"] is not None and epochs_left and not stops
+
+    @property
+    def resumes_within_epoch(self) -> bool:
+        """True where a run that is being resumed will go on in the middle of an epoch."""
+        if self.moments_resumed is None:
+            return False
+        loop = self.moments_resumed["loop"]
+        point = Point(loop["point"])
+        if point in (Point.EPOCH_END, Point.OVER):
+            return self.can_go_on_within(loop)
+        return point is not Point.BEGIN

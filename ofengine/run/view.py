@@ -1,0 +1,324 @@
+"""RunView: what a callback, a task or a logger may read of a run, and the little it may ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple, Union
+
+import oneflow as flow
+from oneflow import nn
+from oneflow.optim import Optimizer
+
+from ofengine.errors import ConfigurationError, UnknownAttributeError
+from ofengine.loggers.base import Logger
+from ofengine.metrics import Metrics
+from ofengine.rates.plan import RatePlan
+from ofengine.run import report
+from ofengine.run.lightning import TRAINER_ATTRIBUTES, mend_for
+from ofengine.run.progress import Point, Progress
+from ofengine.run.settings import Settings
+from ofengine.run.state import Run
+from ofengine.tracing import forbid_in_trace
+
+
+class RunView:
+    """The ``trainer`` that hooks are given and ``self.trainer`` of a task.
+
+    Everything here may be read at any time, except where it says otherwise; ``should_stop`` alone
+    may be set. :class:`ofengine.Trainer` adds the four verbs.
+    """
+
+    _run: Run
+
+    def __getattr__(self, name: str) -> Any:
+        """Nothing is called ``name``: say what Lightning's name for it is here."""
+        mend = mend_for(TRAINER_ATTRIBUTES, name)
+        if mend is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        raise UnknownAttributeError(f"trainer.{name} is Lightning's name: {mend}.")
+
+    # ------------------------------------------------------------------ what it was told
+
+    @property
+    def settings(self) -> Settings:
+        """The Trainer's arguments, checked. The commonest are attributes of the trainer, too."""
+        return self._run.settings
+
+    @property
+    def mode(self) -> str:
+        """The mode of training, "eager" or "graph"."""
+        return self._run.settings.mode
+
+    @property
+    def eval_mode(self) -> str:
+        """The mode of validation, test and prediction."""
+        return self._run.settings.eval_mode
+
+    @property
+    def device(self) -> flow.device:
+        """The device that the task runs on."""
+        return self._run.settings.device
+
+    @property
+    def seed(self) -> Optional[int]:
+        """The Trainer's seed, or that of the run which is resumed; None where there is none."""
+        return self._run.seed
+
+    @property
+    def max_epochs(self) -> int:
+        """Epochs to train; -1 for no limit."""
+        return self._run.settings.max_epochs
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps to train; -1 for no limit."""
+        return self._run.settings.max_steps
+
+    @property
+    def fast_dev_run(self) -> int:
+        """So many batches of each stage are tried; 0 where it is a run proper."""
+        return self._run.settings.fast_dev_run
+
+    @property
+    def accumulate_grad_batches(self) -> int:
+        """Batches whose gradients are averaged into one optimizer step."""
+        return self._run.settings.accumulate_grad_batches
+
+    @property
+    def gradient_clip_val(self) -> Optional[float]:
+        """To what gradients are clipped; None where they are not."""
+        return self._run.settings.gradient_clip_val
+
+    @property
+    def gradient_clip_algorithm(self) -> str:
+        """How, "norm" or "value"."""
+        return self._run.settings.gradient_clip_algorithm
+
+    @property
+    def log_every_n_steps(self) -> int:
+        """How often, in optimizer steps, metrics are read and logged."""
+        return self._run.settings.log_every_n_steps
+
+    @property
+    def check_val_every_n_epoch(self) -> int:
+        """In every so manieth epoch validation runs."""
+        return self._run.settings.check_val_every_n_epoch
+
+    @property
+    def num_sanity_val_steps(self) -> int:
+        """Validation batches tried before training; -1 for all."""
+        return self._run.settings.num_sanity_val_steps
+
+    @property
+    def default_root_dir(self) -> str:
+        """Where logs and checkpoints go by default."""
+        return self._run.settings.default_root_dir
+
+    @property
+    def restart_on_crash(self) -> int:
+        """How often the script is started again where its process crashes."""
+        return self._run.settings.restart_on_crash
+
+    # ------------------------------------------------------------------ where the run is
+
+    @property
+    def progress(self) -> Progress:
+        """Epoch, batch, step and point, as they are at this moment; the engine's to change."""
+        return self._run.progress
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps done so far. Not readable inside a compiled step."""
+        forbid_in_trace("trainer.global_step")
+        return self._run.progress.global_step
+
+    @property
+    def current_epoch(self) -> int:
+        """The epoch being run, from 0. Not readable inside a compiled step."""
+        forbid_in_trace("trainer.current_epoch")
+        return self._run.progress.epoch
+
+    @property
+    def batch_idx(self) -> int:
+        """The training batch stepped last, from 0 in each epoch. Not readable inside a trace."""
+        forbid_in_trace("trainer.batch_idx")
+        return self._run.progress.batch_idx
+
+    @property
+    def batches_seen(self) -> int:
+        """Training batches done in the whole run."""
+        return self._run.progress.batches_seen
+
+    @property
+    def should_stop(self) -> bool:
+        """Set it to True to end training after the batch at hand, or the epoch in its end."""
+        return self._run.should_stop
+
+    @should_stop.setter
+    def should_stop(self, stop: bool) -> None:
+        self._run.should_stop = stop
+
+    @property
+    def sanity_checking(self) -> bool:
+        """True in the few validation batches that are tried before training."""
+        return self._run.sanity_checking
+
+    @property
+    def has_validation(self) -> bool:
+        """True where ``fit`` has validation data, and the task a ``validation_step``."""
+        return self._run.has_validation
+
+    @property
+    def num_training_batches(self) -> Optional[int]:
+        """Batches in an epoch, or None where that is not known ahead."""
+        return self._run.batches_per_epoch
+
+    @property
+    def num_evaluation_batches(self) -> Optional[int]:
+        """Batches in the evaluation going on, of all its dataloaders; None where not known."""
+        return self._run.evaluation_batches
+
+    @property
+    def total_steps(self) -> Optional[int]:
+        """The optimizer steps that ``fit`` will make, or None where that is not known ahead."""
+        return self._run.total_steps
+
+    @property
+    def seconds_trained(self) -> float:
+        """Seconds since training began, those before a resumption included."""
+        return self._run.seconds_trained
+
+    @property
+    def run_id(self) -> str:
+        """What tells this run from all others; a resumed run keeps it."""
+        return self._run.id
+
+    @property
+    def resumes_within_epoch(self) -> bool:
+        """True in ``on_train_start`` where a resumed run goes on in the middle of an epoch."""
+        return self._run.resumes_within_epoch
+
+    @property
+    def can_save(self) -> bool:
+        """True in a ``fit`` that has trained, at a moment that can be resumed from exactly."""
+        run = self._run
+        return (
+            run.plan is not None
+            and run.train is not None
+            and run.progress.batches_seen > 0
+            and run.progress.point is not Point.STEP
+            and not run.interrupts.hurried
+            and run.moments_resumed is None
+        )
+
+    # ------------------------------------------------------------------ what it consists of
+
+    @property
+    def callbacks(self) -> List[Any]:
+        """All callbacks, those that are there by default included."""
+        return self._run.callbacks
+
+    @property
+    def task(self) -> Any:
+        """The task of the verb that is running, or ran last."""
+        return self._run.task
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer of the running or last ``fit``."""
+        return self._run.made.optimizer
+
+    @property
+    def lr_scheduler(self) -> Any:
+        """The scheduler of the running or last ``fit``, or None."""
+        made = self._run.optimization
+        return None if made is None else made.scheduler
+
+    @property
+    def parameters(self) -> List[Any]:
+        """The parameters that train, of all groups, in this epoch."""
+        return self._run.parameters
+
+    @property
+    def rates(self) -> RatePlan:
+        """The plan of all rates, of the running or last ``fit``."""
+        return self._run.rates
+
+    @property
+    def metrics(self) -> Metrics:
+        """What ``log`` records."""
+        return self._run.metrics
+
+    @property
+    def callback_metrics(self) -> Dict[str, float]:
+        """The latest value of every logged metric. Waits for the device where one is pending."""
+        return self._run.metrics.values
+
+    @property
+    def progress_bar_metrics(self) -> Dict[str, float]:
+        """The values read last of the metrics for the progress bar. Waits for nothing."""
+        return self._run.metrics.progress_bar
+
+    @property
+    def loggers(self) -> List[Logger]:
+        """All loggers."""
+        return self._run.loggers
+
+    @property
+    def logger(self) -> Optional[Logger]:
+        """The first logger, or None."""
+        return self._run.loggers[0] if self._run.loggers else None
+
+    @property
+    def log_dir(self) -> Optional[str]:
+        """The folder of the first logger that has one, or None."""
+        return next((each.log_dir for each in self._run.loggers if each.log_dir), None)
+
+    # ------------------------------------------------------------------ what may be asked for
+
+    def log_metrics(self, metrics: Dict[str, float]) -> None:
+        """Send numbers to the loggers and to ``callback_metrics``, with step and epoch."""
+        report.log_metrics(self._run, metrics)
+
+    def set_lr(self, group: str, lr: float) -> None:
+        """Give the parameter group called ``group`` another base rate from the next step on.
+
+        A schedule goes on over the new rate; ``lr_scale`` and decay keep multiplying. In graph
+        mode the graph is compiled anew. Raises :class:`RateError` for an unknown group or a
+        rate that is negative or not finite.
+        """
+        self._run.rates.set_lr(group, lr, self.global_step)
+        self._run.training_mode.rebuild(f"set_lr({group!r}, {lr:g})")
+
+    def set_weights_aside(self, weights: Dict[str, Any]) -> None:
+        """While a callback has other weights in the task, let checkpoints hold these, by name."""
+        self._run.weights_aside = weights
+
+    def settle(self) -> None:
+        """Bring the task up to date: compiled steps leave ``num_batches_tracked`` for later."""
+        if self._run.mode is not None:
+            self._run.mode.settle()
+
+    def default_train_graph(self) -> nn.Graph:
+        """What ``TaskModule.build_graph`` returns unless it is overridden."""
+        return self._run.training_mode.default_train_graph()
+
+    def lower_rates(self, graph: nn.Graph) -> None:
+        """Compile the plan's rates, from this step on, into ``graph``, not compiled yet."""
+        self._run.training_mode.lower_rates(graph)
+
+    def save_checkpoint(self, path: Union[str, Path]) -> Path:
+        """Write a checkpoint to ``path`` (safetensors), from which a run can be resumed.
+
+        From a callback, save in ``on_train_batch_end`` or later, and with ``fires_last = True``:
+        what callbacks behind it do for the same batch is not in the checkpoint. A Trainer that
+        did not train saves the weights only.
+
+        Raises :class:`CheckpointError` where the file cannot be written; the training, and the
+        file that was there, are as before.
+        """
+        raise ConfigurationError("this run cannot be saved.")
+
+    def checkpoint_content(self) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]], Dict[str, Any]]:
+        """The weights, the state of the run, and the metadata of a checkpoint of this moment."""
+        raise ConfigurationError("this run cannot be saved.")

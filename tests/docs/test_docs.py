@@ -1,0 +1,277 @@
+"""What README and docs/ show runs, is complete, and is the same in both languages."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Iterator, List, Tuple
+
+import pytest
+from oneflow import nn
+
+import ofengine
+from ofengine import Trainer, callback
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+if not DOCS.exists():
+    pytest.skip("needs the source tree", allow_module_level=True)
+
+READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
+PAGES = sorted((DOCS / "en").glob("*.md"))
+ENGLISH = [READMES[0], *PAGES]
+TRANSLATIONS = [(READMES[0], READMES[1]), *((page, DOCS / "zh" / page.name) for page in PAGES)]
+ALL = [*READMES, *PAGES, *sorted((DOCS / "zh").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+MOST_LINES = 200
+
+# The data that the blocks take for granted, as little of it as there can be.
+DATA = """
+import warnings
+warnings.filterwarnings("ignore", message="ReLU6 module")
+import numpy as np
+import oneflow as flow
+from flowvision.transforms import ToTensor
+from ofengine import ImageArrays
+
+train_dataloader = [(flow.randn(8, 3, 32, 32), flow.tensor([3, 7] * 4)) for _ in range(2)]
+transform = ToTensor()
+
+
+def CIFAR10(root, transform):
+    return ImageArrays(np.zeros((40, 32, 32, 3), "uint8"), [0] * 40, transform)
+
+
+"""
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def blocks(path: Path) -> List[Tuple[str, str]]:
+    """The language and the text of each fenced block; one in a list without its indentation."""
+    found = re.findall(r"^( *)```(\w+)\n(.*?)^ *```$", read(path), re.MULTILINE | re.DOTALL)
+    return [
+        (language, re.sub(rf"^{indent}", "", text, flags=re.MULTILINE))
+        for indent, language, text in found
+    ]
+
+
+def python_of(path: Path) -> List[str]:
+    return [text for language, text in blocks(path) if language == "python"]
+
+
+def prose_of(path: Path) -> str:
+    """The text without its fenced blocks."""
+    return re.sub(r"^ *```.*?^ *```$", "", read(path), flags=re.MULTILINE | re.DOTALL)
+
+
+def definitions_of(path: Path) -> Iterator[str]:
+    """The imports and classes of a page, which the other pages go on from."""
+    for text in python_of(path):
+        for node in ast.parse(text).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom, ast.ClassDef)):
+                yield ast.get_source_segment(text, node) or ""
+
+
+# ---------------------------------------------------------------------- the code
+
+
+@pytest.mark.parametrize("page", [page for page in ENGLISH if python_of(page)], ids=name_of)
+def test_the_python_of_a_page_runs_and_prints_what_it_says(page: Path, tmp_path: Path) -> None:
+    before = [] if page in READMES else definitions_of(READMES[0])
+    script = tmp_path / "page.py"
+    script.write_text("\n".join([DATA, *before, *python_of(page)]), encoding="utf-8")
+    result = subprocess.run(
+        [sys.executable, str(script)], cwd=str(tmp_path), capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    for promised in [text for language, text in blocks(page) if language == "text"]:
+        assert promised in result.stdout
+
+
+def test_some_page_promises_what_is_printed() -> None:
+    assert any(language == "text" for page in ENGLISH for language, _ in blocks(page))
+
+
+def test_the_readme_installs_as_the_page_on_installing_does() -> None:
+    for readme, language in zip(READMES, ("en", "zh")):
+        page = [text for kind, text in blocks(DOCS / language / "install.md") if kind == "sh"]
+        for kind, text in blocks(readme):
+            assert kind != "sh" or text in page
+
+
+# ---------------------------------------------------------------------- both languages
+
+
+@pytest.mark.parametrize(("english", "chinese"), TRANSLATIONS, ids=name_of)
+def test_both_languages_show_the_same_code(english: Path, chinese: Path) -> None:
+    assert _code(english) == _code(chinese)
+
+
+def _code(path: Path) -> List[Tuple[str, str]]:
+    """The blocks, without comments, which are translated."""
+    without_comments = {
+        "python": lambda text: ast.dump(ast.parse(text)),
+        "sh": lambda text: re.sub(r" *#.*", "", text),
+    }
+    return [
+        (language, without_comments.get(language, str)(text)) for language, text in blocks(path)
+    ]
+
+
+@pytest.mark.parametrize(("english", "chinese"), TRANSLATIONS, ids=name_of)
+def test_both_languages_have_the_same_sections_and_tables(english: Path, chinese: Path) -> None:
+    assert _shape(english) == _shape(chinese)
+
+
+@pytest.mark.parametrize(("english", "chinese"), TRANSLATIONS, ids=name_of)
+def test_both_languages_mention_the_same_names(english: Path, chinese: Path) -> None:
+    in_english, in_chinese = (
+        set(re.findall(r"`([^`]+)`", re.sub(r"\s+", " ", prose_of(page))))
+        for page in (english, chinese)
+    )
+    assert in_english == in_chinese
+
+
+def _shape(path: Path) -> List[str]:
+    """Headings by their depth, rows of tables, items of lists, indented lines of code."""
+    text = prose_of(path)
+    return [
+        *re.findall(r"^(?:#+ |\||- )", text, re.MULTILINE),
+        *re.findall(r"^    (?![-`]).*", text, re.MULTILINE),
+    ]
+
+
+def test_every_chinese_page_is_a_translation() -> None:
+    chinese = {path.name for path in (DOCS / "zh").glob("*.md")}
+    assert chinese == {page.name for page in PAGES}
+
+
+# ---------------------------------------------------------------------- links and lengths
+
+
+@pytest.mark.parametrize("path", ALL, ids=name_of)
+def test_every_link_leads_somewhere(path: Path) -> None:
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", prose_of(path)) if "://" not in link]
+    assert links
+    broken = []
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        if not target.exists() or (anchor and anchor not in _anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+def _anchors(path: Path) -> List[str]:
+    """The anchors that GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.*)$", prose_of(path), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_the_index_and_the_readme_name_every_page(language: str) -> None:
+    readme = READMES[language == "zh"]
+    for page in PAGES:
+        if page.name != "index.md":
+            assert f"]({page.name})" in read(DOCS / language / "index.md")
+        assert f"](docs/{language}/{page.name})" in read(readme)
+
+
+@pytest.mark.parametrize("readme", READMES, ids=name_of)
+def test_a_readme_stays_short(readme: Path) -> None:
+    assert len(read(readme).splitlines()) <= MOST_LINES
+
+
+# ---------------------------------------------------------------------- complete and true
+
+LANGUAGES = pytest.mark.parametrize("language", ["en", "zh"])
+
+
+@LANGUAGES
+def test_the_hook_order_is_that_of_the_code(language: str) -> None:
+    order = re.search(r"::\n\n(.*?teardown\(stage\)\n)", callback.__doc__ or "", re.DOTALL)
+    assert order is not None
+    assert order.group(1) in read(DOCS / language / "hooks.md")
+
+
+@LANGUAGES
+def test_the_table_of_hooks_is_complete_and_has_their_arguments(language: str) -> None:
+    rows = _rows(DOCS / language / "hooks.md")
+    named = {name: row[1] for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    assert [hook for hook in callback.HOOKS if hook not in named] == []
+    for hook in callback.HOOKS:
+        arguments = list(inspect.signature(getattr(callback.Callback, hook)).parameters)[3:]
+        if not hook.startswith(("on_test", "on_predict")):  # as in validation
+            assert re.findall(r"`(\w+)`", named[hook]) == arguments
+
+
+@LANGUAGES
+def test_the_table_of_arguments_is_complete(language: str) -> None:
+    arguments = _arguments_of_the_trainer()
+    rows = _rows(DOCS / language / "trainer.md")
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
+    assert [argument for argument in arguments if argument not in named] == []
+
+
+@LANGUAGES
+def test_the_table_of_methods_is_complete(language: str) -> None:
+    rows = _rows(DOCS / language / "trainer.md")
+    named = [name for row in rows for name in re.findall(r"`(\w+)[`(]", row[0])]
+    kinds = r"\w+_step|\w+_dataloader|param_groups|configure_\w+|build_graph|on_\w+_checkpoint"
+    own = set(dir(ofengine.TaskModule)).difference(dir(nn.Module), callback.HOOKS)
+    methods = [
+        name
+        for name in own
+        if re.fullmatch(kinds, name) and inspect.isfunction(getattr(ofengine.TaskModule, name))
+    ]
+    assert "configure_optimizers" in methods
+    assert [name for name in methods if name not in named] == []
+
+
+def _arguments_of_the_trainer() -> List[str]:
+    parameters = inspect.signature(Trainer.__init__).parameters.values()
+    return [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
+
+
+def _rows(path: Path) -> List[List[str]]:
+    """The cells of every row of the page's tables."""
+    lines = re.findall(r"^\|(.*)\|$", read(path), re.MULTILINE)
+    return [[cell.strip() for cell in line.split("|")] for line in lines]
+
+
+@LANGUAGES
+@pytest.mark.parametrize("module", ["ofengine", "ofengine.callbacks", "ofengine.rates"])
+def test_every_public_name_is_told(module: str, language: str) -> None:
+    text = "".join(map(read, (DOCS / language).glob("*.md")))
+    names = [name for name in importlib.import_module(module).__all__ if name[0] != "_"]
+    assert [name for name in names if not re.search(rf"\b{name}\b", text)] == []
+
+
+@pytest.mark.parametrize("path", ALL, ids=name_of)
+def test_every_name_that_is_mentioned_exists(path: Path) -> None:
+    trainer = Trainer(logger=False, max_epochs=1)
+    for name in re.findall(r"`trainer\.(\w+)", prose_of(path)):
+        assert name in dir(trainer)
+    for names in re.findall(r"`Trainer\(([^)`]*)\)?`", prose_of(path)):
+        for name in re.findall(r"(\w+)=", names):
+            assert name in _arguments_of_the_trainer()
+    for name in re.findall(r"`ofengine\.(\w+)", prose_of(path)):
+        assert name in ofengine.__all__ or importlib.util.find_spec(f"ofengine.{name}")
+
+
+def test_every_file_that_contributing_names_exists() -> None:
+    named = set(re.findall(r"(?<![\w/.-])(?:[\w.]+/)*\w+\.py\b", read(ROOT / "CONTRIBUTING.md")))
+    assert len(named) > 10
+    folders = (ROOT, ROOT / "ofengine")
+    assert [name for name in named if not any((each / name).exists() for each in folders)] == []
