@@ -8,11 +8,12 @@ import math
 import os
 import warnings
 from pathlib import Path
-from string import Formatter
 from time import monotonic
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Union
 
 from ofengine.callback import Callback
+from ofengine.callbacks._checkpoint_arguments import check_what, check_when
+from ofengine.callbacks._file_name import FileName
 from ofengine.callbacks._monitor import hint, warn_of_misspelt_monitor
 from ofengine.checkpoint import EXTENSION, load_weights, metadata_of, remove_leftovers, write
 from ofengine.checkpoint.background import BackgroundWriter
@@ -23,7 +24,7 @@ from ofengine.errors import (
     OFEngineError,
     OFEngineWarning,
 )
-from ofengine.run.arguments import MaxTime, check_flag, seconds_of
+from ofengine.run.arguments import MaxTime, check_flag
 from ofengine.run.view import RunView
 from ofengine.task import TaskModule
 
@@ -98,46 +99,14 @@ class ModelCheckpoint(Callback):
         in_background: bool = False,
         restore_best: bool = False,
     ) -> None:
-        if mode not in ("min", "max"):
-            raise ConfigurationError(
-                f"ModelCheckpoint(mode={mode!r}): use 'min' where less of the metric is better, "
-                "else 'max'."
-            )
-        _check_whole("save_top_k", save_top_k, -1)
-        if monitor is None and save_top_k > 1:
-            raise ConfigurationError(
-                f"ModelCheckpoint(save_top_k={save_top_k}) needs a metric to tell which are best: "
-                "name one as monitor, or use save_top_k=-1 to keep all."
-            )
-        for name, every in (
-            ("every_n_epochs", every_n_epochs),
-            ("every_n_train_steps", every_n_train_steps),
-        ):
-            if every is not None:
-                _check_whole(name, every, 1)
-        seconds = seconds_of(train_time_interval, "ModelCheckpoint(train_time_interval=...)")
-        whens = {
-            "every_n_epochs": every_n_epochs,
-            "every_n_train_steps": every_n_train_steps,
-            "train_time_interval": seconds,
-        }
-        given = [name for name, when in whens.items() if when is not None]
-        if len(given) > 1:
-            raise ConfigurationError(
-                f"ModelCheckpoint was given {' and '.join(given)}: give one of them, or list two "
-                "ModelCheckpoints."
-            )
+        check_what(monitor, mode, save_top_k, restore_best)
+        seconds = check_when(every_n_epochs, every_n_train_steps, train_time_interval)
         for name, flag in (
             ("save_on_exception", save_on_exception),
             ("in_background", in_background),
             ("restore_best", restore_best),
         ):
             check_flag(f"ModelCheckpoint({name})", flag)
-        if restore_best and monitor is None:
-            raise ConfigurationError(
-                "ModelCheckpoint(restore_best=True) needs a metric to tell which is best: name "
-                "one as monitor."
-            )
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.monitor = monitor
         self.mode = mode
@@ -149,8 +118,7 @@ class ModelCheckpoint(Callback):
         self.save_on_exception = save_on_exception
         self.restore_best = restore_best
         self._writer = BackgroundWriter() if in_background else None
-        self._template = _parse(filename or "{epoch}-{step}")
-        self._insert_names = auto_insert_metric_name
+        self._template = FileName(filename or "{epoch}-{step}", auto_insert_metric_name)
         self._forget()
 
     def _forget(self) -> None:
@@ -402,24 +370,8 @@ class ModelCheckpoint(Callback):
         self._save(trainer, path, self.last_model_path, **changes)
 
     def _path(self, trainer: RunView, metrics: Dict[str, float], out: str) -> str:
-        return self._unused(trainer, self._folder / self._name(trainer, metrics), out)
-
-    def _name(self, trainer: RunView, metrics: Dict[str, float]) -> str:
         values = {**metrics, "epoch": trainer.current_epoch, "step": trainer.global_step}
-        name = ""
-        for text, field, spec in self._template:
-            name += text
-            if field is None:
-                continue
-            if field not in values:
-                raise ConfigurationError(
-                    f"ModelCheckpoint(filename=...) names {{{field}}}, and no such metric was "
-                    f"logged.{hint(field, values)}"
-                )
-            if self._insert_names:
-                name += field.replace("/", "_") + "="  # else val/acc would make a folder val
-            name += format(values[field], spec)
-        return name if name.endswith(EXTENSION) else name + EXTENSION
+        return self._unused(trainer, self._folder / self._template.of(values), out)
 
     def _unused(self, trainer: RunView, path: Path, ours: str) -> str:
         """``path``, or ``path-v1``, ... where a file is there that is to stay.
@@ -438,27 +390,3 @@ class ModelCheckpoint(Callback):
 
 
 _LOOK_AFTER_BATCH = ModelCheckpoint.on_train_batch_end
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigurationError(
-            f"ModelCheckpoint({name}={value!r}): give a whole number from {least} on."
-        )
-
-
-def _parse(filename: str) -> List[Tuple[str, Optional[str], str]]:
-    """The template as (text, field after it or None, the field's format spec)."""
-    parts: List[Tuple[str, Optional[str], str]] = []
-    wrong = f"ModelCheckpoint(filename={filename!r})"
-    example = 'write it like "{epoch}-{step}-{val_acc:.3f}"'
-    try:
-        for text, field, spec, conversion in Formatter().parse(filename):
-            if field == "" or conversion:
-                raise ConfigurationError(f"{wrong} has a field without a name: {example}.")
-            if field is not None:
-                format(0 if field in ("epoch", "step") else 0.0, spec or "")
-            parts.append((text, field, spec or ""))
-    except ValueError as error:
-        raise ConfigurationError(f"{wrong}: {error}; {example}.") from None
-    return parts

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from typing import Any, Iterable, List, Sequence, Union
 
 from ofengine.callback import Callback
@@ -15,6 +17,8 @@ from ofengine.callbacks import (
 from ofengine.errors import ConfigurationError
 from ofengine.loggers import CSVLogger, Logger
 from ofengine.run.settings import Settings
+
+log = logging.getLogger("ofengine")
 
 
 def make_loggers(logger: Union[bool, Logger, Sequence[Logger]], settings: Settings) -> List[Logger]:
@@ -68,3 +72,10 @@ def add_rate_callback(callbacks: List[Callback], mode: str) -> None:
     wanted = GraphLRScaleCallback if mode == "graph" else LRDecayCallback
     if not any(isinstance(callback, wanted) for callback in callbacks):
         callbacks.insert(0, wanted(every_n_batches=None))
+
+
+def configure_logging() -> None:
+    """Show the engine's messages, unless the user has set up logging."""
+    if not log.handlers and not logging.getLogger().handlers:
+        log.addHandler(logging.StreamHandler(sys.stderr))
+        log.setLevel(logging.INFO)

@@ -22,8 +22,8 @@ from oneflow import nn
 
 from ofengine.checkpoint.file import read
 from ofengine.checkpoint.weights import load_weights
-from ofengine.errors import ConfigurationError, UnknownAttributeError
-from ofengine.run.lightning import TASK_ATTRIBUTES, mend_for
+from ofengine.errors import ConfigurationError, UnknownArgumentError, UnknownAttributeError
+from ofengine.run.lightning import LOG_ARGUMENTS, TASK_ATTRIBUTES, mend_for
 from ofengine.run.view import RunView
 from ofengine.task_hooks import TaskHooks
 from ofengine.tracing import forbid_in_trace
@@ -224,6 +224,7 @@ class TaskModule(TaskHooks, nn.Module):
         on_step: Optional[bool] = None,
         on_epoch: Optional[bool] = None,
         batch_size: Optional[int] = None,
+        **_unknown: Any,
     ) -> None:
         """Record a metric. Works the same in both modes and never waits for the device.
 
@@ -239,6 +240,9 @@ class TaskModule(TaskHooks, nn.Module):
             batch_size: the samples the value is a mean of. Default: the first dimension of
                 the batch's first tensor.
         """
+        for given in _unknown:
+            mend = mend_for(LOG_ARGUMENTS, given) or "see TaskModule.log"
+            raise UnknownArgumentError(f"log has no argument {given!r}: {mend}.")
         self.trainer.metrics.log(
             name,
             value,

@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
-import inspect
 import logging
-import sys
-import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union
-
-from oneflow.nn.optimizer.lr_scheduler import LRScheduler
+from typing import (
+    Any,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 from ofengine._oneflow.session import synchronize
 from ofengine.callback import Callback
 from ofengine.checkpoint.file import write
-from ofengine.checkpoint.find import find_checkpoint
+from ofengine.checkpoint.find import CheckpointPath, find_checkpoint, supervised
 from ofengine.checkpoint.resume import Resumed
 from ofengine.checkpoint.snapshot import content_of
 from ofengine.checkpoint.weights import load_weights
 from ofengine.data.generators import states_in
 from ofengine.data.seeding import seed_everything
-from ofengine.data.structure import describe
-from ofengine.defaults import add_rate_callback, make_callbacks, make_loggers
-from ofengine.errors import (
-    ConfigurationError,
-    GraphModeError,
-    OFEngineError,
-    UnknownArgumentError,
-)
+from ofengine.defaults import add_rate_callback, configure_logging, make_callbacks, make_loggers
 from ofengine.loggers import Logger
-from ofengine.modes.eager import EagerMode
-from ofengine.modes.graph import GraphMode
-from ofengine.processes import supervisor
-from ofengine.processes.crash_report import CrashReport
-from ofengine.processes.interrupts import InterruptGuard
 from ofengine.rates.checks import check_rates
 from ofengine.rates.finder import LRFinder
 from ofengine.rates.optimizers import Optimization
@@ -44,23 +36,19 @@ from ofengine.rates.plan import RatePlan
 from ofengine.rates.planning import plan_run
 from ofengine.rates.preview import Preview, epoch_length, preview
 from ofengine.rates.resume import POLICIES
-from ofengine.run import connect
-from ofengine.run.arguments import Limit, MaxTime, batches_between_validations, check_choice
-from ofengine.run.culprit import culprit_of
-from ofengine.run.hooks import HookRunner, tell_of_lightning_s_names, warn_of_misspelt_methods
-from ofengine.run.lightning import TRAINER_ARGUMENTS, mend_for
+from ofengine.run import connect, course
+from ofengine.run.arguments import Limit, MaxTime, check_choice
+from ofengine.run.hooks import HookRunner
 from ofengine.run.loops import evaluation_loop, fit_loop
 from ofengine.run.mode import Mode
-from ofengine.run.settings import CHECKS, Settings
+from ofengine.run.settings import CHECKS, Settings, refuse_arguments
 from ofengine.run.state import Run
+from ofengine.run.verb import carry_out
 from ofengine.run.view import RunView
 from ofengine.task import TaskModule
 from ofengine.trials.lr_find import lr_find
 
 log = logging.getLogger("ofengine")
-
-CheckpointPath = Union[str, Path, None]
-T = TypeVar("T")
 
 
 class Trainer(RunView):
@@ -139,13 +127,11 @@ class Trainer(RunView):
         enable_model_summary: bool = True,
         default_root_dir: Union[str, Path, None] = None,
         restart_on_crash: int = 0,
-        **unknown: Any,
+        **_unknown: Any,
     ) -> None:
-        _configure_logging()
-        if unknown:
-            raise _unknown_argument(next(iter(unknown)))
+        configure_logging()
         given = locals()
-        settings = Settings.of({name: given[name] for name, _ in CHECKS})
+        settings = Settings.of({name: given[name] for name, _ in CHECKS}, _unknown)
         loggers = make_loggers(logger, settings)
         self._run = Run.new(settings, make_callbacks(callbacks, settings), loggers)
 
@@ -158,6 +144,7 @@ class Trainer(RunView):
         val_dataloaders: Any = None,
         ckpt_path: Union[str, Path, None] = None,
         rates_on_resume: str = "checkpoint",
+        **_unknown: Any,
     ) -> None:
         """Train ``task``.
 
@@ -177,9 +164,10 @@ class Trainer(RunView):
         Raises:
             OFEngineError: something does not fit together; raised before training starts.
         """
+        refuse_arguments("fit", _unknown)
         if self.restart_on_crash:
-            ckpt_path = self._supervised(ckpt_path)
-        _check_task(task)
+            ckpt_path = supervised(self._run, ckpt_path)
+        connect.check_task(task)
         check_choice("rates_on_resume", rates_on_resume, POLICIES)
         self._run = run = Run.new(self.settings, self.callbacks, self.loggers)
         self._attach(task)
@@ -195,28 +183,40 @@ class Trainer(RunView):
                 hooks, eval_mode, train_dataloaders, val_dataloaders, resumed, rates_on_resume
             )
 
-        self._carry_out("fit", body)
+        carry_out(self, self._run, "fit", body)
 
     def validate(
-        self, task: TaskModule, dataloaders: Any = None, ckpt_path: CheckpointPath = None
+        self,
+        task: TaskModule,
+        dataloaders: Any = None,
+        ckpt_path: CheckpointPath = None,
+        **_unknown: Any,
     ) -> List[Dict[str, float]]:
         """Run ``validation_step`` over the data; return its metrics, a dict for each dataloader.
 
         ``ckpt_path`` names saved weights to load first.
         """
-        return self._evaluate("validation", task, dataloaders, ckpt_path)[0]
+        return self._evaluate("validation", task, dataloaders, ckpt_path, _unknown)[0]
 
     def test(
-        self, task: TaskModule, dataloaders: Any = None, ckpt_path: CheckpointPath = None
+        self,
+        task: TaskModule,
+        dataloaders: Any = None,
+        ckpt_path: CheckpointPath = None,
+        **_unknown: Any,
     ) -> List[Dict[str, float]]:
         """As :meth:`validate`, with ``test_step``."""
-        return self._evaluate("test", task, dataloaders, ckpt_path)[0]
+        return self._evaluate("test", task, dataloaders, ckpt_path, _unknown)[0]
 
     def predict(
-        self, task: TaskModule, dataloaders: Any = None, ckpt_path: CheckpointPath = None
+        self,
+        task: TaskModule,
+        dataloaders: Any = None,
+        ckpt_path: CheckpointPath = None,
+        **_unknown: Any,
     ) -> List[Any]:
         """What ``predict_step`` returned for each batch; with several dataloaders, a list each."""
-        predictions = self._evaluate("predict", task, dataloaders, ckpt_path)[1]
+        predictions = self._evaluate("predict", task, dataloaders, ckpt_path, _unknown)[1]
         return predictions[0] if len(predictions) == 1 else predictions
 
     def preview(
@@ -271,15 +271,7 @@ class Trainer(RunView):
         rates_on_resume: str,
     ) -> None:
         run, settings, task = self._run, self.settings, self._run.task
-        train = connect.training_batches(settings, task, train_dataloaders)
-        validation = connect.evaluation_batches(
-            settings, task, "validation", val_dataloaders, in_fit=True
-        )
-        run.train, run.validation, run.has_validation = train, validation, bool(validation)
-        run.batches_per_epoch = train.count
-        run.batches_between_validations = batches_between_validations(
-            settings.val_check_interval, train.count or None
-        )
+        train, validation = connect.take_data(run, train_dataloaders, val_dataloaders)
         task.to(settings.device)
         if settings.seed is not None:
             seed_everything(settings.seed)
@@ -300,7 +292,7 @@ class Trainer(RunView):
         else:
             fit_loop(run, hooks, eval_mode, train, validation, resumed)
         synchronize()
-        _leave_rates_behind(run)
+        course.leave_rates_behind(run)
         run.data_states_after_fit = {
             "now": states_in(None, train.source),
             "at_pass": train.states_at_start,
@@ -312,25 +304,6 @@ class Trainer(RunView):
         """When decay happens, by the callbacks that say so."""
         said = [(type(each).__name__, each.decay_events) for each in self.callbacks]
         return [(name, events) for name, events in said if events is not None]
-
-    def _supervised(self, ckpt_path: CheckpointPath) -> CheckpointPath:
-        """Run the script again as a child; in the child, what ``fit`` resumes from."""
-        if not any(callback.fires_last for callback in self.callbacks):
-            raise ConfigurationError(
-                "restart_on_crash needs checkpoints to go on from: list a ModelCheckpoint, or "
-                "leave enable_checkpointing on."
-            )
-        if supervisor.tries() is None:
-            supervisor.supervise(self.restart_on_crash)
-        if self._run.plan is not None:
-            raise ConfigurationError(
-                "restart_on_crash starts the whole script again, so it works for one fit() only: "
-                "put the second one into a script of its own."
-            )
-        if supervisor.tries() == 1:
-            return ckpt_path
-        found = find_checkpoint(self._run, "last", supervisor.begun_at())
-        return ckpt_path if found is None else found.path
 
     def _find(self, ckpt_path: CheckpointPath) -> Optional[Resumed]:
         """The run of a checkpoint, where there is one to be resumed; the loggers know of it."""
@@ -349,8 +322,14 @@ class Trainer(RunView):
     # ------------------------------------------------------------------ all verbs
 
     def _evaluate(
-        self, stage: str, task: TaskModule, dataloaders: Any, ckpt_path: CheckpointPath
+        self,
+        stage: str,
+        task: TaskModule,
+        dataloaders: Any,
+        ckpt_path: CheckpointPath,
+        unknown: Mapping[str, Any],
     ) -> Tuple[List[Dict[str, float]], List[List[Any]]]:
+        refuse_arguments(connect.VERB_OF_STAGE[stage], unknown)
         self._attach(task)
         connect.check_step(task, stage)
 
@@ -364,63 +343,10 @@ class Trainer(RunView):
                 load_weights(task, ckpt_path)
             return evaluation_loop(self._run, hooks, mode, stage, loaders)
 
-        return self._carry_out(connect.VERB_OF_STAGE[stage], body)
-
-    def _carry_out(self, verb: str, body: Callable[[HookRunner, Mode], T]) -> T:
-        """``setup``, ``body``, ``teardown``; ``on_exception`` where something is raised."""
-        run, settings, task = self._run, self.settings, self._run.task
-        main = threading.current_thread() is threading.main_thread()
-        if self.mode == "graph" and verb == "fit" and not main:
-            raise GraphModeError(
-                "OneFlow trains static graphs in the main thread only: call fit() there, or use "
-                'Trainer(mode="eager").'
-            )
-        warn_of_misspelt_methods(task, run.callbacks)
-        tell_of_lightning_s_names(task, run.callbacks)
-        hooks = HookRunner(self, task, run.callbacks)
-        modes: Dict[str, Mode] = {
-            name: (GraphMode if name == "graph" else EagerMode)(run, task, hooks.calls)
-            for name in ({settings.mode, settings.eval_mode} if verb == "fit" else {self.eval_mode})
-        }
-        if verb == "fit":
-            run.mode = modes[settings.mode]
-        run.interrupts = InterruptGuard()
-        status = "failed"
-        with CrashReport(), run.interrupts:
-            try:
-                hooks.fire("setup", verb)
-                result = body(hooks, modes[settings.eval_mode])
-                run.interrupts.check()  # one may have come in the last hooks
-                status = "success"
-                return result
-            except BaseException as error:
-                self._tell_culprit(error)
-                hooks.fire("on_exception", error)
-                raise
-            finally:
-                run.metrics.reset()
-                run.train, run.validation, run.sanity_checking = None, [], False
-                for mode in modes.values():
-                    mode.close()
-                # One that fails must not keep the others from theirs.
-                with contextlib.ExitStack() as stack:
-                    for each in reversed(run.loggers):
-                        stack.callback(each.finalize, status)
-                    for call in reversed(hooks.calls["teardown"]):
-                        stack.callback(call, verb)
-
-    def _tell_culprit(self, error: BaseException) -> None:
-        if isinstance(error, (OFEngineError, KeyboardInterrupt, SystemExit)):
-            return  # they speak for themselves
-        culprit, at = culprit_of(error), self._run.progress
-        if culprit is not None:
-            log.error(
-                "%s raised %s in epoch %d, batch %d (after step %d).",
-                culprit, type(error).__name__, at.epoch, at.batch_idx, at.global_step,
-            )  # fmt: skip
+        return carry_out(self, self._run, connect.VERB_OF_STAGE[stage], body)
 
     def _attach(self, task: Any) -> None:
-        _check_task(task)
+        connect.check_task(task)
         self._run.task = task
         task._trainer = self
         self._run.metrics.forget()
@@ -439,47 +365,3 @@ class Trainer(RunView):
             del task._trainer
             if of_task is not None:
                 task._trainer = of_task
-
-
-def _unknown_argument(name: str) -> UnknownArgumentError:
-    mend = mend_for(TRAINER_ARGUMENTS, name)
-    if mend is not None:
-        return UnknownArgumentError(f"Trainer has no argument {name!r}: {mend}.")
-    known = [each for each in inspect.signature(Trainer.__init__).parameters if each != "self"]
-    close = difflib.get_close_matches(name, known, n=1)
-    meant = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(known[:-1])}."
-    return UnknownArgumentError(f"Trainer has no argument {name!r}: {meant}")
-
-
-def _check_task(task: Any) -> None:
-    if not isinstance(task, TaskModule):
-        mend = "give an object of a TaskModule subclass"
-        if isinstance(task, type) and issubclass(task, TaskModule):
-            mend = f"call it first, as in {task.__name__}()"
-        raise ConfigurationError(f"the first argument is {describe(task)}: {mend}.")
-    if "_modules" not in vars(task):
-        raise ConfigurationError(
-            f"{type(task).__name__}.__init__ must call super().__init__() first."
-        )
-
-
-def _leave_rates_behind(run: Run) -> None:
-    """Leave scheduler and groups as a loop written by hand would have left them."""
-    made, plan, step = run.made, run.rates, run.progress.global_step
-    if isinstance(made.scheduler, LRScheduler):
-        for _ in range(plan.position(step)):
-            made.scheduler.step()
-    # A function or a table need not know the step after the last one.
-    asked = made.scheduler is None or isinstance(made.scheduler, LRScheduler)
-    if run.settings.mode == "eager":
-        for group, lr in zip(
-            made.optimizer.param_groups, plan.unscaled(step if asked else max(step - 1, 0))
-        ):
-            group["lr"] = lr
-
-
-def _configure_logging() -> None:
-    """Show the engine's messages, unless the user has set up logging."""
-    if not log.handlers and not logging.getLogger().handlers:
-        log.addHandler(logging.StreamHandler(sys.stderr))
-        log.setLevel(logging.INFO)

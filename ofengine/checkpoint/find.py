@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import List, Optional, Union
 
 from ofengine.checkpoint.file import EXTENSION, Checkpoint, read
-from ofengine.errors import CheckpointError, warn
+from ofengine.errors import CheckpointError, ConfigurationError, warn
+from ofengine.processes import supervisor
 from ofengine.run.state import Run
+
+CheckpointPath = Union[str, Path, None]
+"""A file, "last", or None for a run that begins anew."""
 
 
 def find_checkpoint(
@@ -49,3 +53,23 @@ def checkpoint_folders(run: Run) -> List[Path]:
         roots += [root for each in run.loggers for root in each.run_dirs()]
         folders += [root / "checkpoints" for root in roots]
     return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+
+
+def supervised(run: Run, ckpt_path: CheckpointPath) -> CheckpointPath:
+    """Run the script again as a child; in the child, what ``fit`` resumes from."""
+    if not any(callback.fires_last for callback in run.callbacks):
+        raise ConfigurationError(
+            "restart_on_crash needs checkpoints to go on from: list a ModelCheckpoint, or "
+            "leave enable_checkpointing on."
+        )
+    if supervisor.tries() is None:
+        supervisor.supervise(run.settings.restart_on_crash)
+    if run.plan is not None:
+        raise ConfigurationError(
+            "restart_on_crash starts the whole script again, so it works for one fit() only: "
+            "put the second one into a script of its own."
+        )
+    if supervisor.tries() == 1:
+        return ckpt_path
+    found = find_checkpoint(run, "last", supervisor.begun_at())
+    return ckpt_path if found is None else found.path

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, List
+from typing import Any, List, Tuple
 
 from oneflow import nn
 
 from ofengine.callback import overrides
 from ofengine.data.batches import Batches, stage_loaders
+from ofengine.data.structure import describe
 from ofengine.errors import ConfigurationError, DataError
 from ofengine.modes.own_graphs import has_own_graph
-from ofengine.run.arguments import Limit
+from ofengine.run.arguments import Limit, batches_between_validations
 from ofengine.run.hooks import refuse_eager_only_hooks
 from ofengine.run.settings import LIMIT_OF_STAGE, Settings
 from ofengine.run.state import Run
@@ -40,6 +41,19 @@ def check_graph_mode(run: Run) -> None:
             f"accumulate_grad_batches={accumulate} cannot reach into "
             f"{type(task).__name__}.build_graph(): leave build_graph() as it is, or use "
             "accumulate_grad_batches=1."
+        )
+
+
+def check_task(task: Any) -> None:
+    """Raise where ``task`` is no task, or not a whole one."""
+    if not isinstance(task, TaskModule):
+        mend = "give an object of a TaskModule subclass"
+        if isinstance(task, type) and issubclass(task, TaskModule):
+            mend = f"call it first, as in {task.__name__}()"
+        raise ConfigurationError(f"the first argument is {describe(task)}: {mend}.")
+    if "_modules" not in vars(task):
+        raise ConfigurationError(
+            f"{type(task).__name__}.__init__ must call super().__init__() first."
         )
 
 
@@ -85,6 +99,19 @@ def evaluation_batches(
         return []
     name = "overfit_batches" if keep else LIMIT_OF_STAGE[stage]
     return stage_loaders(loaders, limit, settings.device, LOADER_OF_STAGE[stage], name, keep)
+
+
+def take_data(run: Run, train: Any, validation: Any) -> Tuple[Batches, List[Batches]]:
+    """The data of ``fit``, noted in ``run``."""
+    settings, task = run.settings, run.task
+    run.train = taken = training_batches(settings, task, train)
+    run.validation = evaluation_batches(settings, task, "validation", validation, in_fit=True)
+    run.has_validation = bool(run.validation)
+    run.batches_per_epoch = taken.count
+    run.batches_between_validations = batches_between_validations(
+        settings.val_check_interval, taken.count or None
+    )
+    return taken, run.validation
 
 
 def require_data(task: TaskModule, stage: str, loaders: List[Batches]) -> None:

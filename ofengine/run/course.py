@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import List
 
+from oneflow.nn.optimizer.lr_scheduler import LRScheduler
+
 from ofengine.data.batches import Batches
 from ofengine.data.generators import global_states, states_in
 from ofengine.data.seeding import seed_epoch
@@ -113,3 +115,18 @@ def epoch_cut_short(run: Run, batches: int, is_last: bool) -> None:
         run.rates.calendar.epoch_ended(run.progress.epoch, batches)
     else:
         run.cut_short = run.metrics.state()
+
+
+def leave_rates_behind(run: Run) -> None:
+    """Leave scheduler and groups as a loop written by hand would have left them."""
+    made, plan, step = run.made, run.rates, run.progress.global_step
+    if isinstance(made.scheduler, LRScheduler):
+        for _ in range(plan.position(step)):
+            made.scheduler.step()
+    # A function or a table need not know the step after the last one.
+    asked = made.scheduler is None or isinstance(made.scheduler, LRScheduler)
+    if run.settings.mode == "eager":
+        for group, lr in zip(
+            made.optimizer.param_groups, plan.unscaled(step if asked else max(step - 1, 0))
+        ):
+            group["lr"] = lr

@@ -386,3 +386,12 @@ HOOKS: Mapping[str, str] = {
 ``on_save_checkpoint`` and ``on_load_checkpoint`` are hooks of a task here as well; of a
 ``Callback`` they are not.
 """
+
+LOG_ARGUMENTS: Dict[str, str] = {
+    **_each("sync_dist sync_dist_group rank_zero_only", "one process trains here: leave it out"),
+    "reduce_fx": "an epoch's value is the mean, weighted by batch_size: reduce it in a hook",
+    "add_dataloader_idx": "a name ends in /dataloader_idx_N where there are several loaders",
+    "enable_graph": "what is logged is always detached: leave it out",
+    "metric_attribute": "log a tensor or a number",
+}
+"""Arguments of ``self.log``."""

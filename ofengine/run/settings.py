@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 from pathlib import Path
-from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Tuple, Union
 
 import attrs
 import oneflow as flow
 
-from ofengine.errors import ConfigurationError
+from ofengine.errors import ConfigurationError, UnknownArgumentError
 from ofengine.run.arguments import (
     Limit,
     batches_between_validations,
@@ -22,6 +23,7 @@ from ofengine.run.arguments import (
     seconds_of,
 )
 from ofengine.run.devices import resolve_device
+from ofengine.run.lightning import TRAINER_ARGUMENTS, mend_for
 
 log = logging.getLogger("ofengine")
 
@@ -135,11 +137,13 @@ class Settings:
     """So many batches; 0 for not."""
 
     @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> Settings:
+    def of(cls, arguments: Mapping[str, Any], unknown: Iterable[str] = ()) -> Settings:
         """Check ``arguments``, by name, and fill in what depends on others.
 
-        Raises :class:`ConfigurationError`, or :class:`DeviceError` for a device that is not there.
+        Raises :class:`ConfigurationError` for what is wrong and for any name that is ``unknown``,
+        :class:`DeviceError` for a device that is not there.
         """
+        refuse_arguments("Trainer", unknown, [*(name for name, _ in CHECKS), "callbacks", "logger"])
         values: Dict[str, Any] = {name: check(name, arguments[name]) for name, check in CHECKS}
         if values["eval_mode"] is None:
             values["eval_mode"] = values["mode"]
@@ -167,3 +171,15 @@ class Settings:
             per_epoch = -(-batches // self.accumulate_grad_batches)
             totals.append(per_epoch * self.max_epochs)
         return min(totals) if totals else None
+
+
+def refuse_arguments(owner: str, unknown: Iterable[str], known: Iterable[str] = ()) -> None:
+    """Raise :class:`UnknownArgumentError` for a name that ``owner``, Trainer or a verb, lacks."""
+    for name in unknown:
+        mend = mend_for(TRAINER_ARGUMENTS, name)
+        if mend is None:
+            close = difflib.get_close_matches(name, known, n=1)
+            others = f"use one of {', '.join(sorted(known))}" if known else "leave it out"
+            mend = f"did you mean {close[0]!r}?" if close else f"{others}."
+            raise UnknownArgumentError(f"{owner} has no argument {name!r}: {mend}")
+        raise UnknownArgumentError(f"{owner} has no argument {name!r}: {mend}.")

@@ -1,0 +1,64 @@
+"""What all four verbs do around their own part: modes, signals, setup and teardown."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import Callable, Dict, TypeVar
+
+from ofengine.errors import GraphModeError
+from ofengine.modes.eager import EagerMode
+from ofengine.modes.graph import GraphMode
+from ofengine.processes.crash_report import CrashReport
+from ofengine.processes.interrupts import InterruptGuard
+from ofengine.run.culprit import tell_culprit
+from ofengine.run.hooks import HookRunner, tell_of_lightning_s_names, warn_of_misspelt_methods
+from ofengine.run.mode import Mode
+from ofengine.run.state import Run
+from ofengine.run.view import RunView
+
+T = TypeVar("T")
+
+
+def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner, Mode], T]) -> T:
+    """``setup``, ``body``, ``teardown``; ``on_exception`` where something is raised."""
+    settings, task = run.settings, run.task
+    main = threading.current_thread() is threading.main_thread()
+    if settings.mode == "graph" and verb == "fit" and not main:
+        raise GraphModeError(
+            "OneFlow trains static graphs in the main thread only: call fit() there, or use "
+            'Trainer(mode="eager").'
+        )
+    warn_of_misspelt_methods(task, run.callbacks)
+    tell_of_lightning_s_names(task, run.callbacks)
+    hooks = HookRunner(trainer, task, run.callbacks)
+    modes: Dict[str, Mode] = {
+        name: (GraphMode if name == "graph" else EagerMode)(run, task, hooks.calls)
+        for name in ({settings.mode, settings.eval_mode} if verb == "fit" else {settings.eval_mode})
+    }
+    if verb == "fit":
+        run.mode = modes[settings.mode]
+    run.interrupts = InterruptGuard()
+    status = "failed"
+    with CrashReport(), run.interrupts:
+        try:
+            hooks.fire("setup", verb)
+            result = body(hooks, modes[settings.eval_mode])
+            run.interrupts.check()  # one may have come in the last hooks
+            status = "success"
+            return result
+        except BaseException as error:
+            tell_culprit(error, run.progress)
+            hooks.fire("on_exception", error)
+            raise
+        finally:
+            run.metrics.reset()
+            run.train, run.validation, run.sanity_checking = None, [], False
+            for mode in modes.values():
+                mode.close()
+            # One that fails must not keep the others from theirs.
+            with contextlib.ExitStack() as stack:
+                for each in reversed(run.loggers):
+                    stack.callback(each.finalize, status)
+                for call in reversed(hooks.calls["teardown"]):
+                    stack.callback(call, verb)
