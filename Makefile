@@ -7,7 +7,8 @@ PYTEST_ARGS ?=
 PYTEST_WORKERS ?= 2
 
 PYTHON := .venv/bin/python
-RESUMED := tests/test_resume.py tests/test_resume_optimizers.py
+APART := tests/rates tests/modes
+RESUMED := tests/checkpoint/test_resume.py tests/checkpoint/test_resume_optimizers.py
 PYTEST = $(PYTHON) -m pytest -n $(PYTEST_WORKERS)
 READY := .venv/.ready
 
@@ -23,8 +24,8 @@ demo: $(READY)  ## fine-tune on digits, in graph mode (DEMO_ARGS="--epochs 1")
 # In parts, as the slow ones are, because OneFlow aborts a process that compiles some 1,365 graphs.
 # pytest ends with 5 where a part has no test that was asked for.
 test: $(READY)  ## run the tests but the slow ones (PYTEST_ARGS="-k rates")
-	@$(PYTEST) -m "not slow" $(PYTEST_ARGS) --ignore tests/rates --ignore tests/modes || [ $$? -eq 5 ]
-	@$(PYTEST) -m "not slow" $(PYTEST_ARGS) tests/rates tests/modes || [ $$? -eq 5 ]
+	@$(PYTEST) -m "not slow" $(PYTEST_ARGS) $(APART:%=--ignore %) || [ $$? -eq 5 ]
+	@for part in $(APART); do $(PYTEST) -m "not slow" $(PYTEST_ARGS) $$part || [ $$? -eq 5 ] || exit; done
 
 test-slow: $(READY)  ## run the slow tests
 	@$(PYTEST) -m slow $(PYTEST_ARGS) $(RESUMED:%=--ignore %) || [ $$? -eq 5 ]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+import os
+from pathlib import Path
+from typing import Any, Optional, Union
 
+from ofengine.disk import why_no_path
 from ofengine.errors import ConfigurationError
-from ofengine.run.arguments import MaxTime, seconds_of
+from ofengine.run.arguments import MaxTime, check_flag, seconds_of
 
 
 def check_what(monitor: Optional[str], mode: str, save_top_k: int, restore_best: bool) -> None:
@@ -25,6 +28,40 @@ def check_what(monitor: Optional[str], mode: str, save_top_k: int, restore_best:
         raise ConfigurationError(
             "ModelCheckpoint(restore_best=True) needs a metric to tell which is best: name "
             "one as monitor."
+        )
+
+
+def check_flags(**flags: bool) -> None:
+    """Raise :class:`ConfigurationError` for one that is neither True nor False."""
+    for name, flag in flags.items():
+        check_flag(f"ModelCheckpoint({name})", flag)
+
+
+def check_where(dirpath: Union[str, Path, None]) -> Optional[Path]:
+    """``dirpath`` as a path; raise :class:`ConfigurationError` where it can be none."""
+    if dirpath is None:
+        return None
+    if not isinstance(dirpath, (str, os.PathLike)):
+        raise ConfigurationError(f"ModelCheckpoint(dirpath={dirpath!r}): give a folder's path.")
+    problem = why_no_path(dirpath)
+    if problem is not None:
+        raise ConfigurationError(f"ModelCheckpoint(dirpath=...): the path {problem}.")
+    return Path(dirpath)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise :class:`ConfigurationError` where ``folder`` cannot be made or written to."""
+    problem = why_no_path(folder)
+    if problem is not None:
+        raise ConfigurationError(f"ModelCheckpoint cannot write to its folder: it {problem}.")
+    there = folder
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigurationError(
+            f"ModelCheckpoint cannot write to {folder}: {there} is "
+            f"{'write-protected' if there.is_dir() else 'a file'}. Give another dirpath, or "
+            "Trainer(enable_checkpointing=False)."
         )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 from typing import Any, Dict
 
-from ofengine.errors import warn
+from ofengine.errors import ConfigurationError, warn
+from ofengine.run.view import RunView
 
 
 def hint(name: str, metrics: Dict[str, Any]) -> str:
@@ -23,3 +24,21 @@ def warn_of_misspelt_monitor(callback: object, monitor: str, metrics: Dict[str, 
             f"{type(callback).__name__}(monitor={monitor!r}): validation logs no such metric; did "
             f"you mean {close[0]!r}?"
         )
+
+
+def no_metric(callback: object, monitor: str, when: str, trainer: RunView) -> ConfigurationError:
+    """The error where the metric ``monitor`` is needed and was not logged."""
+    return ConfigurationError(
+        f"{type(callback).__name__}(monitor={monitor!r}): {when} (epoch {trainer.current_epoch}, "
+        f"step {trainer.global_step}) no such metric was logged."
+        f"{hint(monitor, trainer.callback_metrics)}"
+    )
+
+
+def warn_of_no_turn(callback: object, monitor: str) -> None:
+    """Warn where training was too short to look at the metric ``monitor``."""
+    warn(
+        f"{type(callback).__name__}(monitor={monitor!r}) kept no best weights: training ended "
+        "before their first turn came (every_n_epochs, every_n_train_steps, and "
+        "check_val_every_n_epoch of the Trainer say when that is)."
+    )

@@ -317,20 +317,13 @@ class _Flat:
             part = self._average.narrow(0, start, each.numel())
             self.averages.append(part.view(*each.shape))
             start += each.numel()
-        tensors = [getattr(module, name) for module, name in sources]
-        self._pieces = _vectors(tensors)
-        # A parameter's memory stays where it is; a buffer may be assigned anew in a step.
-        self._moving = [
-            (index, *source)
-            for index, (source, tensor) in enumerate(zip(sources, tensors))
-            if not isinstance(tensor, nn.Parameter)
-        ]
+        self._sources = list(sources)
 
     def update(self, decay: float) -> None:
         """One update of all averages."""
-        for index, module, name in self._moving:
-            (self._pieces[index],) = _vectors([getattr(module, name)])
-        self._average.mul_(decay).add_(flow.cat(self._pieces), alpha=1.0 - decay)
+        # Looked up anew: a buffer may be assigned in a step, a parameter's data in a hook.
+        tensors = [getattr(module, name) for module, name in self._sources]
+        self._average.mul_(decay).add_(flow.cat(_vectors(tensors)), alpha=1.0 - decay)
 
 
 def _vectors(tensors: Sequence[Any]) -> List[Any]:

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import os
-import warnings
 from pathlib import Path
 from time import monotonic
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Union
 
 from ofengine.callback import Callback
-from ofengine.callbacks._checkpoint_arguments import check_what, check_when
-from ofengine.callbacks._file_name import FileName
-from ofengine.callbacks._monitor import hint, warn_of_misspelt_monitor
-from ofengine.checkpoint import EXTENSION, load_weights, metadata_of, remove_leftovers, write
-from ofengine.checkpoint.background import BackgroundWriter
-from ofengine.errors import (
-    CheckpointError,
-    ConfigurationError,
-    NonFiniteError,
-    OFEngineError,
-    OFEngineWarning,
+from ofengine.callbacks._checkpoint_arguments import (
+    check_flags,
+    check_folder,
+    check_what,
+    check_when,
+    check_where,
 )
-from ofengine.run.arguments import MaxTime, check_flag
+from ofengine.callbacks._checkpoint_files import CheckpointFiles
+from ofengine.callbacks._checkpoint_saving import Saver
+from ofengine.callbacks._checkpoint_state import Kept, check_state
+from ofengine.callbacks._file_name import FileName
+from ofengine.callbacks._monitor import no_metric, warn_of_misspelt_monitor, warn_of_no_turn
+from ofengine.checkpoint import EXTENSION, load_weights, remove_leftovers
+from ofengine.errors import CheckpointError, NonFiniteError, OFEngineError
+from ofengine.run.arguments import MaxTime
 from ofengine.run.view import RunView
 from ofengine.task import TaskModule
 
@@ -37,8 +36,10 @@ class ModelCheckpoint(Callback):
     With ``monitor``, after each validation (in a fit without validation, at the end of each
     epoch), where the metric is among the ``save_top_k`` best so far. Without ``monitor``, at
     the end of each epoch; the newest one is kept, or all. A file that is no longer wanted is
-    removed once its successor is safely on the disk, and a file that this run did not write is
-    never overwritten: the new one's name then ends in ``-v1``, ``-v2`` and so on.
+    removed once its successor is safely on the disk. A file that this callback of this run did not
+    write is never overwritten or removed: the new one's name then ends in ``-v1``, ``-v2`` and so
+    on. A resumed run looks for its files by their names, in its folder and beside the checkpoint,
+    so that a run's folder may be copied, moved and renamed.
 
     Where training ends by Ctrl-C, SIGTERM or an exception, the last whole moment is saved as
     ``last.safetensors`` besides, so that ``fit(..., ckpt_path="last")`` goes on from there.
@@ -48,7 +49,8 @@ class ModelCheckpoint(Callback):
             none in ``default_root_dir``.
         filename: a template of ``{epoch}`` (from 0), ``{step}`` (optimizer steps done) and
             metrics, with Python's format specs: ``"{epoch}-{val_acc:.3f}"`` gives
-            ``epoch=3-val_acc=0.912.safetensors``. Default: ``"{epoch}-{step}"``.
+            ``epoch=3-val_acc=0.912.safetensors``; with a "/" in it, of a sub-folder. Default:
+            ``"{epoch}-{step}"``.
         monitor: the metric to go by, a name in ``trainer.callback_metrics``. NaN is never best
             and is not saved, unless all are.
         mode: "min" where less of the metric is better, or "max".
@@ -101,13 +103,13 @@ class ModelCheckpoint(Callback):
     ) -> None:
         check_what(monitor, mode, save_top_k, restore_best)
         seconds = check_when(every_n_epochs, every_n_train_steps, train_time_interval)
-        for name, flag in (
-            ("save_on_exception", save_on_exception),
-            ("in_background", in_background),
-            ("restore_best", restore_best),
-        ):
-            check_flag(f"ModelCheckpoint({name})", flag)
-        self.dirpath = None if dirpath is None else Path(dirpath)
+        check_flags(
+            save_on_exception=save_on_exception,
+            in_background=in_background,
+            restore_best=restore_best,
+        )
+        self.dirpath = check_where(dirpath)
+        self.filename = filename
         self.monitor = monitor
         self.mode = mode
         self.save_top_k = save_top_k
@@ -117,7 +119,8 @@ class ModelCheckpoint(Callback):
         self.train_time_interval = seconds
         self.save_on_exception = save_on_exception
         self.restore_best = restore_best
-        self._writer = BackgroundWriter() if in_background else None
+        self.in_background = in_background
+        self._saver = Saver(in_background)
         self._template = FileName(filename or "{epoch}-{step}", auto_insert_metric_name)
         self._forget()
 
@@ -126,44 +129,77 @@ class ModelCheckpoint(Callback):
         self.best_model_score: Optional[float] = None
         self.best_k_models: Dict[str, float] = {}
         self.last_model_path = ""
-        self._folder = Path()
-        self._looked_at = -1
-        self._last_saved_at = -1
+        self._files = CheckpointFiles((self.dirpath or Path()).absolute())
+        self._itself = self._to_remove = ""
+        self._resumed: Optional[Dict[str, Any]] = None
+        self._looked_at = self._last_saved_at = -1
         self._wait_for_epoch_end = False
         self._validated = False
-        self._written: List[str] = []
-        self._to_remove = ""
         self._next_time = math.inf
 
     # ------------------------------------------------------------------ resuming
 
+    @property
+    def file_patterns(self) -> List[str]:
+        """Where its files lie below its folder, as glob patterns."""
+        return [f"*{EXTENSION}", f"{self._template.folder_pattern}*{EXTENSION}"]
+
     def state_dict(self) -> Dict[str, Any]:
-        """The files that are kept, and their metrics; the one being written is among them."""
+        """The files that are kept, by name, and their metrics; the one being written among them."""
+        name_of = self._files.name_of
         return {
-            "best_model_path": self.best_model_path,
+            "key": self._files.key,
+            "best_model_path": name_of(self.best_model_path),
             "best_model_score": self.best_model_score,
-            "best_k_models": dict(self.best_k_models),
-            "last_model_path": self.last_model_path,
+            "best_k_models": {name_of(path): k for path, k in self.best_k_models.items()},
+            "last_model_path": name_of(self.last_model_path),
             "looked_at": self._looked_at,
             "last_saved_at": self._last_saved_at,
             "wait_for_epoch_end": self._wait_for_epoch_end,
             "validated": self._validated,
-            "written": list(self._written),
-            "to_remove": self._to_remove,
+            "written": list(map(name_of, self._files.kept)),
+            "to_remove": name_of(self._to_remove),
+            "itself": name_of(self._itself),
         }
 
+    def check_state_dict(self, state: Dict[str, Any], task: TaskModule) -> None:
+        """Raise :class:`CheckpointError` where ``state`` is none of a ModelCheckpoint."""
+        check_state(state)
+
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Go on with these files; remove the one whose removal was interrupted."""
-        self.best_model_path = state["best_model_path"]
+        """Go on with these files; they are looked for when all of the run is there again."""
+        check_state(state)
+        self._files = CheckpointFiles(self._files.folder, state.get("key", ""))
+        place_of = self._files.place_of
+        best, last = state["best_model_path"], state["last_model_path"]
+        self.best_model_path = place_of(best) if best else ""
         self.best_model_score = state["best_model_score"]
-        self.best_k_models = dict(state["best_k_models"])
-        self.last_model_path = state["last_model_path"]
+        self.best_k_models = {place_of(name): k for name, k in state["best_k_models"].items()}
+        self.last_model_path = place_of(last) if last else ""
         self._looked_at = state["looked_at"]
         self._last_saved_at = state["last_saved_at"]
         self._wait_for_epoch_end = state["wait_for_epoch_end"]
         self._validated = state.get("validated", True)
-        self._written = list(state["written"])
-        self._remove(state["to_remove"])
+        self._resumed = state
+
+    def on_fit_start(self, trainer: RunView, task: TaskModule) -> None:
+        """Find the files of the run that is resumed."""
+        self._files.run_id = trainer.run_id
+        if self._resumed is None:
+            return
+        kept = Kept.of(self._resumed, self._files, trainer.resumed_from, self.file_patterns)
+        self._resumed = None
+        self.best_model_path, self.last_model_path = kept.best, kept.last
+        self.best_k_models, self._to_remove = kept.scored, kept.to_remove
+        if self.monitor is not None:
+            self._note_best()
+
+    def _note_best(self) -> None:
+        """Which of the files kept for their metric is best."""
+        kept = self.best_k_models
+        numbers = [path for path in kept if not math.isnan(kept[path])]
+        best = min(numbers, key=lambda each: self._badness(kept[each]), default="")
+        self.best_model_path, self.best_model_score = best, kept.get(best)
 
     # ------------------------------------------------------------------ when
 
@@ -173,21 +209,18 @@ class ModelCheckpoint(Callback):
             return
         self._forget()
         folder = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir, "checkpoints")
-        self._folder = there = folder.absolute()
-        while not there.exists():
-            there = there.parent
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise ConfigurationError(
-                f"ModelCheckpoint cannot write to {self._folder}: {there} is "
-                f"{'write-protected' if there.is_dir() else 'a file'}. Give another dirpath, or "
-                "Trainer(enable_checkpointing=False)."
-            )
-        remove_leftovers(self._folder)
+        check_folder(folder.absolute())
+        self._files = CheckpointFiles(folder.absolute())
+        for each in (folder, *folder.glob(self._template.folder_pattern or "no sub-folders")):
+            remove_leftovers(each)
 
     def on_train_start(self, trainer: RunView, task: TaskModule) -> None:
-        """Start the clock of ``train_time_interval``."""
+        """Start the clock of ``train_time_interval``; end a removal that was interrupted."""
         if self.train_time_interval is not None:
             self._next_time = monotonic() + self.train_time_interval
+        if trainer.resumed_from is not None and self._files.holds(trainer.resumed_from):
+            self._files.remove(self._to_remove)
+        self._to_remove = ""
 
     def on_sanity_check_end(self, trainer: RunView, task: TaskModule) -> None:
         """Warn early of a ``monitor`` that looks misspelt."""
@@ -239,19 +272,12 @@ class ModelCheckpoint(Callback):
         """Save the last moment; say so where ``monitor`` never came; restore the best weights."""
         if self.save_last and self._last_saved_at != trainer.global_step:
             self._save_last(trainer)
-        if self._writer is not None:
-            self._writer.wait()
+        self._finish()
         if self.restore_best and self.best_model_path:
             load_weights(task, self.best_model_path)
             log.info("the best weights are back, from %s.", self.best_model_path)
         if self.monitor is not None and self._looked_at < 0 and trainer.global_step:
-            warnings.warn(
-                f"ModelCheckpoint(monitor={self.monitor!r}) kept no best weights: training ended "
-                "before their first turn came (every_n_epochs, every_n_train_steps, and "
-                "check_val_every_n_epoch of the Trainer say when that is).",
-                OFEngineWarning,
-                stacklevel=2,
-            )
+            warn_of_no_turn(self, self.monitor)
 
     def on_exception(self, trainer: RunView, task: TaskModule, exception: BaseException) -> None:
         """Save where training has come to, if that is a moment that can be saved."""
@@ -261,8 +287,7 @@ class ModelCheckpoint(Callback):
             return
         try:
             self._save_last(trainer)
-            if self._writer is not None:
-                self._writer.wait()
+            self._finish()
         except OFEngineError as error:
             log.error("what was trained since the last checkpoint could not be saved: %s", error)
         else:
@@ -273,8 +298,8 @@ class ModelCheckpoint(Callback):
 
     def teardown(self, trainer: RunView, task: TaskModule, stage: str) -> None:
         """Let the file that is being written become complete."""
-        if self._writer is not None:
-            self._writer.close()
+        self._saver.close()
+        self._finish()
 
     def _epoch_counts(self, trainer: RunView) -> bool:
         by_epoch = self.every_n_train_steps is None and self.train_time_interval is None
@@ -289,104 +314,86 @@ class ModelCheckpoint(Callback):
         if self.monitor is None:
             if self.save_top_k:
                 before = self.best_model_path if self.save_top_k == 1 else ""
-                path = self._path(trainer, metrics, before)
-                self._save(trainer, path, before, best_model_path=path)
+                self._save(trainer, self._name(trainer, metrics), before, self._take_newest)
         else:
             if self.monitor not in metrics:
-                raise ConfigurationError(
-                    f"ModelCheckpoint(monitor={self.monitor!r}): {when} (epoch "
-                    f"{trainer.current_epoch}, step {trainer.global_step}) no such metric was "
-                    f"logged.{hint(self.monitor, metrics)}"
-                )
+                raise no_metric(self, self.monitor, when, trainer)
             self._save_if_good(trainer, metrics, metrics[self.monitor])
         if self.save_last:
             self._save_last(trainer)
 
+    def _take_newest(self, path: str, out: str) -> None:
+        self.best_model_path = path
+
     def _save_if_good(self, trainer: RunView, metrics: Dict[str, float], score: float) -> None:
-        kept = dict(self.best_k_models)
-        out = ""
+        kept, out = self.best_k_models, ""
         if self.save_top_k == 0 or (math.isnan(score) and self.save_top_k != -1):
             return
         if len(kept) == self.save_top_k:
             out = max(kept, key=lambda path: self._badness(kept[path]))
             if self._badness(score) >= self._badness(kept[out]):
                 return
-        path = self._path(trainer, metrics, out)
-        kept.pop(out, None)
-        kept[path] = score
-        changes: Dict[str, Any] = {"best_k_models": kept}
-        numbers = [each for each in kept if not math.isnan(kept[each])]
-        if numbers:
-            best = min(numbers, key=lambda each: self._badness(kept[each]))
-            changes.update(best_model_path=best, best_model_score=kept[best])
-        self._save(trainer, path, out, **changes)
+
+        def take(path: str, out: str) -> None:
+            kept = {each: k for each, k in self.best_k_models.items() if each != out}
+            self.best_k_models = {**kept, path: score}
+            self._note_best()
+
+        self._save(trainer, self._name(trainer, metrics), out, take)
 
     def _badness(self, score: float) -> float:
         return score if self.mode == "min" else -score
 
-    # ------------------------------------------------------------------ where
-
-    def _save(self, trainer: RunView, path: str, out: str, **changes: Any) -> None:
-        """Save to ``path``, then remove the file ``out``.
-
-        The attributes in ``changes`` are as they will be already in the state that is saved.
-        """
-        before = {name: getattr(self, name) for name in (*changes, "_written", "_to_remove")}
-        for name, value in changes.items():
-            setattr(self, name, value)
-        self._written = [*dict.fromkeys([*(w for w in self._written if w != out), path])]
-        self._to_remove = out if out != path else ""
-        try:
-            self._write(trainer, path, self._to_remove)
-        except BaseException:
-            for name, value in before.items():
-                setattr(self, name, value)
-            raise
-        self._to_remove = ""
-
-    def _write(self, trainer: RunView, path: str, out: str) -> None:
-        if self._writer is None:
-            trainer.save_checkpoint(path)
-            self._remove(out)
-            return
-        self._writer.wait()
-        content = trainer.checkpoint_content()
-
-        def work() -> None:
-            write(path, *content)
-            self._remove(out)
-
-        self._writer.submit(work)
-
-    def _remove(self, path: str) -> None:
-        """Remove a file of this folder that is no longer wanted."""
-        if path and Path(path).parent == self._folder:
-            with contextlib.suppress(OSError):  # gone already, or somebody holds it: no reason
-                os.remove(path)  # to end the training
-
     def _save_last(self, trainer: RunView) -> None:
-        path = self._unused(trainer, self._folder / f"last{EXTENSION}", self.last_model_path)
-        changes = {"last_model_path": path, "_last_saved_at": trainer.global_step}
-        self._save(trainer, path, self.last_model_path, **changes)
+        def take(path: str, out: str) -> None:
+            self.last_model_path, self._last_saved_at = path, trainer.global_step
 
-    def _path(self, trainer: RunView, metrics: Dict[str, float], out: str) -> str:
+        self._save(trainer, f"last{EXTENSION}", self.last_model_path, take)
+
+    def _name(self, trainer: RunView, metrics: Dict[str, float]) -> str:
         values = {**metrics, "epoch": trainer.current_epoch, "step": trainer.global_step}
-        return self._unused(trainer, self._folder / self._template.of(values), out)
+        return self._template.of(values)
 
-    def _unused(self, trainer: RunView, path: Path, ours: str) -> str:
-        """``path``, or ``path-v1``, ... where a file is there that is to stay.
+    # ------------------------------------------------------------------ how
 
-        The file ``ours`` may go, and so may one that this run wrote before it was killed and
-        resumed from an earlier moment.
+    def _save(
+        self, trainer: RunView, name: str, out: str, take: Callable[[str, str], None]
+    ) -> None:
+        """Save to ``name`` in the folder, then remove the file ``out``.
+
+        ``take`` is given the new file's path and ``out``, and sets the attributes to what they
+        are from then on, and in what is saved. Where it cannot be saved they are as before.
         """
-        candidate, version = path, 0
-        while candidate.exists() and str(candidate) != ours:
-            is_known = str(candidate) in self._written
-            if not is_known and metadata_of(candidate).get("run") == trainer.run_id:
-                break
-            version += 1
-            candidate = path.with_name(f"{path.name[: -len(EXTENSION)]}-v{version}{EXTENSION}")
-        return str(candidate)
+        out = self._finish().get(out, out)
+        wanted, files = self._files.folder / name, self._files
+        files.run_id = trainer.run_id
+        path = files.choose(wanted, out)
+        before, kept = dict(vars(self)), dict(files.kept)
+        take(path, out)
+        files.kept.pop(out, None)
+        files.kept[path] = None
+        self._itself, self._to_remove = path, out if out != path else ""
+        try:
+            content = trainer.checkpoint_content()
+            self._saver.save(files, wanted, path, self._to_remove, content)
+        except BaseException:
+            vars(self).update(before)
+            files.kept = kept
+            raise
+        self._itself = self._to_remove = ""
+        if not self.in_background:
+            self._finish()
+
+    def _finish(self) -> Dict[str, str]:
+        """Wait for what is being written; note and return what is called otherwise than meant."""
+        names = self._saver.finish()
+        if names:
+            self.best_model_path = names.get(self.best_model_path, self.best_model_path)
+            self.last_model_path = names.get(self.last_model_path, self.last_model_path)
+            kept = self.best_k_models.items()
+            self.best_k_models = {names.get(each, each): score for each, score in kept}
+            self._files.kept = {names.get(each, each): None for each in self._files.kept}
+        return names
 
 
 _LOOK_AFTER_BATCH = ModelCheckpoint.on_train_batch_end

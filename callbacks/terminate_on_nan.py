@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import numpy as np
 import oneflow as flow
@@ -11,6 +10,7 @@ import oneflow as flow
 from ofengine.callback import Callback
 from ofengine.callbacks.model_checkpoint import ModelCheckpoint
 from ofengine.checkpoint import load_weights
+from ofengine.checkpoint.find import newest_first
 from ofengine.errors import CheckpointError, NonFiniteError
 from ofengine.run.arguments import check_count, check_flag
 from ofengine.run.view import RunView
@@ -143,13 +143,11 @@ def _restore(trainer: RunView, task: TaskModule) -> str:
 
 
 def _checkpoints(trainer: RunView) -> List[str]:
-    """The files that the run's checkpoint callbacks keep, the newest first."""
-    times: Dict[str, int] = {}
+    """The files that the run's checkpoint callbacks keep, the newest first, by what they say."""
+    paths: List[str] = []
     for callback in trainer.callbacks:
         if isinstance(callback, ModelCheckpoint):
-            # Of files with the same time, the one named first here is not older.
+            # Of files of the same moment, the one named first here is not older.
             scored = reversed(list(callback.best_k_models))
-            for path in (callback.last_model_path, *scored, callback.best_model_path):
-                if path and os.path.isfile(path):
-                    times[path] = os.stat(path).st_mtime_ns
-    return sorted(times, key=lambda path: times[path], reverse=True)
+            paths += [callback.last_model_path, *scored, callback.best_model_path]
+    return newest_first(dict.fromkeys(filter(None, paths)))

@@ -1,6 +1,6 @@
 """Callback, and the hooks in the order they fire.
 
-One ``fit`` fires them in this order (tested by equality in ``tests/test_hooks.py``)::
+One ``fit`` fires them in this order (tested by equality in ``tests/run/test_hooks.py``)::
 
     setup(stage)
     on_fit_start
@@ -68,6 +68,20 @@ class Callback:
         """When the rates decay, where this callback says so; asked before the rates are planned."""
         return None
 
+    @property
+    def state_key(self) -> str:
+        """What tells this callback's state in a checkpoint from those of others.
+
+        A resumed run gives a state to the callback with the same key, wherever it is listed; of
+        several with one key, to the one with the same arguments. Default: the class, with
+        ``monitor`` and ``mode`` where the callback goes by a metric. Override it where two of
+        your class must not be taken for each other.
+        """
+        kept = vars(self)
+        monitor, mode = kept.get("monitor"), kept.get("mode")
+        by_metric = f"(monitor={monitor!r}, mode={mode!r})" if isinstance(monitor, str) else ""
+        return f"{type(self).__qualname__}{by_metric}"
+
     def state_dict(self) -> Dict[str, Any]:
         """What a checkpoint keeps of this callback, for :meth:`load_state_dict`.
 
@@ -76,11 +90,20 @@ class Callback:
         """
         return {}
 
+    def check_state_dict(self, state: Dict[str, Any], task: TaskModule) -> None:
+        """Raise where :meth:`load_state_dict` could not take ``state``; change nothing.
+
+        Called before anything of a checkpoint is taken up. ``state`` comes from a file, which may
+        hold anything. Default: content with all.
+        """
+
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` gave, where a run is resumed.
 
-        Called after ``setup`` and before ``on_fit_start``, where the checkpoint has a state of a
-        callback of this class. Tensors and arrays come back as numpy arrays, tuples as lists.
+        Called after ``setup`` and before ``on_fit_start``, where the checkpoint has a state of
+        this callback's :attr:`state_key`. Tensors and arrays come back as numpy arrays, tuples as
+        lists. Where it raises, nothing of the checkpoint is taken up: the weights, the optimizer
+        and the attributes of all callbacks are as they were before.
         """
 
     def setup(self, trainer: RunView, task: TaskModule, stage: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from pathlib import Path
 from typing import (
@@ -21,8 +22,15 @@ import oneflow as flow
 from oneflow import nn
 
 from ofengine.checkpoint.file import read
+from ofengine.checkpoint.hparams import HyperParameters, own_copy
+from ofengine.checkpoint.hparams_restored import restored_hparams
 from ofengine.checkpoint.weights import load_weights
-from ofengine.errors import ConfigurationError, UnknownArgumentError, UnknownAttributeError
+from ofengine.errors import (
+    ConfigurationError,
+    UnknownArgumentError,
+    UnknownAttributeError,
+    warn,
+)
 from ofengine.run.lightning import LOG_ARGUMENTS, TASK_ATTRIBUTES, mend_for
 from ofengine.run.view import RunView
 from ofengine.task_hooks import TaskHooks
@@ -34,6 +42,25 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T", bound="TaskModule")
+
+
+class _Attached:
+    """The Trainer that runs a task. A copy, or what is unpickled, belongs to no Trainer."""
+
+    def __init__(self, trainer: Optional[RunView]) -> None:
+        self.trainer = trainer
+
+    def __reduce__(self) -> Any:
+        return _Attached, (None,)
+
+
+def _error_within(own: Any, task: Any) -> Optional[AttributeError]:
+    """The AttributeError that a property raises, which sends Python to ``__getattr__``."""
+    try:
+        own.__get__(task, type(task))
+    except AttributeError as error:
+        return error
+    return None
 
 
 class TaskModule(TaskHooks, nn.Module):
@@ -54,9 +81,8 @@ class TaskModule(TaskHooks, nn.Module):
                 return nn.functional.cross_entropy(self.model(images), labels)
     """
 
-    _trainer: Optional[RunView] = None
-    hparams: Mapping[str, Any] = {}
-    """What :meth:`save_hyperparameters` was told; checkpoints keep what of it is plain."""
+    hparams: HyperParameters
+    """What :meth:`save_hyperparameters` was told: ``hparams["lr"]`` or ``hparams.lr``."""
 
     def __getattr__(self, name: str) -> Any:
         """A submodule, parameter or buffer; submodules first, which every step asks for."""
@@ -64,9 +90,16 @@ class TaskModule(TaskHooks, nn.Module):
             return self.__dict__["_modules"][name]
         except KeyError:
             pass  # not raised from here, where it would be told with the error
+        if name == "hparams":  # nothing was told yet
+            return self.__dict__.setdefault(name, HyperParameters())
         try:
             return super().__getattr__(name)
         except AttributeError:
+            own = inspect.getattr_static(type(self), name, None)
+            if isinstance(own, (property, functools.cached_property)):
+                own_error = _error_within(own, self)
+                if own_error is not None:
+                    raise own_error from None
             mend = mend_for(TASK_ATTRIBUTES, name)
             if mend is None:
                 raise
@@ -178,9 +211,15 @@ class TaskModule(TaskHooks, nn.Module):
     def save_hyperparameters(self, *names: str, ignore: Sequence[str] = ()) -> None:
         """Keep the arguments of ``__init__``, from which it is called, in ``self.hparams``.
 
-        ``names``: only these; default: all but ``ignore``. Checkpoints keep those that are
-        numbers, texts, booleans, None, or lists of them; ``load_from_checkpoint`` makes the
-        task anew with them. Raises :class:`ConfigurationError` for a name that is no argument.
+        ``names``: only these; default: all but ``ignore``. ``self.hparams`` is a dict whose
+        entries are attributes, too. Checkpoints keep, exactly: None, booleans, numbers (numpy's
+        too), texts, bytes, paths, arrays, tensors, members of an Enum, and lists, tuples, sets,
+        dicts and objects of attrs classes and dataclasses that hold such values; what they keep
+        of them is a copy of this moment. ``load_from_checkpoint`` makes the task anew with them,
+        and names what could not be kept, such as a function.
+
+        Raises :class:`ConfigurationError` for a name that is no argument, and where ``__init__``
+        was given ``*arguments``, which have no name to be kept by.
         """
         frame = inspect.currentframe()
         caller = frame.f_back if frame is not None else None
@@ -192,26 +231,44 @@ class TaskModule(TaskHooks, nn.Module):
         code = caller.f_code  # getargvalues leaves keyword-only arguments in the locals
         only = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
         arguments.update({name: given.locals[name] for name in only})
-        unknown = [name for name in (*names, *ignore) if name not in arguments]
+        nameless = given.varargs
+        if nameless and given.locals.get(nameless) and not names and nameless not in ignore:
+            raise ConfigurationError(
+                f"save_hyperparameters() cannot keep *{nameless}: take one argument with a list, "
+                f"or leave it out with ignore=[{nameless!r}]."
+            )
+        unknown = [name for name in (*names, *ignore) if name not in (*arguments, nameless)]
         if unknown:
             raise ConfigurationError(
                 f"save_hyperparameters({unknown[0]!r}): __init__ has no such argument; it has "
                 f"{sorted(arguments)}."
             )
         kept = {k: v for k, v in arguments.items() if k in (names or arguments) and k not in ignore}
-        self.hparams = {**self.hparams, **kept}
+        told = {name: own_copy(value) for name, value in kept.items()}
+        self.hparams = HyperParameters({**self.hparams, **told})
 
     @classmethod
     def load_from_checkpoint(cls: Type[T], path: Union[str, Path], **arguments: Any) -> T:
         """A task of this class with the weights of a checkpoint.
 
         It is made with the hyper-parameters that ``save_hyperparameters`` kept, and with
-        ``arguments``, which count first. Raises :class:`CheckpointError` where the file is
-        missing, damaged or of another model.
+        ``arguments``, which count first. An object comes back where its class is in the module
+        of this class, or in an annotation or a default of its ``__init__``: a file names no
+        class to import.
+
+        Raises :class:`CheckpointError` where the file is missing, damaged or of another model,
+        and where a hyper-parameter is in it that could not be kept, or cannot be made again.
         """
-        state = read(path).state or {}
-        task = cls(**{**state.get("hparams", {}), **arguments})
+        state = read(path).state
+        kept = {} if state is None else state.get("hparams", {})
+        task = cls(**{**restored_hparams(kept, cls, arguments, str(path)), **arguments})
         load_weights(task, path)
+        unknown = [name for name in task.hparams if name not in arguments]
+        if state is None and unknown:
+            warn(
+                f"{path} holds weights and no hyper-parameters: {cls.__name__} was made with its "
+                f"defaults for {', '.join(unknown)}."
+            )
         return task
 
     def log(
@@ -264,14 +321,24 @@ class TaskModule(TaskHooks, nn.Module):
             self.log(name, value, **options)
 
     @property
+    def _trainer(self) -> Optional[RunView]:
+        attached = self.__dict__.get("_trainer")
+        return None if attached is None else attached.trainer
+
+    @_trainer.setter
+    def _trainer(self, trainer: Optional[RunView]) -> None:
+        self.__dict__["_trainer"] = _Attached(trainer)
+
+    @property
     def trainer(self) -> RunView:
         """The Trainer that runs this task."""
-        if self._trainer is None:
+        attached = self.__dict__.get("_trainer")
+        if attached is None or attached.trainer is None:
             raise ConfigurationError(
                 f"{type(self).__name__} is not attached to a Trainer yet: `trainer`, `log`, "
                 "`optimizer` and `device` can be used from fit, validate, test or predict on."
             )
-        return self._trainer
+        return attached.trainer
 
     @property
     def optimizer(self) -> Optimizer:

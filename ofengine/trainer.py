@@ -21,7 +21,13 @@ from typing import (
 from ofengine._oneflow.session import synchronize
 from ofengine.callback import Callback
 from ofengine.checkpoint.file import write
-from ofengine.checkpoint.find import CheckpointPath, find_checkpoint, supervised
+from ofengine.checkpoint.find import (
+    CheckpointPath,
+    find_checkpoint,
+    note_resumption,
+    supervised,
+    weights_file,
+)
 from ofengine.checkpoint.resume import Resumed
 from ofengine.checkpoint.snapshot import content_of
 from ofengine.checkpoint.weights import load_weights
@@ -47,6 +53,8 @@ from ofengine.run.verb import carry_out
 from ofengine.run.view import RunView
 from ofengine.task import TaskModule
 from ofengine.trials.lr_find import lr_find
+from ofengine.trials.proof import Report
+from ofengine.trials.prove import prove
 
 log = logging.getLogger("ofengine")
 
@@ -154,9 +162,11 @@ class Trainer(RunView):
                 Default: ``task.train_dataloader()``.
             val_dataloaders: one, or a list of DataLoaders. Default: ``task.val_dataloader()``.
             ckpt_path: a checkpoint of a run, which goes on as if it had never stopped, in either
-                mode. "last" takes the newest that is whole among those of the
-                ``ModelCheckpoint`` callbacks, or else below ``default_root_dir``, and begins
-                anew where there is none.
+                mode. "last" takes the one that is furthest, by what the files say and not by
+                their dates, of the run that saved last, among those of the ``ModelCheckpoint``
+                callbacks, or else below ``default_root_dir``; it begins anew where there is
+                none. "best" takes the ``best_model_path`` of the first ``ModelCheckpoint``, of
+                the ``fit`` before.
             rates_on_resume: which rates count where those of the checkpoint and those of the
                 code differ: "checkpoint" goes on with the checkpoint's schedule, rates, scales
                 and decay; "config" takes the code's, as if they had been so from the start.
@@ -194,7 +204,7 @@ class Trainer(RunView):
     ) -> List[Dict[str, float]]:
         """Run ``validation_step`` over the data; return its metrics, a dict for each dataloader.
 
-        ``ckpt_path`` names saved weights to load first.
+        ``ckpt_path`` names saved weights to load first; "best" and "last" are as in ``fit``.
         """
         return self._evaluate("validation", task, dataloaders, ckpt_path, _unknown)[0]
 
@@ -243,11 +253,17 @@ class Trainer(RunView):
                 return plan_run(self.settings, task, batches, self._decays())
 
         def fit(settings: Settings, callback: Callback, task: TaskModule, source: Any) -> None:
-            trainer = Trainer.__new__(Trainer)
-            trainer._run = Run.new(settings, [callback], [])
-            trainer.fit(task, source)
+            _fit_apart(settings, [callback], task, source, None)
 
         return lr_find(self.settings, task, train_dataloaders, plan, fit, **options)
+
+    def prove(self, task: TaskModule, train_dataloaders: Any = None, steps: int = 20) -> Report:
+        """Run ``task`` in both modes, whole and resumed, compare all bits, put everything back.
+
+        See :func:`ofengine.trials.prove.prove`.
+        """
+        given = self.settings, self.callbacks, task, train_dataloaders
+        return prove(*given, _fit_apart, steps=steps)
 
     # ------------------------------------------------------------------ saving
 
@@ -295,6 +311,7 @@ class Trainer(RunView):
         course.leave_rates_behind(run)
         run.data_states_after_fit = {
             "now": states_in(None, train.source),
+            "validation": [states_in(None, each.source) for each in validation],
             "at_pass": train.states_at_start,
             "at_validation": [each.states_at_start for each in validation],
         }
@@ -314,6 +331,7 @@ class Trainer(RunView):
             log.info("ckpt_path='last': there is no checkpoint yet, training begins anew.")
             return None
         resumed = Resumed(checkpoint)
+        note_resumption(self._run, checkpoint)
         continues = str(ckpt_path) == "last" or bool(self.restart_on_crash)
         resumed.tell_loggers(self._run, continue_files=continues)
         self._run.moments_resumed = resumed.moments()
@@ -340,7 +358,7 @@ class Trainer(RunView):
                 connect.require_data(task, stage, loaders)
             task.to(self.device)
             if ckpt_path is not None:
-                load_weights(task, ckpt_path)
+                load_weights(task, weights_file(self._run, ckpt_path))
             return evaluation_loop(self._run, hooks, mode, stage, loaders)
 
         return carry_out(self, self._run, connect.VERB_OF_STAGE[stage], body)
@@ -362,6 +380,19 @@ class Trainer(RunView):
             yield
         finally:
             self._run = kept
-            del task._trainer
+            del task.__dict__["_trainer"]
             if of_task is not None:
-                task._trainer = of_task
+                task.__dict__["_trainer"] = of_task
+
+
+def _fit_apart(
+    settings: Settings,
+    callbacks: List[Callback],
+    task: TaskModule,
+    source: Any,
+    ckpt_path: CheckpointPath,
+) -> None:
+    """A ``fit`` of a Trainer of its own, without loggers."""
+    trainer = Trainer.__new__(Trainer)
+    trainer._run = Run.new(settings, callbacks, [])
+    trainer.fit(task, source, ckpt_path=ckpt_path)

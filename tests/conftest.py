@@ -1,4 +1,4 @@
-"""Fixtures for all tests. Helpers that are no fixtures are in ``helpers.py``."""
+"""Fixtures for all tests. Helpers that are no fixtures are in ``helpers``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from hypothesis import settings
 from oneflow import nn
 
 from ofengine._oneflow.launch_race import mend_launch_race
+
+pytest.register_assert_rewrite("helpers")
 
 # The same examples every time, and no limit on the seconds an example takes.
 settings.register_profile("ofengine", deadline=None, derandomize=True, database=None)

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "ofengine"
 
 ROOMS: List[List[str]] = [
     ["ofengine"],  # the package itself: only names, looked up when they are first used
-    ["errors"],
+    ["errors", "lines", "disk"],
     ["_oneflow"],
     ["processes"],
     ["run"],
@@ -32,7 +32,10 @@ ROOMS: List[List[str]] = [
     ["task_hooks", "task"],
     ["callback"],
     ["modes"],
-    ["checkpoint.background", "checkpoint.find", "checkpoint.resume", "checkpoint.snapshot"],
+    [
+        *("checkpoint.background", "checkpoint.beside", "checkpoint.check", "checkpoint.find"),
+        *("checkpoint.resume", "checkpoint.seen", "checkpoint.snapshot", "checkpoint.undo"),
+    ],
     ["run.hooks", "run.culprit", "run.connect", "run.course", "run.verb", "run.loops"],
     ["callbacks"],
     ["trials"],

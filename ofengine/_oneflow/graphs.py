@@ -11,6 +11,7 @@ from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 from oneflow.optim import Optimizer
 
 from ofengine._oneflow.consecutive_adds import put_back
+from ofengine._oneflow.optimizer_state import clipped_in_build
 from ofengine._oneflow.tracing import module_of
 
 
@@ -47,10 +48,12 @@ def graphs_compiled() -> int:
 def trace_and_compile(graph: nn.Graph, inputs: Sequence[Any], as_eager: bool = True) -> None:
     """What the first call of ``graph`` does, without running it.
 
-    ``as_eager``: add tensors up in the order in which they are added in eager mode.
+    ``as_eager``: add tensors up in the order in which they are added in eager mode, and leave the
+    clipping of groups to ``build``.
     """
     try:
-        graph.build_graph(*inputs)
+        with clipped_in_build(optimizers_of(graph) if as_eager else ()):
+            graph.build_graph(*inputs)
         if as_eager and put_back(graph._forward_job_proto, graph._full_job_proto):
             graph._full_graph_proto = graph._full_job_proto
         graph.finish_complie_and_init_runtime()
@@ -60,16 +63,21 @@ def trace_and_compile(graph: nn.Graph, inputs: Sequence[Any], as_eager: bool = T
     _Graphs.newest = graph._job_id
 
 
+def contiguous(tensors: Sequence[Any]) -> List[Any]:
+    """The tensors, or copies of those that are views with gaps, which no graph can take.
+
+    ``nn.Graph`` makes its inputs contiguous in place, which writes over the tensor they view.
+    """
+    return [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
+
+
 def run_compiled(graph: nn.Graph, tensors: List[Any]) -> List[Any]:
     """What a call of ``graph``, compiled before, does; all tensors in and out in one list.
 
     ``nn.Graph.__call__`` walks over its nested arguments and outputs four times, in a hundred
     Python calls and more: on small networks that is most of a step. ``tensors`` are the arguments'
-    tensors, depth first; so are the outputs.
+    tensors, depth first and contiguous; so are the outputs.
     """
-    for tensor in tensors:
-        if not tensor.is_contiguous():
-            tensor.contiguous_()
     state = vars(graph)  # nn.Graph looks at every attribute that is set
     turn = state["_cur_index_of_ouputs_buffer"]
     buffers = state["_outputs_tensor_tuple_buffer"]
@@ -82,6 +90,17 @@ def run_compiled(graph: nn.Graph, tensors: List[Any]) -> List[Any]:
     outputs = [flow._C.to(tensor, copy=True) for tensor in buffer]
     internal.nn.graph.SoftSyncNNGraphBuffers(buffer, graph._c_nn_graph)
     return outputs
+
+
+def depend_on(graph: nn.Graph, tensors: Sequence[Any]) -> None:
+    """Let each run of ``graph``, which is compiled, wait for what is done to ``tensors``.
+
+    OneFlow does so for the parameters and buffers of a graph's modules only: any other tensor that
+    a trace reads is read while an eager operation may still be writing it.
+    """
+    state = vars(graph)
+    together = [*state["_state_tensor_tuple"], *tensors]
+    state["_state_tensor_tuple"] = flow._oneflow_internal.TensorTuple(together)
 
 
 def trace_only(graph: nn.Graph, inputs: Sequence[Any]) -> None:

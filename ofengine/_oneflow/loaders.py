@@ -14,6 +14,7 @@ def open_with_indices(loader: Any, wrap: Callable[[Any], Any]) -> Iterator[Any]:
     kept = loader._iterator  # persistent workers' iterator has noted its sampler
     if kept is not None:
         kept._index_sampler = wrapped
+        kept._status_reset = False  # or its first pass gives what it loaded when it was made
     try:
         return iter(loader)
     finally:

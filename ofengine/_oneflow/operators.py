@@ -30,4 +30,8 @@ _RANDOM = ("bernoulli", "exponential", "normal", "randperm", "uniform", "uniform
 def random_operations(graph: nn.Graph) -> List[str]:
     """The kinds of operations in ``graph``, which is compiled, that draw random numbers."""
     kinds = {each.user_conf.op_type_name for each in graph._full_job_proto.net.op}
-    return sorted(kind for kind in kinds if kind in _RANDOM or kind.endswith("dropout"))
+    return sorted(
+        kind
+        for kind in kinds
+        if kind in _RANDOM or kind.endswith("dropout") or kind.startswith("multinomial")
+    )

@@ -2,14 +2,60 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Tuple
+import inspect
+from contextlib import contextmanager
+from typing import Any, Dict, Iterable, Iterator, Optional, Set, Tuple
 
 from oneflow.optim import Optimizer
+from oneflow.optim.optimizer import _decorate_step
 
 
 def default_options(optimizer: Optimizer) -> Dict[str, Any]:
     """The options that every group of ``optimizer`` has."""
     return optimizer._default_options
+
+
+def own_options(optimizer: Optimizer) -> Set[str]:
+    """The options that ``optimizer`` writes itself, such as ``bias_correction1`` of Adam.
+
+    They are those that nobody can give: no constructor of its classes takes them.
+    """
+    taken: Set[str] = set()
+    for each in type(optimizer).__mro__:
+        if "__init__" in vars(each) and each not in (Optimizer, object):
+            taken.update(inspect.signature(vars(each)["__init__"]).parameters)
+    return set(optimizer._default_options) - taken
+
+
+def update_no_graph_makes(optimizer: Optimizer) -> Optional[str]:
+    """The method of the user's own that updates in eager mode, but in no graph; None without one.
+
+    A graph makes the update of that class which tells it how (``_generate_conf_for_graph``).
+    """
+    step = getattr(optimizer.step, "__code__", None)
+    if step is not _decorate_step(None).__code__:  # as Optimizer.__init__ has made it
+        return f"the step that was put into the {type(optimizer).__qualname__} object"
+    for each in type(optimizer).__mro__:
+        for method in ("step", "_single_tensor_update", "_fused_update"):
+            if method in vars(each) and "_generate_conf_for_graph" not in vars(each):
+                return f"{each.__qualname__}.{method}"
+        if "_generate_conf_for_graph" in vars(each):
+            break
+    return None
+
+
+@contextmanager
+def clipped_in_build(optimizers: Iterable[Optimizer]) -> Iterator[None]:
+    """Compile graphs that leave out OneFlow's own clipping of groups: their build has clipped."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    asked = [group._enable_clip_grad for group in groups]
+    for group in groups:
+        group._enable_clip_grad = False
+    try:
+        yield
+    finally:
+        for group, ask in zip(groups, asked):
+            group._enable_clip_grad = ask
 
 
 TRAIN_STEP = "System-Train-TrainStep"
@@ -44,15 +90,6 @@ def optimizer_state(optimizer: Optimizer, names: Dict[int, str]) -> Tuple[int, P
         if not isinstance(parameter, str) and kept and id(parameter) in names
     }
     return int(optimizer._state.get("step", 0)), states
-
-
-def load_optimizer_state(
-    optimizer: Optimizer, parameters: Dict[str, Any], steps: int, states: ParameterStates
-) -> None:
-    """The inverse of :func:`optimizer_state`; ``parameters`` by name."""
-    optimizer._state["step"] = steps
-    for name, kept in states.items():
-        optimizer._state.setdefault(parameters[name], {}).update(kept)
 
 
 def split_graph_state(key: str) -> Tuple[str, str]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any, Dict, Iterator, List
+from typing import Any, ContextManager, Dict, Iterator, List
 
 import oneflow as flow
 from oneflow import nn
+from oneflow.framework import graph_build_util
 from oneflow.nn.graph.proxy import Proxy, ProxyParameterList
+from oneflow.utils import checkpoint
 
 
 def module_of(proxy: Any) -> Any:
@@ -130,6 +132,11 @@ def instance_in_trace(proxy: Any) -> Any:
     return traced
 
 
+def stands_for(module: Any) -> Any:
+    """The module that an :func:`instance_in_trace` stands for; any other one itself."""
+    return vars(module)["_origin"] if isinstance(module, _Traced) else module
+
+
 def assignments_in_trace(traced: Any) -> List[str]:
     """The attributes that were set on what :func:`instance_in_trace` returned."""
     origin = traced.__dict__["_origin"].__dict__
@@ -140,6 +147,27 @@ def assignments_in_trace(traced: Any) -> List[str]:
         if name not in apart and (name not in origin or origin[name] is not value)
     ]
     return [*changed, *traced._parameters.written, *traced._buffers.written]
+
+
+@contextlib.contextmanager
+def checkpointing_nothing() -> Iterator[None]:
+    """In the block, let ``oneflow.utils.checkpoint`` call its function as it is.
+
+    It saves memory by computing a part again in backward, which no graph can trace; the numbers
+    are the same.
+    """
+    own = checkpoint._checkpoint_without_reentrant
+    checkpoint._checkpoint_without_reentrant = lambda function, *args: function(*args)
+    try:
+        yield
+    finally:
+        checkpoint._checkpoint_without_reentrant = own
+
+
+def outside_the_trace() -> ContextManager[None]:
+    """A block whose operations are eager, in the middle of a trace."""
+    guard: ContextManager[None] = graph_build_util.lazy_mode.guard(False)
+    return guard
 
 
 def identity(tensor: Any) -> Any:

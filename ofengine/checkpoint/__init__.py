@@ -10,13 +10,14 @@ from ofengine.checkpoint.file import (
     FORMAT_VERSION,
     Checkpoint,
     encode,
-    metadata_of,
     put,
+    put_first,
     read,
-    remove_leftovers,
     write,
 )
+from ofengine.checkpoint.header import metadata_of
 from ofengine.checkpoint.weights import arrays_of, load_weights, save_weights
+from ofengine.disk import remove_leftovers
 
 __all__ = [
     "EXTENSION",
@@ -28,6 +29,7 @@ __all__ = [
     "load_weights",
     "metadata_of",
     "put",
+    "put_first",
     "read",
     "remove_leftovers",
     "save_weights",

@@ -8,17 +8,22 @@ stands), and ``blake2b``: the checksum of the whole file, taken with its own dig
 
 Every later ofengine reads the files of every earlier one. Version 1 ("ofengine-weights") holds
 weights only and has no checksum.
+
+A file is read as if an enemy had written it. Only a regular file is opened. Its header is looked at
+within the bounds of :mod:`.header`, at most 32 MB and 2 million values, which take some seconds and
+600 MB; a file that has not the size that its header says is not read any further. To read one that
+has takes time in proportion to its size, and twice its size in memory. What is written is within
+the same bounds.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, BinaryIO, Callable, Dict, Iterable, List, Mapping, Optional, Tuple, Union
 
 import attrs
 import numpy as np
@@ -27,6 +32,16 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from ofengine import __version__
+from ofengine.checkpoint.header import (
+    MOST_DIGITS,
+    MOST_LEVELS,
+    BadHeader,
+    check_bounds,
+    parse,
+    read_header,
+    shown,
+)
+from ofengine.disk import give_name, open_regular, sync_folder, temporary_file, why_no_path
 from ofengine.errors import CheckpointError
 
 FORMAT = "ofengine-checkpoint"
@@ -37,6 +52,7 @@ _APART = "@"
 _DIGITS = 64
 _NO_CHECKSUM = "0" * _DIGITS
 _CHECKSUM = re.compile(rb'"blake2b":"([0-9a-f]{%d})"' % _DIGITS)
+_MOST_BITS = int(MOST_DIGITS * 3.3219)
 
 
 @attrs.frozen
@@ -96,6 +112,7 @@ def encode(
         raise CheckpointError("metadata has the key 'state', which is the format's own: rename it.")
     if state is not None:
         texts["state"] = json.dumps(_pack(state, [], arrays))
+        _check_bounds(texts["state"].encode())
     texts.update(
         format=FORMAT,
         format_version=str(FORMAT_VERSION),
@@ -103,52 +120,70 @@ def encode(
         blake2b=_NO_CHECKSUM,
     )
     content = bytearray(save(arrays, texts))
+    _check_bounds(bytes(content[8 : 8 + int.from_bytes(content[:8], "little")]))
     place = _place_of_checksum(content)
     assert place is not None
     content[place] = hashlib.blake2b(content, digest_size=_DIGITS // 2).hexdigest().encode()
     return bytes(content)
 
 
+def _check_bounds(header: bytes) -> None:
+    """Raise where what is to be written could not be read."""
+    try:
+        check_bounds(header)
+    except BadHeader as error:
+        raise CheckpointError(
+            f"what is to be saved is too much for the header of a file: {error}. Keep long lists "
+            "of numbers as one array or tensor each."
+        ) from None
+
+
 def put(path: Union[str, Path], content: bytes) -> Path:
     """Write the bytes of :func:`encode` to ``path``, see :func:`write`."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    return put_first([Path(path)], content, lambda _: True)
+
+
+def put_first(paths: Iterable[Path], content: bytes, may_replace: Callable[[Path], bool]) -> Path:
+    """Write the bytes of :func:`encode` to the first of ``paths`` that is free; return it.
+
+    A path is free where nothing is there, at the very moment when the file is put there, or where
+    ``may_replace`` says so of what is there. All are in one folder.
+
+    Raises :class:`CheckpointError` where it cannot be written.
+    """
+    waiting = iter(paths)
+    path = next(waiting)
+    problem = why_no_path(path)
+    if problem is not None:
+        raise CheckpointError(f"{shown(str(path))} could not be written: the path {problem}.")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with temporary_file(path.parent) as (file, temporary):
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if temporary.read_bytes() != content:
-            raise CheckpointError(
-                f"{path} could not be written: reading it back gave other bytes. Is the disk well?"
-            )
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+            if temporary.read_bytes() != content:
+                raise CheckpointError(
+                    f"{path} could not be written: reading it back gave other bytes. Is the disk "
+                    "well?"
+                )
+            while not _take(temporary, path, may_replace):
+                path = next(waiting)
+            sync_folder(path.parent)
     except OSError as error:
         raise CheckpointError(f"{path} could not be written: {error.strerror or error}.") from error
-    finally:
-        with contextlib.suppress(OSError):  # after an error, or Ctrl-C
-            temporary.unlink()
     return path
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that are no more left half-written in ``folder``."""
-    for each in folder.glob(f".*{EXTENSION}.*.tmp"):
-        number = each.name.split(".")[-2]
-        if number.isdigit() and not Path("/proc", number).exists():
-            with contextlib.suppress(OSError):
-                each.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have the new name on the disk too."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _take(temporary: Path, path: Path, may_replace: Callable[[Path], bool]) -> bool:
+    """Give a complete file its name; False where another has it."""
+    if may_replace(path):
+        os.replace(temporary, path)
+        return True
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        give_name(temporary, path)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _pack(value: Any, place: List[str], arrays: Dict[str, np.ndarray]) -> Any:
@@ -158,6 +193,10 @@ def _pack(value: Any, place: List[str], arrays: Dict[str, np.ndarray]) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
     where = "/".join(place) or "the state"
+    if len(place) > MOST_LEVELS - 10:
+        raise CheckpointError(f"{where[:40]}... is nested too deep for a checkpoint.")
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        raise CheckpointError(f"{where} is a number of more than {MOST_DIGITS:,} digits.")
     if isinstance(value, np.ndarray):
         if value.dtype.kind not in "biuf" or value.dtype.itemsize > 8:
             raise CheckpointError(
@@ -195,10 +234,15 @@ def _pack(value: Any, place: List[str], arrays: Dict[str, np.ndarray]) -> Any:
 def read(path: Union[str, Path]) -> Checkpoint:
     """Read and verify a checkpoint file, or any safetensors file of weights.
 
-    Raises :class:`CheckpointError` where it is missing, damaged, no safetensors file, or of a
-    newer format.
+    What it may take of time and memory is said at the top of this module.
+
+    Raises :class:`CheckpointError` where it is missing, damaged, no regular file, no safetensors
+    file, beyond those bounds, or of a newer format.
     """
     path = Path(path)
+    problem = why_no_path(path)
+    if problem is not None:
+        raise CheckpointError(f"{shown(str(path))} could not be read: the path {problem}.")
     if path.is_dir():
         raise CheckpointError(
             f"{path} is a folder, not a file: give the path of a saved checkpoint. (oneflow.save "
@@ -206,94 +250,89 @@ def read(path: Union[str, Path]) -> Checkpoint:
             "ofengine.load_weights(module, oneflow.load(path)).)"
         )
     try:
-        content = path.read_bytes()
+        with open_regular(path) as file:
+            metadata, arrays = _verified(path, file)
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} is not there: give the path of a saved checkpoint."
         ) from None
     except OSError as error:
         raise CheckpointError(f"{path} could not be read: {error.strerror or error}.") from error
-    metadata, arrays = _verified(path, content)
     weights = {name: array for name, array in arrays.items() if not name.startswith(_APART)}
     state = None
     if metadata.get("format") == FORMAT and "state" in metadata:
-        try:
-            state = _unpack(json.loads(metadata.pop("state")), arrays)
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{path} is damaged: its state cannot be read: {error}."
-            ) from None
+        state = _state_of(path, metadata.pop("state"), arrays)
     return Checkpoint(path, weights, state, metadata)
 
 
-def _verified(path: Path, content: bytes) -> Tuple[Dict[str, str], Dict[str, np.ndarray]]:
-    """The metadata and the tensors in ``content``, the checksum compared."""
-    header = _header(content)
-    if header is None:
-        pickled = content[:1] == b"\x80" or content[:4] == b"PK\x03\x04"
+def _state_of(path: Path, text: str, arrays: Mapping[str, np.ndarray]) -> Dict[str, Any]:
+    try:
+        state = _unpack(parse(text.encode("utf-8", "surrogatepass")), arrays)
+    except (BadHeader, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path} is damaged or no safetensors file"
-            + (": it looks like a pickle, which is not opened, because it could run any code."
-               if pickled else ": its header cannot be read.")
-        )  # fmt: skip
-    metadata = header.get("__metadata__") or {}
-    if not isinstance(metadata, dict):
-        metadata = {}
-    length = 8 + int.from_bytes(content[:8], "little")
-    version = str(metadata.get("format_version", ""))
-    if b"ofengine" in content[:length] or b"blake2b" in content[:length]:
-        _check_format(path, metadata, version)
-        if version != "1":
-            _check_checksum(path, content)
+            f"{path} is damaged: its state cannot be read: {shown(str(error))}."
+        ) from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} is damaged: its state is no dict.")
+    return state
+
+
+def _verified(path: Path, file: BinaryIO) -> Tuple[Dict[str, str], Dict[str, np.ndarray]]:
+    """The metadata and the tensors in an open file, the checksum compared."""
+    try:
+        header = read_header(file)
+    except BadHeader as error:
+        file.seek(0)
+        begin = file.read(4)
+        pickled = begin[:1] == b"\x80" or begin == b"PK\x03\x04"
+        raise CheckpointError(
+            f"{path} is damaged or no safetensors file: "
+            + ("it looks like a pickle, which is not opened, because it could run any code."
+               if pickled else f"{error}.")
+        ) from None  # fmt: skip
+    version = str(header.metadata.get("format_version", ""))
+    is_ours = b"ofengine" in header.raw or b"blake2b" in header.raw
+    if is_ours:
+        _check_format(path, header.metadata, version)
+    size, said = os.fstat(file.fileno()).st_size, header.file_size()
+    if said is not None and said != size:
+        raise CheckpointError(
+            f"{path} is damaged: it has {size:,} bytes, and should have {shown(f'{said:,}')}."
+        )
+    file.seek(0)
+    content = file.read(size)
+    if not content.startswith(header.raw):
+        raise CheckpointError(f"{path} was changed while it was read: read it again.")
+    if is_ours and version != "1":
+        _check_checksum(path, content)
     try:
         arrays = load(content)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}.") from error
-    return metadata, arrays
-
-
-def metadata_of(path: Path) -> Dict[str, str]:
-    """The texts in the header of a checkpoint file, not verified; empty where there are none."""
-    try:
-        with open(path, "rb") as file:
-            length = file.read(8)
-            header = _header(length + file.read(int.from_bytes(length, "little")))
-    except (OSError, MemoryError, OverflowError):
-        return {}
-    metadata = (header or {}).get("__metadata__")
-    return metadata if isinstance(metadata, dict) else {}
-
-
-def _header(content: bytes) -> Optional[Dict[str, Any]]:
-    length = int.from_bytes(content[:8], "little")
-    if len(content) < 8 or length > len(content) - 8:
-        return None
-    try:
-        header = json.loads(content[8 : 8 + length])
-    except ValueError:
-        return None
-    return header if isinstance(header, dict) and header else None
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or no safetensors file: {shown(str(error))}."
+        ) from error
+    return header.metadata, arrays
 
 
 def _check_format(path: Path, metadata: Mapping[str, Any], version: str) -> None:
     known = {"1": "ofengine-weights", str(FORMAT_VERSION): FORMAT}
     if metadata.get("format") == FORMAT and version.isdecimal() and int(version) > FORMAT_VERSION:
+        writer = shown(str(metadata.get("ofengine", "?")))
         raise CheckpointError(
-            f"{path} was written by ofengine {metadata.get('ofengine', '?')} in format {version}, "
-            f"and this is ofengine {__version__}, which reads formats up to {FORMAT_VERSION}: "
-            "upgrade ofengine."
+            f"{path} was written by ofengine {writer} in format {shown(version)}, and this is "
+            f"ofengine {__version__}, which reads formats up to {FORMAT_VERSION}: upgrade ofengine."
         )
     if known.get(version) != metadata.get("format"):
         raise CheckpointError(f"{path} is damaged: its format cannot be told.")
 
 
 def _check_checksum(path: Path, content: bytes) -> None:
-    place = _place_of_checksum(content)
-    blank = bytearray(content)
+    place, found = _place_of_checksum(content), hashlib.blake2b(digest_size=_DIGITS // 2)
     if place is not None:
-        blank[place] = _NO_CHECKSUM.encode()
-    digest = hashlib.blake2b(blank, digest_size=_DIGITS // 2).hexdigest().encode()
-    if place is None or content[place] != digest:
+        whole = memoryview(content)  # no copy: it may be large
+        for part in (whole[: place.start], _NO_CHECKSUM.encode(), whole[place.stop :]):
+            found.update(part)
+    if place is None or content[place] != found.hexdigest().encode():
         raise CheckpointError(
             f"{path} is damaged: its checksum is not that of its content. Use the one before."
         )

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 import attrs
 import numpy as np
 import oneflow as flow
 
+from ofengine._oneflow.optimizer_state import own_options
+from ofengine.checkpoint.beside import check_others, other_optimizers, put_others, put_tensors
+from ofengine.checkpoint.check import check_run
 from ofengine.checkpoint.file import Checkpoint
-from ofengine.checkpoint.snapshot import plain_options
-from ofengine.checkpoint.weights import check_weights, copy_weights
+from ofengine.checkpoint.owners import Matches, describe_owner, in_words, match
+from ofengine.checkpoint.schema import check_state
+from ofengine.checkpoint.seen import tell_of_what_is_missing
+from ofengine.checkpoint.snapshot import MOMENTS, plain_options
+from ofengine.checkpoint.undo import Attributes, Undo
+from ofengine.checkpoint.weights import copy_weights
 from ofengine.data.batches import Batches, Resumption
-from ofengine.data.generators import set_global_states, set_states_in
+from ofengine.data.generators import global_states, set_global_states, set_states_in
 from ofengine.errors import CheckpointError, warn
-from ofengine.rates.planning import new_plan
-from ofengine.rates.resume import check_groups_fit, resume_plan
+from ofengine.rates.resume import resume_plan
 from ofengine.run.progress import Point
 from ofengine.run.state import Run, State
 
@@ -42,7 +49,7 @@ class Resumed:
         checkpoint: a verified file.
 
     Raises:
-        CheckpointError: the file holds weights only.
+        CheckpointError: the file holds weights only, or its state is none of a run.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -51,92 +58,122 @@ class Resumed:
                 f"{checkpoint.path} holds weights and no run that could be resumed: to start from "
                 "them, call ofengine.load_weights(task, path) and fit without ckpt_path."
             )
+        self._where = f"{checkpoint.path} cannot be resumed"
+        check_state(checkpoint.state, self._where)
         self.checkpoint = checkpoint
         self.state = checkpoint.state
         self._point = Point(self.state["loop"]["point"])
+        self._random_before = global_states()
+        self._loggers_before: Optional[Attributes] = None
+        self._owners = Matches([], [])
+        self._lost: List[str] = []
 
     def moments(self) -> State:
         """What a checkpoint would hold now: this place is not left yet."""
-        keys = ("loop", "metrics", "random", "random_at_pass", "gradients")
-        later = {"random_at_validation": self.state.get("random_at_validation", [])}
-        return {**{key: self.state[key] for key in keys}, **later}
+        return {key: self.state[key] for key in MOMENTS if key in self.state}
 
     def tell_loggers(self, run: Run, continue_files: bool) -> None:
         """Let the loggers know of the run before; nothing is written yet."""
-        for each, kept in zip(run.loggers, self.state["loggers"]):
-            if kept:
-                each.load_state_dict(kept, continue_files=continue_files)
+        states = self.state["loggers"]
+        own = [describe_owner(each) for each in run.loggers]
+        owners = Matches(
+            [i if i < len(states) else None for i in range(len(own))],
+            list(range(len(own), len(states))),
+        )  # as in files of earlier versions, which do not say whose they are
+        if "logger_keys" in self.state:
+            owners = match(self.state["logger_keys"], own)
+        self._loggers_before = Attributes(run.loggers)
+        for each, index in zip(run.loggers, owners.of_own):
+            if index is not None and states[index]:
+                with self._taken_whole(each, "load_state_dict"):
+                    each.check_state_dict(states[index])
+                    each.load_state_dict(states[index], continue_files=continue_files)
+        for index in owners.lost:
+            if states[index]:
+                keys = self.state.get("logger_keys")
+                what = "a logger" if keys is None else in_words(keys[index])
+                warn(f"the checkpoint has a state of {what}, and there is none now: it is lost.")
 
     # -------------------------------------------------- before on_fit_start
 
     def check(self, run: Run, policy: str) -> None:
-        """Raise an :class:`OFEngineError` where anything does not fit; change nothing."""
-        task, state, path = run.task, self.state, self.checkpoint.path
-        check_weights(task, self.checkpoint.weights, str(path))
-        kept, own = state["optimizer"]["class"], type(run.made.optimizer).__qualname__
-        if kept != own:
+        """Raise an :class:`OFEngineError` where anything does not fit; change nothing.
+
+        The loggers, and the global generators, are then as they were before ``fit``.
+        """
+        own = [describe_owner(each) for each in run.callbacks]
+        try:
+            self._owners = match(self.state["callbacks"], own)
+            check_run(run, self.checkpoint, policy, self._owners)
+        except BaseException:
+            self._leave_as_before()
+            raise
+
+    def _leave_as_before(self) -> None:
+        set_global_states(self._random_before)
+        if self._loggers_before is not None:
+            self._loggers_before.put_back()
+
+    @contextlib.contextmanager
+    def _taken_whole(self, owner: Any, method: str, undo: Optional[Undo] = None) -> Iterator[None]:
+        """All of the checkpoint is taken up, or nothing: what ``owner`` raises undoes the rest."""
+        try:
+            yield
+        except BaseException as error:
+            if undo is not None:
+                undo.put_back()
+            self._leave_as_before()
+            if isinstance(error, CheckpointError) or not isinstance(error, Exception):
+                raise
+            said = " ".join(str(error).split())
             raise CheckpointError(
-                f"{path} was trained with {kept}, and configure_optimizers() returns {own}, whose "
-                f"state is another: use {kept}, or start anew from the weights with "
-                "ofengine.load_weights(task, path)."
-            )
-        check_groups_fit(run.rates, state["rates"])
-        anew = new_plan(run.settings, run.made, run.rates.groups, run.batches_per_epoch)
-        resume_plan(anew, run.made, state["rates"], policy)
-        parameters = dict(task.named_parameters())
-        for name, kept_states in state["optimizer"]["states"].items():
-            for key, array in kept_states.items():
-                if name not in parameters or tuple(parameters[name].shape) != array.shape:
-                    raise CheckpointError(
-                        f"{path} is of another run: its optimizer keeps {key!r} of {name!r} in the "
-                        f"shape {array.shape}, which no parameter of {type(task).__name__} has."
-                    )
-        accumulate = state["run"]["accumulate_grad_batches"]
-        if accumulate != run.settings.accumulate_grad_batches:
-            text = (
-                f"accumulate_grad_batches was {accumulate} in {path} and is "
-                f"{run.settings.accumulate_grad_batches} now"
-            )
-            if state["gradients"]:
-                raise CheckpointError(
-                    f"{text}, and the checkpoint lies within a window: resume with {accumulate}."
-                )
-            warn(f"{text}: steps and epochs are counted with the new one from the start.")
+                f"{self._where}: {type(owner).__name__}.{method} raised {type(error).__name__}"
+                f"{f' ({said})' if said else ''}; nothing was changed."
+            ) from error
 
     def restore_run(self, run: Run) -> None:
-        """Weights, optimizer, counters and callbacks; everything was checked before."""
+        """Weights, optimizer, counters and callbacks; everything was checked before.
+
+        Raises :class:`CheckpointError` where a callback or the task cannot take its state; all is
+        then as it was before.
+        """
         state, begun, loop = self.state, self.state["run"], self.state["loop"]
-        copy_weights(run.task, self.checkpoint.weights)
-        optimizer = state["optimizer"]
-        states = {name: _tensors(run, kept) for name, kept in optimizer["states"].items()}
-        run.training_mode.load_optimizer_state(optimizer["steps"], states)
-        run.id, run.data_seed = begun["id"], begun["run_seed"]
-        run.seconds_before = begun["seconds"]
-        run.progress.load(loop)
-        run.should_stop = loop["should_stop"]
-        run.cut_short = loop["cut_short"]
-        self._tell_differences(run)
-        self._restore_callbacks(run)
-        run.task.on_load_checkpoint(state["task"])
+        others = other_optimizers(run)
+        undo = Undo(run, others.values())
+        with self._taken_whole(self, "restore_run", undo):
+            copy_weights(run.task, self.checkpoint.weights)
+            put_tensors(run.task, state.get("tensors", {}), run.settings.device)
+            optimizer = state["optimizer"]
+            states = {name: _tensors(run, kept) for name, kept in optimizer["states"].items()}
+            run.training_mode.load_optimizer_state(optimizer["steps"], states)
+            put_others(others, state.get("optimizers", {}), run.settings.device)
+            run.id, run.data_seed = begun["id"], begun["run_seed"]
+            run.seconds_before = begun["seconds"]
+            run.changed_before = {*state.get("tensors", {}), *state.get("seen", {})}
+            run.progress.load(loop)
+            run.should_stop = loop["should_stop"]
+            run.cut_short = loop["cut_short"]
+            self._tell_differences(run)
+            self._restore_callbacks(run, undo)
+            with self._taken_whole(run.task, "on_load_checkpoint", undo):
+                run.task.on_load_checkpoint(state["task"])
         log.info(
             "resuming from %s: epoch %d, step %d.",
             self.checkpoint.path, run.progress.epoch, run.progress.global_step,
         )  # fmt: skip
 
-    def _restore_callbacks(self, run: Run) -> None:
-        waiting = list(self.state["callbacks"])
-        for callback in run.callbacks:
-            name = type(callback).__qualname__
-            kept = next((each for each in waiting if each["class"] == name), None)
-            if kept is not None:
-                waiting.remove(kept)
-                if kept["state"]:
-                    callback.load_state_dict(kept["state"])
-        for each in waiting:
-            if each["state"]:
+    def _restore_callbacks(self, run: Run, undo: Undo) -> None:
+        kept = self.state["callbacks"]
+        for callback, index in zip(run.callbacks, self._owners.of_own):
+            if index is not None and kept[index]["state"]:
+                with self._taken_whole(callback, "load_state_dict", undo):
+                    callback.load_state_dict(kept[index]["state"])
+        random = self.state["random"].get("callbacks", [{}] * len(kept))
+        for index in self._owners.lost:
+            if kept[index]["state"] or random[index]:
                 warn(
-                    f"the checkpoint has a state of {each['class']}, and no such callback is "
-                    "listed now: its state is lost."
+                    f"the checkpoint has a state of {in_words(kept[index])}, and no such callback "
+                    "is listed now: its state is lost."
                 )
 
     def _tell_differences(self, run: Run) -> None:
@@ -147,15 +184,20 @@ class Resumed:
             )
         elif run.seed is None:
             run.seed = self.state["run"]["seed"]
+        # What the optimizer writes itself is in files of earlier versions.
+        untold = {"lr_scale", "lr_decay_scale", "name", *own_options(run.made.optimizer)}
         for group, kept, own in zip(
             run.rates.names, self.state["optimizer"]["options"], plain_options(run)
         ):
-            for key in sorted(set(kept) & set(own)):
-                before = kept[key]
-                now = list(own[key]) if isinstance(own[key], tuple) else own[key]
-                if before != now and key not in ("lr_scale", "lr_decay_scale", "name"):
+            for key in sorted({*kept, *own} - untold):
+                if key in kept and key in own and kept[key] == own[key]:
+                    continue
+                before, now = (
+                    repr(each[key]) if key in each else "not set" for each in (kept, own)
+                )
+                if before != now:  # a NaN is not equal to itself
                     log.info(
-                        "resume: %s of group %r was %r in the checkpoint and is %r by the code, "
+                        "resume: %s of group %r was %s in the checkpoint and is %s by the code, "
                         "which counts.", key, group, before, now,
                     )  # fmt: skip
 
@@ -177,11 +219,16 @@ class Resumed:
         run.moments_resumed = None
         loop, random = self.state["loop"], self.state["random"]
         train.pass_seed = (run.data_seed, loop["epoch"])
+        if self.state["run"]["seed"] is not None and self._point is not Point.BEGIN:
+            train.reseed(0)  # its samplers share a generator, as in an epoch that is begun
         train.hold(self.state["random_at_pass"])
         for each, states in zip(run.validation, self.state.get("random_at_validation", [])):
             each.hold(states)
-        self._set_states(run, train, random)
+        self._set_states(run, train, random, tells=True)
         self._restore_layers(run)
+        tensors = self.state.get("tensors", {})
+        lost = put_tensors(run.task, tensors, run.settings.device)  # on_train_start may make some
+        put_others(other_optimizers(run), self._other_states(run), run.settings.device)
         point, entry = self._point, None
         if point in (Point.EPOCH_END, Point.OVER):
             if run.can_go_on_within(loop):
@@ -196,17 +243,28 @@ class Resumed:
         if entry is not None:
             run.cut_short = None
             if entry.data is None and run.is_done() and not run.should_stop:
-                return None
+                entry = None
+        seen, within = self.state.get("seen", {}), entry is not None
+        tell_of_what_is_missing(run, seen, lost, str(self.checkpoint.path), within)
         return entry
+
+    def _other_states(self, run: Run) -> State:
+        """What other optimizers kept that fits those of now, which hooks may have made anew."""
+        kept, others, fitting = self.state.get("optimizers", {}), other_optimizers(run), {}
+        for place, state in kept.items():
+            try:
+                check_others(others, {place: state}, self._where)
+            except CheckpointError as error:
+                warn(f"{error} What it kept is lost.")
+                continue
+            fitting[place] = state
+            if place not in others:
+                warn(f"the checkpoint has a state of the optimizer {place}, which is gone.")
+        return fitting
 
     def _mid_epoch(self, run: Run, train: Batches, point: Point) -> Entry:
         loop = self.state["loop"]
         done = loop["batches_done"]
-        if train.count is not None and done > train.count:
-            raise CheckpointError(
-                f"{self.checkpoint.path} was saved after {done} batches of epoch {loop['epoch']}, "
-                f"and {train.what} has {train.count} now: resume with the data it was begun with."
-            )
         if train.count != loop["epoch_length"]:
             warn(
                 f"{train.what} has {train.count} batches, and had {loop['epoch_length']} in the "
@@ -216,9 +274,24 @@ class Resumed:
             done=done,
             again=done > 0 and (point is not Point.READY or run.is_done()),
             begin=lambda: train.set_states(self.state["random_at_pass"]),
-            reached=lambda: self._set_states(run, train, self.state["random"]),
+            reached=lambda: self._reached(run, train),
         )
         return Entry(data, self.state)
+
+    def _reached(self, run: Run, train: Batches) -> None:
+        """Behind the batches that were done: is it where the run before was?"""
+        self._set_states(run, train, self.state["random"])
+        kept, now = (
+            self.state.get("order"),
+            train.order.digest(self.state["loop"]["batches_done"] - 1),
+        )
+        if kept is not None and now is not None and kept != now:
+            warn(
+                f"{train.what} gives other batches in this epoch than before the run was stopped, "
+                "so that it does not go on exactly: its sampler draws from a generator that is no "
+                "attribute, counts its passes, or goes over other data. A sampler can keep where "
+                "it stands in state_dict and load_state_dict."
+            )
 
     def _restore_layers(self, run: Run) -> None:
         """What hooks have frozen, or put into eval mode, since the epoch began or before."""
@@ -237,17 +310,27 @@ class Resumed:
                 "the code has them at the start: %s%s.",
                 len(others), others[0][0], ", ..." if len(others) > 1 else "",
             )  # fmt: skip
-        for name, module in run.task.named_modules():
+        modules = dict(run.task.named_modules())
+        gone = sorted(in_eval_mode - set(modules))
+        if gone:
+            warn(f"the checkpoint has a layer in eval mode that is gone: {gone[0]}.")
+        for name, module in modules.items():
             module.training = name not in in_eval_mode
 
-    def _set_states(self, run: Run, train: Batches, random: State) -> None:
+    def _set_states(self, run: Run, train: Batches, random: State, tells: bool = False) -> None:
         set_global_states(random["global"])
-        set_states_in(None, train.source, random["data"])
-        missing = set_states_in(run.task, None, random["task"])
+        missing = set_states_in(None, train.source, random["data"])
+        missing += set_states_in(run.task, None, random["task"])
         for loader, states in zip(run.validation, random.get("validation", [])):
-            set_states_in(None, loader.source, states)
-        if missing:
-            warn(f"the checkpoint has the state of a random generator that is gone: {missing[0]}.")
+            missing += set_states_in(None, loader.source, states)
+        for callback, index in zip(run.callbacks, self._owners.of_own):
+            if index is not None and "callbacks" in random:
+                missing += set_states_in(None, None, random["callbacks"][index], callback)
+        extra = random.get("validation", [])[len(run.validation) :]
+        missing += [place for states in extra for place in states]
+        if missing and tells:
+            some = ", ".join(missing[:3]) + (", ..." if missing[3:] else "")
+            warn(f"the checkpoint has the state of a random generator that is gone: {some}.")
 
 
 def _tensors(run: Run, arrays: Dict[str, np.ndarray]) -> Dict[str, Any]:

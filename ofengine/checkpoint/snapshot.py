@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import numpy as np
 import oneflow as flow
 
 from ofengine import __version__
+from ofengine._oneflow.optimizer_state import own_options
 from ofengine._oneflow.session import synchronize
+from ofengine.checkpoint.beside import (
+    changed_tensors,
+    digest_of,
+    states_of_others,
+    tensors_beside,
+)
 from ofengine.checkpoint.file import array_of
+from ofengine.checkpoint.hparams import kept_hparams
+from ofengine.checkpoint.hparams_restored import defaults_of
+from ofengine.checkpoint.owners import describe_owner
+from ofengine.checkpoint.seen import attributes_seen, changed_since_start
 from ofengine.checkpoint.weights import arrays_of
+from ofengine.data.batches import Batches
 from ofengine.data.generators import global_states, states_in
 from ofengine.errors import ConfigurationError
+from ofengine.processes.supervisor import supervised_by
 from ofengine.rates.resume import plan_state
 from ofengine.run.progress import BETWEEN_EPOCHS, Point
 from ofengine.run.state import Run, State
@@ -28,17 +41,62 @@ def content_of(run: Run) -> Tuple[State, Optional[State], State]:
         )
     if run.mode is not None:
         run.mode.settle()
-    state = None if run.plan is None else state_of_run(run)
+    copies = _copies(run)
+    state = None if run.plan is None else state_of_run(run, copies)
     metadata: State = {"epoch": run.progress.epoch, "global_step": run.progress.global_step}
     if state is not None:
-        metadata["run"] = run.id
+        metadata.update(run=run.id, sitting=run.sitting)
+    supervisor = supervised_by()
+    if supervisor:
+        metadata["supervised_by"] = supervisor
     weights = arrays_of(run.task)
-    weights.update((name, array_of(kept)) for name, kept in run.weights_aside.items())
+    for name, tensor in run.task.state_dict(keep_vars=True).items():
+        if id(tensor) in copies:
+            weights[name] = array_of(copies[id(tensor)])
     return weights, state, metadata
 
 
-def state_of_run(run: Run) -> State:
+def _copies(run: Run) -> Dict[int, Any]:
+    """What a checkpoint keeps in the place of tensors of the task, by their ``id``.
+
+    Training's weights while a callback has others there; what buffers were before the validation
+    that goes on, and begins anew in a resumed run. A tensor may have two names in the task.
+    """
+    copies: Dict[int, Any] = {}
+    before = run.states_before_validation
+    if run.progress.point is Point.VALIDATING and before is not None:
+        copies.update((id(tensor), copy) for tensor, copy in before["tensors"])
+    own = {**dict(run.task.named_buffers()), **dict(run.task.named_parameters())}
+    copies.update((id(own[n]), kept) for n, kept in run.weights_aside.items() if n in own)
+    return copies
+
+
+def before_validation(run: Run, validation: List[Batches]) -> State:
+    """What validation may change, so that a run that is cut off in it can validate again."""
+    run.training_mode.settle()
+    tensors = [*run.task.buffers(), *tensors_beside(run.task).values()]
+    return {
+        "global": global_states(),
+        "validation": [states_in(None, loader.source) for loader in validation],
+        "task": states_in(run.task, None),
+        "callbacks": [states_in(None, None, callback) for callback in run.callbacks],
+        "tensors": [(tensor, tensor.detach().clone()) for tensor in tensors],
+    }
+
+
+def note_start(run: Run) -> None:
+    """Take note of what is no part of a ``state_dict``, to know later what training changes."""
+    run.tensors_at_start = {
+        place: (tuple(tensor.shape), digest_of(tensor))
+        for place, tensor in tensors_beside(run.task).items()
+    }
+    run.seen_at_start = attributes_seen(run)
+
+
+def state_of_run(run: Run, copies: Mapping[int, Any]) -> State:
     """Everything of the run but the weights, as a nested dict of plain values and arrays.
+
+    ``copies`` stand for tensors of the task, by ``id``.
 
     Raises :class:`ConfigurationError` inside a step, where half of it would be saved.
     """
@@ -53,7 +111,7 @@ def state_of_run(run: Run) -> State:
     steps, optimizer = run.training_mode.optimizer_state()
     moments = run.moments_resumed
     return {
-        **(_moments(run) if moments is None else moments),
+        **(_moments(run, copies) if moments is None else moments),
         "optimizer": {
             "class": type(run.made.optimizer).__qualname__,
             "steps": steps,
@@ -63,6 +121,7 @@ def state_of_run(run: Run) -> State:
         "rates": plan_state(run.rates, run.made, run.progress.global_step),
         "callbacks": _callback_states(run),
         "loggers": [each.state_dict() for each in run.loggers],
+        "logger_keys": [describe_owner(each) for each in run.loggers],
         "task": extra,
         "hparams": _plain_hparams(run.task),
         "run": {
@@ -83,7 +142,14 @@ def state_of_run(run: Run) -> State:
     }
 
 
-def _moments(run: Run) -> State:
+MOMENTS = (
+    "loop", "metrics", "random", "random_at_pass", "random_at_validation", "order", "gradients",
+    "tensors", "optimizers", "seen",
+)  # fmt: skip
+"""The parts of a state that :func:`_moments` makes; files of earlier versions lack some."""
+
+
+def _moments(run: Run, copies: Mapping[int, Any]) -> State:
     """Where exactly the run is: loop, metrics, generators, gradients of an open window."""
     point = run.progress.point
     train, task = run.train, run.task
@@ -94,11 +160,19 @@ def _moments(run: Run) -> State:
         "global": global_states(),
         "data": states_in(None, source) if source is not None else after["now"],
         "task": states_in(task, None),
+        "validation": [states_in(None, each.source) for each in run.validation]
+        if train is not None
+        else after["validation"],
+        "callbacks": [states_in(None, None, callback) for callback in run.callbacks],
     }
     if point is Point.VALIDATING and before is not None:
-        states.update({"global": before["global"], "validation": before["data"]})
+        states.update({key: before[key] for key in ("global", "validation", "task", "callbacks")})
     in_epoch = point not in BETWEEN_EPOCHS
     gradients = run.training_mode.gradients() if in_epoch else {}
+    own = tensors_beside(task)
+    tensors, left_out = changed_tensors(
+        run, {place: copies[id(each)] for place, each in own.items() if id(each) in copies}
+    )
     return {
         "loop": {
             **run.progress.state(),
@@ -116,7 +190,11 @@ def _moments(run: Run) -> State:
         "random_at_validation": [each.states_at_start for each in run.validation]
         if train is not None
         else after["at_validation"],
+        "order": train.order.digest(run.progress.batch_idx) if train is not None else None,
         "gradients": _arrays(gradients),
+        "tensors": tensors,
+        "optimizers": states_of_others(run),
+        "seen": changed_since_start(run, left_out),
     }
 
 
@@ -125,15 +203,20 @@ def _arrays(tensors: Dict[str, Any]) -> Dict[str, np.ndarray]:
 
 
 def plain_options(run: Run) -> List[State]:
-    """The plain options of each group, rates left out: they are the plan's."""
+    """The plain options of each group, as a file gives them back: tuples as lists.
+
+    Without the rates, which are the plan's, and what the optimizer writes there itself.
+    """
+    optimizer = run.made.optimizer
+    others = {"lr", "initial_lr", "params", *own_options(optimizer)}
     return [
-        {
-            key: value
-            for key, value in group.options.items()
-            if key not in ("lr", "initial_lr", "params") and _is_plain(value)
-        }
-        for group in run.made.optimizer.param_groups
+        {k: _listed(v) for k, v in group.options.items() if k not in others and _is_plain(v)}
+        for group in optimizer.param_groups
     ]
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _is_plain(value: Any) -> bool:
@@ -143,11 +226,10 @@ def _is_plain(value: Any) -> bool:
 
 
 def _plain_hparams(task: Any) -> State:
-    return {key: value for key, value in task.hparams.items() if _is_plain(value)}
+    return kept_hparams(task.hparams, defaults_of(type(task)))
 
 
 def _callback_states(run: Run) -> List[State]:
     return [
-        {"class": type(callback).__qualname__, "state": callback.state_dict()}
-        for callback in run.callbacks
+        {**describe_owner(callback), "state": callback.state_dict()} for callback in run.callbacks
     ]

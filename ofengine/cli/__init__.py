@@ -15,6 +15,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     _add_doctor(commands)
     _add_rates(commands)
+    _add_prove(commands)
     _add_checkpoint(commands)
     arguments = parser.parse_args(argv)
     return int(arguments.run(arguments))
@@ -55,6 +56,28 @@ def _add_rates(commands: Any) -> None:
     add("--at", type=int, nargs="+", default=[], action="extend", metavar="STEP",
         help="show the rates at these steps too, counted from 0")  # fmt: skip
     add("--plot", metavar="FILE", help="write the picture as .png, .svg or .pdf")
+    add("--arg", default=[], action="append", metavar="KEY=VALUE",
+        help="an argument of the task; the value is read as Python, else as a text")  # fmt: skip
+
+
+def _add_prove(commands: Any) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        from ofengine.cli.prove import prove
+
+        return prove(arguments)
+
+    text = "run a task in both modes, whole and resumed, and say whether every bit is the same"
+    parser = commands.add_parser("prove", help=text, description=text)
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("task", metavar="FILE.py:TASK", help="the file and the TaskModule in it, which gives the "
+        "data by its train_dataloader")  # fmt: skip
+    add("--steps", type=_count, default=20, metavar="N", help="optimizer steps of a run; "
+        "default: 20")  # fmt: skip
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--accumulate-grad-batches", type=_count, default=1, metavar="N", help="default: 1")
+    add("--gradient-clip-val", type=float, metavar="X", help="default: no clipping")
+    add("--seed", type=int, metavar="N", help="default: 0")
     add("--arg", default=[], action="append", metavar="KEY=VALUE",
         help="an argument of the task; the value is read as Python, else as a text")  # fmt: skip
 

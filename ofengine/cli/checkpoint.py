@@ -10,29 +10,46 @@ from typing import Any, Dict, Iterable, Iterator, List, Mapping, Tuple
 import numpy as np
 
 from ofengine.checkpoint import Checkpoint, read
+from ofengine.checkpoint.header import shown
+from ofengine.checkpoint.hparams import described
 from ofengine.errors import CheckpointError
+
+_LONGEST_LINE = 2_000
+_ODD = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, OSError)
+"""What comes of a state that a stranger has made."""
 
 
 def checkpoint(arguments: argparse.Namespace) -> int:
     """Print what the file holds; exit status 1 where it cannot be used."""
     try:
         found = read(arguments.file)
+        lines = list(describe(found, all_tensors=arguments.tensors))
     except CheckpointError as error:
-        print(error, file=sys.stderr)
+        print(shown(str(error), _LONGEST_LINE), file=sys.stderr)
         return 1
-    print("\n".join(describe(found, all_tensors=arguments.tensors)))
+    for line in lines:
+        print(shown(line, _LONGEST_LINE))
     return 0
 
 
 def describe(found: Checkpoint, all_tensors: bool = False) -> Iterator[str]:
-    """The lines of the description; with ``all_tensors`` one for each weight."""
+    """The lines of the description; with ``all_tensors`` one for each weight.
+
+    Raises :class:`CheckpointError` where the state is not that of a run.
+    """
     size = found.path.stat().st_size
     kind = f"format {found.metadata.get('format_version', '?')}, whole"
     if "blake2b" not in found.metadata:
         kind = "weights only, no checksum"
     yield f"{found.path} ({_bytes(size)}, {kind})"
     if found.state is not None:
-        yield from _describe_run(found.state)
+        try:
+            yield from list(_describe_run(found.state))
+        except _ODD as error:
+            raise CheckpointError(
+                f"{found.path} is whole, and holds no state of a run: {type(error).__name__}, "
+                f"{shown(str(error))}."
+            ) from None
     yield _row("weights", _sum_up(found.weights.values()))
     not_finite = [n for n, a in found.weights.items() if a.dtype.kind == "f" and not _finite(a)]
     if not_finite:
@@ -67,9 +84,11 @@ def _describe_run(state: Mapping[str, Any]) -> Iterator[str]:
         yield _row("metrics", ", ".join(f"{k}={v:.6g}" for k, v in metrics.items()))
     named = [each["class"] for each in state["callbacks"] if each["state"]]
     yield _row("callbacks", ", ".join(named) if named else "none with a state")
-    for title, values in (("hparams", state["hparams"]), ("task", state["task"])):
-        if values:
-            yield _row(title, ", ".join(_pairs(values)))
+    if state["hparams"]:
+        kept = state["hparams"].items()
+        yield _row("hparams", ", ".join(f"{name}={described(value)}" for name, value in kept))
+    if state["task"]:
+        yield _row("task", ", ".join(_pairs(state["task"])))
 
 
 def _pairs(values: Mapping[str, Any]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from typing import Any, Callable, Iterable, Iterator, List, Optional, Tuple
 
@@ -16,10 +17,17 @@ from ofengine.data.generators import (
     set_states_in,
     states_in,
 )
-from ofengine.data.loading import can_skip, open_source
+from ofengine.data.loading import Order, can_skip, open_source
+from ofengine.data.sources import (
+    describe_once,
+    ended_by_its_own,
+    is_iterator,
+    is_sequence,
+    set_epoch,
+)
 from ofengine.data.structure import describe, to_device
-from ofengine.errors import ConfigurationError, DataError
-from ofengine.run.arguments import Limit
+from ofengine.errors import ConfigurationError, DataError, warn
+from ofengine.run.arguments import Limit, batches_in_share
 
 Step = Tuple[int, Any, int, bool, bool]
 """One batch of an epoch, with its place in the accumulation window.
@@ -36,6 +44,7 @@ class _Stepped:
 
 
 STEPPED: Any = _Stepped()
+_NONE: Any = object()
 
 
 @attrs.frozen
@@ -96,13 +105,19 @@ class Batches:
         self.count = count_batches(total, limit, what, limit_name)
         """How many batches a pass has, or has at most; None where that shows only at its end."""
         self._total = total
-        self.once = total is None and hasattr(source, "__next__")
-        """True for a generator or iterator, which can be gone through only once."""
+        self._limit_name = limit_name
+        # What was not asked for may be left out; what the length does not tell of may not.
+        asked_for = isinstance(limit, int) and total is not None and limit <= total
+        self._length_counts = total is not None and total == self.count and not asked_for
+        self.once = is_iterator(source)
+        """True for a generator or another iterator, which as a rule can be had only once."""
         self.pass_seed: Tuple[int, ...] = (0,)
         """What the randomness in worker processes is a function of, with the batch's number."""
         self.states_at_start: Optional[RandomState] = None
         """The generators' states when the last pass was begun, where it is ``resumable``; None
         for a list."""
+        self.order = Order()
+        """What the batches of the last pass are made of, where that is known."""
 
     def __iter__(self) -> Iterator[Any]:
         """The batches of one pass, on the device."""
@@ -114,21 +129,65 @@ class Batches:
             return iter(self._kept)
         if resumption is not None:
             resumption.begin()
-        if self._resumable and not isinstance(self.source, (list, tuple)):
+        if self._resumable and not is_sequence(self.source):
             self.states_at_start = {
                 "global": global_states(),
                 "data": states_in(None, self.source),
             }
         skipped = resumption.done if resumption is not None and self.can_skip else 0
-        batches = open_source(self.source, skipped, self.pass_seed)
+        self.order = Order()
+        batches = open_source(self.source, skipped, self.pass_seed, self.order)
+        if isinstance(self.source, DataLoader):
+            batches = ended_by_its_own(batches, self.source, self.what)
         if self.count is not None:
-            batches = itertools.islice(batches, self.count - skipped)
+            limited = itertools.islice(batches, self.count - skipped)
+            batches = itertools.chain(limited, self._surplus(batches))
         if self.device.type != "cpu":
             batches = (to_device(batch, self.device) for batch in batches)
         if self.keep:
             self._kept = list(batches)
             return iter(self._kept)
         return batches
+
+    def _surplus(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """No batch; warns where there are more of ``batches`` than the length tells of."""
+        if self._length_counts and next(batches, _NONE) is not _NONE:
+            self._length_counts = False  # once is enough
+            warn(
+                f"{self.what} has more batches than its length, {self._total}, and those beyond it "
+                f"are left out: correct its __len__, or remove it; or say {self._limit_name}="
+                f"{self._total} where no more are meant."
+            )
+        yield from ()
+
+    def first(self, most: Optional[int]) -> Iterator[Any]:
+        """At most so many batches of a pass, no further one being fetched; None for all."""
+        return iter(self) if most is None else itertools.islice(self, most)
+
+    def check_given(self, batches: int, at: str) -> None:
+        """Say so where a whole pass gave no batch, or fewer than its length tells of.
+
+        ``at`` is when it was, as the sentence goes on.
+
+        Raises :class:`DataError` for none.
+        """
+        if batches == 0 and self.count != 0:
+            end = f": {describe_once(self.source)}." if self.once else "."
+            raise DataError(f"{self.what} gave no batch{at}{end}")
+        if self._total is not None and self.count is not None and batches < self.count:
+            warn(f"{self.what} {self._gave(batches)}")
+
+    def _gave(self, batches: int) -> str:
+        if batches == 0 and self.once:
+            return f"gave no batch: {describe_once(self.source)}."
+        return (
+            f"gave {batches} batches, though its length is {self._total}: correct its __len__, or "
+            "remove it."
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell its samplers and datasets which epoch the next pass belongs to, from 0."""
+        set_epoch(self.source, 0 if self.keep else epoch)  # what is kept is the first epoch's
 
     @property
     def can_skip(self) -> bool:
@@ -164,6 +223,11 @@ class Batches:
                     yield from _resumed(step, resumption)
                 batch_idx += 1
             window_batches = following
+        if batch_idx < done:
+            raise DataError(
+                f"{self.what} gave {batch_idx} batches, and the run was saved after {done} of this "
+                "epoch: resume it with the data it was begun with."
+            )
 
     def _steps_of_known(
         self, count: int, accumulate: int, resumption: Optional[Resumption]
@@ -184,10 +248,7 @@ class Batches:
             for batch_idx, batch in enumerate(batches, first):
                 yield _step_of(count, accumulate, batch_idx, batch)
         if batch_idx < last:
-            raise DataError(
-                f"{self.what} gave {batch_idx + 1} batches, though its length is "
-                f"{self._total}: correct its __len__, or remove it."
-            )
+            raise DataError(f"{self.what} {self._gave(batch_idx + 1)}")
 
     def set_states(self, states: Optional[RandomState]) -> None:
         """Put the generators where they were when a pass was begun."""
@@ -198,6 +259,7 @@ class Batches:
     def hold(self, states: Optional[RandomState]) -> None:
         """Where batches are kept: take them anew as the pass took them that was begun so."""
         if self.keep and self._kept is None and states is not None:
+            self.set_epoch(0)
             self.set_states(states)
             iter(self)
 
@@ -206,13 +268,30 @@ class Batches:
         if isinstance(self.source, DataLoader):
             generator = flow.Generator("cpu")
             generator.manual_seed(seed)
-            batch_sampler: Any = self.source.batch_sampler
-            sampler: Any = self.source.sampler
-            inner = [getattr(each, "sampler", None) for each in (batch_sampler, sampler)]
-            holders: Tuple[Any, ...] = (self.source, sampler, batch_sampler, *inner)
-            for holder in holders:
-                if hasattr(holder, "generator"):
-                    holder.generator = generator
+            for holder in self._holders():
+                holder.generator = generator
+
+    def _holders(self) -> List[Any]:
+        """The loader and its samplers that draw from a ``generator`` of theirs."""
+        source: Any = self.source
+        batch_sampler, sampler = source.batch_sampler, source.sampler
+        inner = [getattr(each, "sampler", None) for each in (batch_sampler, sampler)]
+        held = (source, sampler, batch_sampler, *inner)
+        return [each for each in held if hasattr(each, "generator")]
+
+    @contextlib.contextmanager
+    def as_reseeded(self, is_so: bool) -> Iterator[None]:
+        """With the one generator within that :meth:`reseed` gives; then with its own again."""
+        if not is_so or not isinstance(self.source, DataLoader):
+            yield
+            return
+        kept = [(holder, holder.generator) for holder in self._holders()]
+        self.reseed(0)
+        try:
+            yield
+        finally:
+            for holder, generator in kept:
+                holder.generator = generator
 
 
 def _step_of(count: int, accumulate: int, batch_idx: int, batch: Any) -> Step:
@@ -244,7 +323,7 @@ def count_batches(total: Optional[int], limit: Limit, what: str, limit_name: str
             f"{limit_name}={limit!r} is a share of {what}, whose length is not known: give a "
             "number of batches (an int)."
         )
-    count = int(total * limit)
+    count = batches_in_share(limit, total)
     if count == 0 and limit > 0:
         raise ConfigurationError(
             f"{limit_name}={limit!r} of the {total} batches of {what} is less than one batch: give "
@@ -259,6 +338,11 @@ def stage_loaders(
     """One :class:`Batches` for each dataloader of an evaluation stage (one or a list)."""
     if loaders is None:
         return []
+    if isinstance(loaders, dict) and any(isinstance(each, DataLoader) for each in loaders.values()):
+        raise DataError(
+            f"{what} is a dict of DataLoaders: give a list of them, as in list(loaders.values()); "
+            "metrics are told apart by their number."
+        )
     several = isinstance(loaders, (list, tuple)) and any(
         isinstance(loader, DataLoader) for loader in loaders
     )
@@ -267,7 +351,8 @@ def stage_loaders(
             f"{what} mixes DataLoaders with other things: give one dataloader, or a list of "
             "oneflow.utils.data.DataLoader objects."
         )
+    each_called = f"{what}[{{}}]" if several and len(loaders) > 1 else what
     return [
-        Batches(loader, limit, device, what, limit_name, keep, resumable=keep)
-        for loader in (loaders if several else [loaders])
+        Batches(loader, limit, device, each_called.format(index), limit_name, keep, resumable=keep)
+        for index, loader in enumerate(loaders if several else [loaders])
     ]

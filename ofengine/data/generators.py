@@ -1,45 +1,67 @@
-"""Random generators: where they are, how far they have been used, and how to put them there.
+"""The random generators of a run: where they are, and how all of them are put back there.
 
-OneFlow 0.9's ``Generator.get_state`` gives the 624 words of its Mersenne Twister, but not how
-many of them are used up, and ``set_state`` always takes them for all used up. Here the position
-is found by drawing four numbers and looking where the words give them, and put right by setting
-the 624 words *before* these, from which the twister makes these, and drawing up to the position.
-So a run can be continued at the very number where it stopped, without reseeding anything.
+Found are those that a dataloader, a callback or a module of the task holds: as attributes of
+their own, of their classes and of what they hold in turn, in lists and dicts, in the closures of
+functions, and as global names of the user's own modules.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 import random
+import sys
 import types
-from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Set, Tuple
 
 import numpy as np
 import oneflow as flow
 from oneflow import nn
 from oneflow.optim import Optimizer
+from oneflow.utils.data import DataLoader
 
-from ofengine._oneflow.session import synchronize
+from ofengine.data.generator_state import (
+    RandomState,
+    check_state_anywhere,
+    check_state_of,
+    is_generator,
+    numpy_state,
+    numpy_tuple,
+    set_state_of,
+    state_of,
+)
 from ofengine.errors import CheckpointError
 
-_Generator = type(flow.default_generator)
-_WORDS = 624
-_SHIFT = 397
-_CPU_BYTES = 8 * _WORDS + 8
+__all__ = [
+    "RandomState",
+    "check_global_states",
+    "check_state_anywhere",
+    "check_states_in",
+    "data_parts",
+    "find_generators",
+    "global_states",
+    "has_state",
+    "is_generator",
+    "set_global_states",
+    "set_state_of",
+    "set_states_in",
+    "state_of",
+    "states_in",
+]
+
 _DEPTH = 4
-"""How far down in a dataloader attributes are looked at: sampler, dataset, transforms, ..."""
+"""How far down attributes are looked at: sampler, dataset, transforms, ..."""
+_MOST_CHILDREN = 100
+"""So many entries of a list or dict are looked at."""
 _PASSED_BY = (
-    flow.Tensor, np.ndarray, nn.Module, Optimizer, type, types.ModuleType, types.FunctionType,
-    types.MethodType, types.BuiltinFunctionType,
+    flow.Tensor, np.ndarray, Optimizer, type, types.ModuleType, types.BuiltinFunctionType, str,
+    bytes, int, float,
 )  # fmt: skip
-
-RandomState = Dict[str, Any]
-"""The states of generators by where they are; arrays, numbers and texts, nested."""
-
-
-def is_generator(value: Any) -> bool:
-    """True for a generator object of OneFlow, numpy or Python."""
-    kinds = (_Generator, np.random.Generator, np.random.RandomState, random.Random)
-    return isinstance(value, kinds)
+_OF_THE_RUN = ("ofengine.run", "ofengine.trainer", "ofengine.metrics", "ofengine.rates")
+"""A callback or task may hold the trainer, which leads to everything."""
+_OF_MODULES = ("_parameters", "_buffers", "_modules")
+_PYTHONS: Any = getattr(random, "_inst", None)
+_NUMPYS: Any = np.random.mtrand._rand
 
 
 # ---------------------------------------------------------------------- all of a run
@@ -50,7 +72,7 @@ def global_states() -> RandomState:
     python = random.getstate()
     return {
         "python": {"words": np.array(python[1], dtype=np.uint32), "gauss": python[2]},
-        "numpy": _numpy_state(np.random.get_state()),
+        "numpy": numpy_state(np.random.get_state()),
         "oneflow": state_of(flow.default_generator),
     }
 
@@ -60,196 +82,240 @@ def set_global_states(states: RandomState) -> None:
     python = states["python"]
     words = tuple(int(word) for word in python["words"])
     random.setstate((3, words, python["gauss"]))
-    np.random.set_state(_numpy_tuple(states["numpy"]))
+    np.random.set_state(numpy_tuple(states["numpy"]))
     set_state_of(flow.default_generator, states["oneflow"])
 
 
-def states_in(task: Optional[nn.Module], source: Any) -> RandomState:
-    """The states of all generators that ``task``'s modules or a dataloader hold, by their place."""
-    return {place: state_of(each) for place, each in find_generators(task, source)}
+def check_global_states(states: RandomState) -> None:
+    """Raise :class:`CheckpointError` where :func:`set_global_states` could not; set nothing."""
+    wanted = {"python", "numpy", "oneflow"}
+    if set(states) != wanted:
+        raise CheckpointError(f"the states of global generators are not {sorted(wanted)}.")
+    check_state_of(random.Random(0), states["python"])
+    check_state_of(np.random.RandomState(0), {"numpy": states["numpy"]})
+    check_state_of(flow.default_generator, states["oneflow"])
 
 
-def set_states_in(task: Optional[nn.Module], source: Any, states: RandomState) -> List[str]:
+def states_in(task: Optional[nn.Module], source: Any, callback: Any = None) -> RandomState:
+    """The states of all generators that are held by these, by place.
+
+    Samplers, datasets and sources that have ``state_dict`` and ``load_state_dict`` count too.
+
+    Args:
+        task: whose modules are looked at; None for none.
+        source: a dataloader.
+        callback: a callback.
+    """
+    return {place: _state_of(each) for place, each in find_generators(task, source, callback)}
+
+
+def set_states_in(
+    task: Optional[nn.Module], source: Any, states: RandomState, callback: Any = None
+) -> List[str]:
     """Put these generators where ``states`` says; return the places that are not there now."""
-    found = dict(find_generators(task, source))
+    found = dict(_all_places(task, source, callback))
     for place, state in states.items():
         if place in found:
-            set_state_of(found[place], state)
+            _set_state_of(found[place], state)
     return [place for place in states if place not in found]
 
 
-def find_generators(task: Optional[nn.Module], source: Any) -> Iterator[Tuple[str, Any]]:
-    """(place, generator) for each generator that is an attribute, once, global ones left out."""
-    seen: Set[int] = {id(flow.default_generator)}
-    for name, module in task.named_modules() if task is not None else ():
-        for attribute, value in vars(module).items():
-            if is_generator(value) and id(value) not in seen:
-                seen.add(id(value))
-                yield f"task.{name}.{attribute}" if name else f"task.{attribute}", value
-    yield from _walk("data", source, seen, _DEPTH)
+def check_states_in(
+    task: Optional[nn.Module], source: Any, states: RandomState, callback: Any = None
+) -> None:
+    """Raise :class:`CheckpointError` where :func:`set_states_in` could not; set nothing."""
+    found = dict(_all_places(task, source, callback))
+    for place, state in states.items():
+        if place in found:
+            try:
+                _check_state_of(found[place], state)
+            except CheckpointError as error:
+                raise CheckpointError(f"{place}: {error}") from error
 
 
-def _walk(place: str, value: Any, seen: Set[int], depth: int) -> Iterator[Tuple[str, Any]]:
-    if id(value) in seen:
+def find_generators(
+    task: Optional[nn.Module], source: Any, callback: Any = None
+) -> Iterator[Tuple[str, Any]]:
+    """(place, generator) for each generator that is held, once, global ones left out."""
+    seen: Set[int] = set()
+    for place, each in _all_places(task, source, callback):
+        if id(each) not in seen:
+            seen.add(id(each))
+            yield place, each
+
+
+# ---------------------------------------------------------------------- those with a state_dict
+
+
+def data_parts(source: Any) -> Iterator[Tuple[str, Any]]:
+    """(place, object) of the samplers and the dataset of a DataLoader, or of any other source."""
+    if not isinstance(source, DataLoader):
+        if hasattr(source, "__dict__"):
+            yield "source", source
         return
-    if is_generator(value):
-        seen.add(id(value))
-        yield place, value
+    parts = [("dataset", source.dataset)]
+    for name in ("batch_sampler", "sampler"):
+        place, each = name, getattr(source, name)
+        while each is not None and len(parts) < _MOST_CHILDREN:  # samplers within samplers
+            parts.append((place, each))
+            place, each = f"{place}.sampler", getattr(each, "sampler", None)
+    known: Set[int] = set()
+    for place, part in parts:
+        if id(part) not in known and hasattr(part, "__dict__"):
+            known.add(id(part))
+            yield place, part
+
+
+def has_state(part: Any) -> bool:
+    """True for a part of the data that can say where it stands, and be put there."""
+    methods = (getattr(part, name, None) for name in ("state_dict", "load_state_dict"))
+    return not isinstance(part, nn.Module) and all(map(callable, methods))
+
+
+def _state_of(each: Any) -> RandomState:
+    return state_of(each) if is_generator(each) else {"state": each.state_dict()}
+
+
+def _set_state_of(each: Any, state: RandomState) -> None:
+    if is_generator(each):
+        set_state_of(each, state)
+    else:
+        each.load_state_dict(state["state"])
+
+
+def _check_state_of(each: Any, state: RandomState) -> None:
+    if is_generator(each):
+        check_state_of(each, state)
         return
-    if isinstance(value, _PASSED_BY) or not hasattr(value, "__dict__"):
-        return
-    seen.add(id(value))
-    for name, child in vars(value).items():
-        children = child[:100] if isinstance(child, (list, tuple)) else [child]
-        for index, each in enumerate(children if depth else []):
-            suffix = f"[{index}]" if isinstance(child, (list, tuple)) else ""
-            yield from _walk(f"{place}.{name}{suffix}", each, seen, depth - 1)
-
-
-# ---------------------------------------------------------------------- one generator
-
-
-def state_of(generator: Any) -> Dict[str, Any]:
-    """Where ``generator`` stands, for :func:`set_state_of`; it stands there afterwards too."""
-    if isinstance(generator, np.random.Generator):
-        return {"numpy": generator.bit_generator.state}
-    if isinstance(generator, np.random.RandomState):
-        return {"numpy": _numpy_state(generator.get_state())}
-    if isinstance(generator, random.Random):
-        version, words, gauss = generator.getstate()
-        return {"words": np.array(words, dtype=np.uint32), "gauss": gauss, "version": version}
-    synchronize()
-    raw = np.array(generator.get_state().numpy())
-    at = _cpu_part(raw)
-    if at is None:
-        return {"oneflow": raw}
-    state = {"oneflow": raw, "position": _position(generator, raw[at : at + 8 * _WORDS])}
-    set_state_of(generator, state)
-    return state
-
-
-def set_state_of(generator: Any, state: Dict[str, Any]) -> None:
-    """Put ``generator`` where :func:`state_of` found one.
-
-    Raises :class:`CheckpointError` where ``state`` is that of a generator of another kind.
-    """
+    own = each.state_dict()
     try:
-        _set_state(generator, state)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        each.load_state_dict(state["state"])
+    except Exception as error:
         raise CheckpointError(
-            f"the state of a random generator does not fit a {type(generator).__name__}: {error}."
+            f"{type(each).__name__}.load_state_dict raised {type(error).__name__}: {error}."
         ) from error
+    finally:
+        each.load_state_dict(own)
 
 
-def _set_state(generator: Any, state: Dict[str, Any]) -> None:
-    if isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state["numpy"]
+# ---------------------------------------------------------------------- where they are
+
+
+def _all_places(task: Optional[nn.Module], source: Any, callback: Any) -> Iterator[Tuple[str, Any]]:
+    """(place, generator), a generator at two places twice."""
+    walk = _Walk()
+    for name, module in task.named_modules() if task is not None else ():
+        yield from walk.module(f"task.{name}" if name else "task", module)
+    yield from walk.value("data", source, _DEPTH)
+    for name, part in data_parts(source):
+        if has_state(part):
+            yield f"data.{name}", part
+    yield from walk.value("callback", callback, _DEPTH)
+
+
+class _Walk:
+    """One walk through objects, each of which is gone into once."""
+
+    def __init__(self) -> None:
+        self._seen: Set[int] = set()
+        self._classes: Set[type] = set()
+        self._globals = {id(flow.default_generator), id(_PYTHONS), id(_NUMPYS)}
+
+    def module(self, place: str, module: nn.Module) -> Iterator[Tuple[str, Any]]:
+        """A module of the task, without those inside it, which come by themselves."""
+        self._seen.add(id(module))
+        for name, value in list(vars(module).items()):
+            if name not in _OF_MODULES and not isinstance(value, nn.Module):
+                yield from self.value(f"{place}.{name}", value, _DEPTH - 1)
+        yield from self._class(type(module))
+
+    def value(self, place: str, value: Any, depth: int) -> Iterator[Tuple[str, Any]]:
+        """Whatever is held at ``place``."""
+        if is_generator(value):
+            if id(value) not in self._globals:
+                yield place, value
+            return
+        if isinstance(value, _PASSED_BY) or value is None or id(value) in self._seen:
+            return
+        if type(value).__module__.startswith(_OF_THE_RUN):
+            return
+        self._seen.add(id(value))
+        for name, child in _inside(value):
+            if depth or is_generator(child):
+                yield from self.value(f"{place}{name}", child, depth - 1)
+        if not isinstance(value, (types.FunctionType, types.MethodType)):
+            yield from self._class(type(value))
+
+    def _class(self, cls: type) -> Iterator[Tuple[str, Any]]:
+        """Those that a user's class and its module hold."""
+        for each in cls.__mro__:
+            if each in self._classes or _is_library(each.__module__):
+                continue
+            self._classes.add(each)
+            module = sys.modules.get(each.__module__)
+            yield from self._held(each.__qualname__, vars(each))
+            yield from self._held(_name_of(module), vars(module) if module else {})
+
+    def _held(self, place: str, names: Mapping[str, Any]) -> Iterator[Tuple[str, Any]]:
+        for name, value in list(names.items()):
+            if is_generator(value) and id(value) not in self._globals:
+                yield f"{place}.{name}", value
+
+
+def _inside(value: Any) -> Iterator[Tuple[str, Any]]:
+    """What ``value`` holds, with how its place goes on."""
+    if isinstance(value, (list, tuple)):
+        for index, each in zip(range(_MOST_CHILDREN), value):
+            yield f"[{index}]", each
+    elif isinstance(value, Mapping):
+        for (key, each), _ in zip(list(value.items()), range(_MOST_CHILDREN)):
+            yield f"[{key!r}]", each
+    elif isinstance(value, functools.partial):
+        yield from ((f".{name}", getattr(value, name)) for name in ("func", "args", "keywords"))
+    elif isinstance(value, types.MethodType):
+        yield ".__self__", value.__self__
+    elif isinstance(value, types.FunctionType):
+        yield from _inside_function(value)
+    else:
+        slots: Iterable[str] = getattr(type(value), "__slots__", ())
+        names = (slots,) if isinstance(slots, str) else slots
+        held: Dict[str, Any] = {n: getattr(value, n) for n in names if hasattr(value, n)}
+        held.update(getattr(value, "__dict__", {}))
+        for name, child in held.items():
+            yield f".{name}", child
+
+
+def _inside_function(function: types.FunctionType) -> Iterator[Tuple[str, Any]]:
+    """What a user's function has in its closure, its defaults, and among the names it uses."""
+    if _is_library(function.__module__):
         return
-    if isinstance(generator, np.random.RandomState):
-        generator.set_state(_numpy_tuple(state["numpy"]))
-        return
-    if isinstance(generator, random.Random):
-        words = tuple(int(word) for word in state["words"])
-        generator.setstate((state["version"], words, state["gauss"]))
-        return
-    raw = np.array(state["oneflow"], dtype=np.uint8)
-    position = state.get("position", _WORDS)
-    at = _cpu_part(raw)
-    if at is not None and position < _WORDS:
-        part = slice(at, at + 8 * _WORDS)
-        before = _words_before(raw[part].view(np.int64).astype(np.uint32))
-        raw[part] = before.astype(np.int64).view(np.uint8)
-    synchronize()
-    generator.set_state(flow.tensor(raw))
-    if at is not None and position < _WORDS:
-        if position:
-            flow.rand(position, generator=generator)
-        else:
-            # The words must be made of the ones before without one being used: not possible by
-            # drawing, and a position that no drawing leaves behind.
-            raise ValueError("a twister that is made anew has no used word")
-    synchronize()
+    code = function.__code__
+    for name, cell in zip(code.co_freevars, function.__closure__ or ()):
+        try:
+            yield f".{name}", cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+    for index, default in enumerate(function.__defaults__ or ()):
+        yield f".default[{index}]", default
+    for name in code.co_names:
+        value = function.__globals__.get(name)
+        if is_generator(value):
+            yield f".{name}", value
 
 
-def _numpy_state(state: Any) -> Dict[str, Any]:
-    name, words, position, has_gauss, gauss = state
-    return {
-        "name": name, "words": np.array(words), "position": int(position),
-        "has_gauss": int(has_gauss), "gauss": float(gauss),
-    }  # fmt: skip
+@functools.lru_cache(maxsize=None)
+def _is_library(module: Optional[str]) -> bool:
+    """True for the modules of Python, of installed packages, and of the engine."""
+    top = (module or "builtins").partition(".")[0]
+    if top in ("builtins", "ofengine", "oneflow"):
+        return True
+    file = getattr(sys.modules.get(module or ""), "__file__", None) or ""
+    folders = {os.path.dirname(os.__file__), os.path.dirname(os.path.dirname(np.__file__))}
+    in_python = any(file.startswith(folder + os.sep) for folder in folders)
+    return in_python or "site-packages" in file.split(os.sep)
 
 
-def _numpy_tuple(state: Dict[str, Any]) -> Any:
-    words = np.array(state["words"], dtype=np.uint32)
-    return state["name"], words, state["position"], state["has_gauss"], state["gauss"]
-
-
-# ---------------------------------------------------------------------- OneFlow's twister
-
-
-def _cpu_part(raw: np.ndarray) -> Optional[int]:
-    """Where in the bytes of a generator's state the CPU's part begins; None where it has none.
-
-    A CPU generator has 624 words of 8 bytes and its seed. An "auto" generator has its seed, the
-    number of devices that drew from it, the lengths of their names and of their states, these
-    states' lengths one by one, the names, the states.
-    """
-    if raw.size == _CPU_BYTES:
-        return 0
-    if raw.size < 32:
-        return None
-    _, devices, names_length, _ = raw[:32].view(np.int64).tolist()
-    start = 32 + 8 * devices
-    if not 0 < devices < 100 or start + names_length > raw.size:
-        return None
-    lengths = raw[32:start].view(np.int64).tolist()
-    names = bytes(raw[start : start + names_length]).decode(errors="replace").split(",")
-    at = start + names_length
-    for name, length in zip(names, lengths):
-        if name.startswith("cpu") and length == _CPU_BYTES:
-            return at
-        at += length
-    return None
-
-
-def _position(generator: Any, words: np.ndarray) -> int:
-    """How many of the twister's ``words`` are used up, found by drawing."""
-    twister = np.random.MT19937()
-    state: Any = twister.state
-    state["state"] = {"key": words.view(np.int64).astype(np.uint32), "pos": 0}
-    twister.state = state
-    following = _as_uniform(twister.random_raw(_WORDS + 4))
-    drawn = flow.rand(4, generator=generator).numpy()
-    here = [
-        position
-        for position in np.flatnonzero(following[: _WORDS + 1] == drawn[0]).tolist()
-        if (following[position : position + 4] == drawn).all()
-    ]
-    if len(here) != 1:
-        raise CheckpointError("the position of a random generator of OneFlow was not found.")
-    return int(here[0])
-
-
-def _as_uniform(words: np.ndarray) -> np.ndarray:
-    """What ``oneflow.rand`` makes of 32-bit words: C++'s uniform_real_distribution<float>."""
-    numbers = words.astype(np.float32) / np.float32(2**32)
-    return np.where(numbers >= 1, np.nextafter(np.float32(1), np.float32(0)), numbers)
-
-
-def _words_before(words: np.ndarray) -> np.ndarray:
-    """The 624 words from which the Mersenne Twister makes ``words``.
-
-    Matsumoto and Nishimura's recurrence, solved for its inputs from the last word to the first.
-    Of the first word only the highest bit matters, and only that is right.
-    """
-    state = [int(word) for word in words]
-
-    def unmixed(value: int) -> Tuple[int, int]:
-        odd = value >> 31  # the constant that is mixed in for odd words has the highest bit set
-        return ((value ^ 0x9908B0DF) if odd else value) << 1 & 0xFFFFFFFF, odd
-
-    for i in range(_WORDS - 1, -1, -1):
-        high, _ = unmixed(state[i] ^ state[(i + _SHIFT) % _WORDS])
-        low, odd = unmixed(state[i - 1] ^ state[(i + _SHIFT - 1) % _WORDS])
-        state[i] = high & 0x80000000 | low & 0x7FFFFFFF | odd
-    return np.array(state, dtype=np.uint32)
+def _name_of(module: Any) -> str:
+    """The name of a module, which is the same where it is run as a script."""
+    file = getattr(module, "__file__", None)
+    return os.path.splitext(os.path.basename(file))[0] if file else "__main__"

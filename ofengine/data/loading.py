@@ -7,14 +7,19 @@ that worker prepared before, or whether the pass was begun in the middle.
 
 from __future__ import annotations
 
+import hashlib
 import random
-from typing import Any, Iterable, Iterator, List, Sequence, Tuple
+from collections import deque
+from typing import Any, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import oneflow as flow
-from oneflow.utils.data import DataLoader, IterableDataset
+from oneflow.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ofengine._oneflow.loaders import open_with_indices
+from ofengine._oneflow.loaders import forget_workers, open_with_indices
+from ofengine.data.generator_state import seed_generator
+from ofengine.data.generators import find_generators
+from ofengine.data.sources import is_sequence
 
 
 def derive_seed(*parts: int) -> int:
@@ -30,6 +35,51 @@ def seed_everything(seed: int) -> int:
     return seed
 
 
+class Order:
+    """Which samples the latest batches of a pass are made of, so that they are known again."""
+
+    def __init__(self) -> None:
+        self._given: Deque[Tuple[int, Any]] = deque(maxlen=_MOST_GIVEN)
+        self.note = self._given.append
+        """Takes (index of the batch in the pass, what it is made of)."""
+
+    def digest(self, batch_idx: int) -> Optional[str]:
+        """What tells the samples of the batch at this index of the pass; None where not known."""
+        indices = next((each for number, each in self._given if number == batch_idx), None)
+        if indices is None:
+            return None
+        text = repr(_as_plain(indices[:] if isinstance(indices, list) else indices))
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+_MOST_GIVEN = 1024
+"""More batches than workers load ahead."""
+
+
+def _as_plain(indices: Any) -> Any:
+    if isinstance(indices, (list, tuple)):
+        return [_as_plain(each) for each in indices]
+    return int(indices) if isinstance(indices, np.integer) else indices
+
+
+_generators_of_worker: Dict[int, List[Any]] = {}
+"""In a worker process: the generators that its copy of a dataset holds, found once."""
+
+
+def _seed_worker(parts: Tuple[int, ...]) -> None:
+    """Make all that is drawn for a batch in a worker process a function of ``parts``."""
+    seed_everything(derive_seed(*parts))
+    worker = get_worker_info()
+    if worker is None:
+        return
+    own = _generators_of_worker.get(id(worker.dataset))
+    if own is None:
+        own = [each for _, each in find_generators(None, worker.dataset)]
+        _generators_of_worker[id(worker.dataset)] = own
+    for number, generator in enumerate(own):
+        seed_generator(generator, derive_seed(*parts, number))
+
+
 class _SeededIndices(List[Any]):
     """The indices of one batch; a worker that begins to load them is seeded for this batch."""
 
@@ -38,7 +88,7 @@ class _SeededIndices(List[Any]):
         self.parts = parts
 
     def __iter__(self) -> Iterator[Any]:
-        seed_everything(derive_seed(*self.parts))
+        _seed_worker(self.parts)
         return super().__iter__()
 
     def __reduce__(self) -> Any:
@@ -49,18 +99,21 @@ class _SeededIndices(List[Any]):
 class _Indices:
     """A batch sampler (or sampler) from the ``skipped``-th of its batches on."""
 
-    def __init__(self, sampler: Any, skipped: int, seed: Sequence[int], in_workers: bool) -> None:
+    def __init__(
+        self, sampler: Any, skipped: int, seed: Sequence[int], in_workers: bool, order: Order
+    ) -> None:
         self._sampler = sampler
         self._skipped = skipped
         self._seed = tuple(seed)
         self._in_workers = in_workers
-        self._newest = _IndicesIterator(iter(()), 0)
+        self._order = order
+        self._newest = _IndicesIterator(iter(()), 0, order)
 
     def __iter__(self) -> Iterator[Any]:
         numbered: Iterator[Tuple[int, Any]] = enumerate(self._sampler)
         if self._in_workers:
             numbered = ((n, _SeededIndices(each, (*self._seed, n))) for n, each in numbered)
-        self._newest = _IndicesIterator(numbered, self._skipped)
+        self._newest = _IndicesIterator(numbered, self._skipped, self._order)
         return self._newest
 
     def go_ahead(self) -> None:
@@ -72,21 +125,27 @@ class _Indices:
 
 
 class _IndicesIterator:
-    def __init__(self, numbered: Iterator[Tuple[int, Any]], skipped: int) -> None:
+    def __init__(self, numbered: Iterator[Tuple[int, Any]], skipped: int, order: Order) -> None:
         self._numbered = numbered
         self._to_skip = skipped
+        self._note = order.note
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
-        self.go_ahead()
-        return next(self._numbered)[1]
+        if self._to_skip:
+            self.go_ahead()
+        numbered = next(self._numbered)
+        self._note(numbered)
+        return numbered[1]
 
     def go_ahead(self) -> None:
         while self._to_skip:
             self._to_skip -= 1
-            next(self._numbered, None)
+            numbered = next(self._numbered, None)
+            if numbered is not None:
+                self._note(numbered)
 
 
 def _is_plain(source: Any) -> bool:
@@ -101,24 +160,28 @@ def _is_plain(source: Any) -> bool:
 
 def can_skip(source: Any) -> bool:
     """True where :func:`open_source` can begin behind batches without loading them."""
-    return _is_plain(source) or isinstance(source, (list, tuple))
+    return _is_plain(source) or is_sequence(source)
 
 
-def open_source(source: Any, skipped: int, seed: Sequence[int]) -> Iterator[Any]:
+def open_source(source: Any, skipped: int, seed: Sequence[int], order: Order) -> Iterator[Any]:
     """Begin a pass over ``source`` behind its first ``skipped`` batches.
 
     ``skipped`` is 0 where it cannot be skipped (:func:`can_skip`). ``seed`` is what the
-    randomness in workers becomes a function of, with the batch's number.
+    randomness in workers becomes a function of, with the batch's number. ``order`` takes note of
+    the indices.
     """
-    if isinstance(source, (list, tuple)):
+    if is_sequence(source):
         return iter(source[skipped:] if skipped else source)
-    if not _is_plain(source) or not (skipped or source.num_workers):
+    if not _is_plain(source):
+        if isinstance(source, DataLoader) and source.persistent_workers:
+            # How far workers are with such data is known to them alone.
+            forget_workers(source)
         return iter(source)
     in_workers = source.num_workers > 0
     made: List[_Indices] = []
 
     def wrap(own: Any) -> _Indices:
-        made.append(_Indices(own, skipped, seed, in_workers))
+        made.append(_Indices(own, skipped, seed, in_workers, order))
         return made[0]
 
     opened = open_with_indices(source, wrap)

@@ -59,7 +59,7 @@ class Structure(NamedTuple):
     """How the tensors of a batch are nested; two batches of one structure share a graph."""
 
     kind: Any
-    """A container's type, ``flow.Tensor`` for a leaf, or None for a constant."""
+    """A container's type, ``flow.Tensor`` for a leaf, float or None for a constant."""
     keys: Tuple[Any, ...]
     children: Tuple[Any, ...]
 
@@ -77,6 +77,8 @@ def flatten(batch: Any, tensors: List[Any], what: str = "a batch holds") -> Stru
         return Structure(type(batch), tuple(batch), children)
     if isinstance(batch, (list, tuple)):
         return Structure(type(batch), (), tuple(flatten(value, tensors, what) for value in batch))
+    if type(batch) is float:  # 0.0 == -0.0, but they trace differently
+        return Structure(float, (batch.hex(),), ())
     if batch is None or isinstance(batch, (bool, int, float, str)):
         return Structure(None, (batch, type(batch)), ())  # 1 == True, but they trace differently
     if isinstance(batch, (np.ndarray, np.generic)):
@@ -97,6 +99,8 @@ def unflatten(structure: Structure, tensors: Iterator[Any]) -> Any:
         return next(tensors)
     if kind is None:
         return keys[0]
+    if kind is float:
+        return float.fromhex(keys[0])
     values = [unflatten(child, tensors) for child in children]
     if issubclass(kind, dict):
         filled = kind()

@@ -9,6 +9,9 @@ from typing import Any, Dict, List, Optional
 class Logger:
     """Receives metrics. Subclass it to send them elsewhere."""
 
+    resumed_from: Optional[Path] = None
+    """The checkpoint file that the run goes on from; set before :meth:`load_state_dict`."""
+
     @property
     def log_dir(self) -> Optional[str]:
         """The folder of this run's files, or None where the logger writes none."""
@@ -27,6 +30,20 @@ class Logger:
     def state_dict(self) -> Dict[str, Any]:
         """What a checkpoint keeps of this logger; empty where it keeps nothing."""
         return {}
+
+    @property
+    def state_key(self) -> str:
+        """What tells this logger's state in a checkpoint from those of others: its class.
+
+        Of several loggers with one key, the one with the same arguments gets a state.
+        """
+        return type(self).__qualname__
+
+    def check_state_dict(self, state: Dict[str, Any]) -> None:
+        """Raise where :meth:`load_state_dict` could not take ``state``; change nothing.
+
+        Called before anything of a checkpoint is taken up. Default: content with all.
+        """
 
     def load_state_dict(self, state: Dict[str, Any], continue_files: bool) -> None:
         """Go on from :meth:`state_dict`, where a run is resumed.

@@ -9,12 +9,18 @@ import os
 import re
 import warnings
 from pathlib import Path
-from typing import IO, Any, Dict, Iterable, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
-from ofengine.errors import ConfigurationError, OFEngineWarning
+from ofengine.disk import (
+    give_name,
+    open_regular,
+    remove_leftovers,
+    temporary_file,
+    why_no_path,
+)
+from ofengine.errors import ConfigurationError, OFEngineWarning, warn
+from ofengine.loggers._rows import KEYS, Digest, Kept, Row, digest_if_own, padded
 from ofengine.loggers.base import Logger
-
-_KEYS = ("epoch", "step")
 
 
 class CSVLogger(Logger):
@@ -31,6 +37,10 @@ class CSVLogger(Logger):
 
     Where the file cannot be written during a run, the logger warns once, keeps the rows in
     memory and tries again at the next flush.
+
+    A resumed run goes on in the file that it wrote, wherever its folder is now: beside the
+    checkpoint, or in ``save_dir``. It knows the file by what is in it; any other file stays as it
+    is, and the run begins one in a folder of its own, with a copy of its rows where they are found.
 
     Args:
         save_dir: the folder of all logs.
@@ -62,6 +72,10 @@ class CSVLogger(Logger):
             raise ConfigurationError(
                 f"CSVLogger(version={version!r}): give a number, a folder's name, or None."
             )
+        for argument, value in (("save_dir", save_dir), ("name", name), ("version", version)):
+            problem = why_no_path(str(value))
+            if problem is not None:
+                raise ConfigurationError(f"CSVLogger({argument}=...): the path {problem}.")
         self.save_dir = Path(save_dir)
         self.name = name or ""
         self.version = version
@@ -69,10 +83,11 @@ class CSVLogger(Logger):
         self._folder: Optional[Path] = None
         self._columns: List[str] = []
         self._written_columns = 0
-        self._rows: List[_Row] = []
+        self._rows: List[Row] = []
         self._next_flush = every
         self._warned = False
         self._written_rows = 0
+        self._digest = Digest()
         self._history: Optional[Tuple[Path, int]] = None
         self._resumed = False
         self._untouched = False
@@ -82,12 +97,17 @@ class CSVLogger(Logger):
         if not self._columns:
             return {}
         return {
-            "folder": str(self._claim().absolute()),
+            "folder": self._claim().name,
             "columns": list(self._columns),
             "written_rows": self._written_rows if self._history is None else self._history[1],
+            "digest": self._digest.text,
             "rows": [[row.epoch, row.step, row.values] for row in self._rows],
             "next_flush": self._next_flush,
         }
+
+    def check_state_dict(self, state: Dict[str, Any]) -> None:
+        """Raise :class:`CheckpointError` where ``state`` is none of a CSVLogger."""
+        Kept.of(state)
 
     def load_state_dict(self, state: Dict[str, Any], continue_files: bool) -> None:
         """Go on behind these rows; the file is touched when the first new row is written.
@@ -95,16 +115,61 @@ class CSVLogger(Logger):
         With ``continue_files`` in the same file, from which later rows are taken out, as they
         will come again; else in a new one, which begins with a copy of these rows.
         """
-        folder = Path(state["folder"])
-        same_place = self.version is None or folder == self._own_folder().absolute()
-        if continue_files and same_place and folder.is_dir():
-            self._folder = folder
-            self._resumed = True
-        self._columns = list(state["columns"])
-        self._rows = [_Row(epoch, step, values) for epoch, step, values in state["rows"]]
+        kept = Kept.of(state)
+        source, digest = self._find(kept)
+        if continue_files:
+            folder = source if source is not None else next(self._empty_places(kept), None)
+            self._folder = None if folder is None else self._own_name(folder)
+            self._resumed = self._folder is not None
+        if source is None and kept.written_rows:
+            warn(
+                f"the {kept.written_rows:,} rows that the run had logged before are in no "
+                "metrics.csv beside the checkpoint or in the folders of this CSVLogger: its log "
+                "begins with what comes now."
+            )
+        self._columns = list(kept.columns)
+        self._rows = list(kept.rows)
         self._untouched = True
-        self._next_flush = state["next_flush"]
-        self._history = (folder / "metrics.csv", state["written_rows"])
+        self._next_flush = kept.next_flush
+        self._digest = digest
+        found = source is not None
+        self._history = (
+            (source or Path()) / "metrics.csv", kept.written_rows if found else 0
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------ the run before
+
+    def _find(self, kept: Kept) -> Tuple[Optional[Path], Digest]:
+        """The folder with the rows of the run, and their digest; None where there is none."""
+        for folder, is_beside in self._places(kept):
+            digest = digest_if_own(folder / "metrics.csv", kept, is_beside)
+            if digest is not None:
+                return folder, digest
+        return None, Digest()
+
+    def _places(self, kept: Kept) -> Iterator[Tuple[Path, bool]]:
+        """Where the file may be, and whether that is beside the checkpoint."""
+        if self.resumed_from is not None:
+            for folder in list(self.resumed_from.parents)[:4]:  # "checkpoints", one in it
+                yield folder, True
+        if self.version is not None:
+            yield self._own_folder(), False
+        elif kept.folder:
+            yield self.save_dir / self.name / kept.folder, False
+
+    def _empty_places(self, kept: Kept) -> Iterator[Path]:
+        """Folders of the run, by their place, in which there is no file yet."""
+        for folder, _ in self._places(kept):
+            is_ours = folder.is_dir() and self._own_name(folder) is not None
+            if is_ours and not os.path.lexists(folder / "metrics.csv"):
+                yield folder
+
+    def _own_name(self, folder: Path) -> Optional[Path]:
+        """The name of ``folder`` where it is one that this logger may write to, else None."""
+        own = self.save_dir / self.name
+        if self.version is not None:
+            return self._own_folder() if _is_same(folder, self._own_folder()) else None
+        return own / folder.name if _is_same(folder.parent, own) else None
 
     def run_dirs(self) -> List[Path]:
         """The folders of this and of earlier runs with this ``save_dir`` and ``name``."""
@@ -148,7 +213,7 @@ class CSVLogger(Logger):
             # go back are another fit's.
             self._write()
             self._next_flush = step + self._every
-        self._rows.append(_Row(epoch, step, values))
+        self._rows.append(Row(epoch, step, values))
 
     def save_due(self, step: int) -> None:
         """Write the rows of earlier steps, where they have waited long enough."""
@@ -181,7 +246,7 @@ class CSVLogger(Logger):
                 self._folder = self._next_version()
             else:
                 taken = self._own_folder() / "metrics.csv"
-                if taken.exists() and not self._resumed:
+                if os.path.lexists(taken) and not self._resumed:
                     raise ConfigurationError(
                         f"CSVLogger(version={self.version!r}): {taken} is there already, from "
                         "another run: give another version, or remove it."
@@ -241,71 +306,68 @@ class CSVLogger(Logger):
 
     def _begin_with(self, path: Path, source: Path, most: int) -> None:
         """Let ``path`` hold the first ``most`` rows of ``source``, which may be the same file."""
+        remove_leftovers(path.parent)
         self._written_columns = self._written_rows = 0
-        if most == 0 or not source.exists():
-            if path.exists():
+        if most == 0 or not source.exists():  # somebody took it away since
+            if self._resumed and path.exists():  # its rows were found to be this run's
                 path.unlink()
+            self._digest = Digest()
             return
-        self._rewrite(path, source, most)
+        self._rewrite(path, source, most, replaces=self._resumed)
         self._written_rows = most
 
     def _add_columns(self, path: Path) -> None:
         """Put the new columns into the header and, empty, into the rows that are there."""
-        self._rewrite(path, path if self._written_columns else None, None)
+        is_ours = self._written_columns > 0
+        self._rewrite(path, path if is_ours else None, None, replaces=is_ours)
 
-    def _rewrite(self, path: Path, source: Optional[Path], most: Optional[int]) -> None:
-        """Write the header and the rows of ``source``, at most so many, to ``path``."""
-        header = [*_KEYS, *self._columns]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "w", newline="", encoding="utf-8") as new:
-                rows = csv.writer(new, lineterminator="\n")
-                rows.writerow(header)
-                if source is not None:
-                    with open(source, newline="", encoding="utf-8") as old:
-                        rows.writerows(itertools.islice(_padded(old, len(header)), most))
-                _sync(new)
-            os.replace(temporary, path)
-        except OSError:
-            if temporary.exists():
-                temporary.unlink()
-            raise
+    def _rewrite(
+        self, path: Path, source: Optional[Path], most: Optional[int], replaces: bool
+    ) -> None:
+        """Write the header and the rows of ``source``, at most so many, to ``path``.
+
+        A file that is there is only replaced where ``replaces`` says that it is this run's.
+        """
+        header = [*KEYS, *self._columns]
+        with temporary_file(path.parent) as (file, temporary):
+            text = io.TextIOWrapper(file, "utf-8", newline="", write_through=True)
+            rows = csv.writer(text, lineterminator="\n")
+            rows.writerow(header)
+            if source is not None:
+                with open_regular(source) as old:
+                    before = io.TextIOWrapper(old, "utf-8", newline="")
+                    rows.writerows(itertools.islice(padded(before, len(header)), most))
+            text.flush()
+            os.fsync(file.fileno())
+            if replaces:
+                os.replace(temporary, path)
+            else:
+                give_name(temporary, path)
         self._written_columns = len(self._columns)
 
     def _append(self, path: Path, end: int) -> None:
         """Write the rows behind the first ``end`` bytes, which are all."""
+        cells = [row.cells(self._columns) for row in self._rows]
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(
-            [row.epoch, row.step, *(row.values.get(name, "") for name in self._columns)]
-            for row in self._rows
-        )
+        csv.writer(text, lineterminator="\n").writerows(cells)
         left = memoryview(text.getvalue().encode())
-        with open(path, "ab", buffering=0) as file:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(path, flags), "ab", buffering=0) as file:
             try:
                 while left:
                     left = left[file.write(left) :]
             except OSError:
-                os.truncate(path, end)  # no half row: all of them come again at the next flush
+                os.ftruncate(file.fileno(), end)  # no half row: all come again at the next flush
                 raise
+        for row in cells:
+            self._digest.add(row)
         self._written_rows += len(self._rows)
         self._rows.clear()
 
 
-class _Row:
-    """A row that is not in the file yet."""
-
-    __slots__ = ("epoch", "step", "values")
-
-    def __init__(self, epoch: int, step: int, values: Dict[str, float]) -> None:
-        self.epoch = epoch
-        self.step = step
-        self.values = values
-
-
 def _size(path: Path) -> Optional[int]:
     try:
-        return os.stat(path).st_size
+        return os.lstat(path).st_size
     except FileNotFoundError:
         return None
 
@@ -319,14 +381,9 @@ def _number(name: str, value: Any) -> float:
         ) from None
 
 
-def _padded(file: Iterable[str], columns: int) -> Iterable[List[str]]:
-    """The rows below the header of ``file``, filled up with empty cells to ``columns``."""
-    rows = iter(csv.reader(file))
-    next(rows, None)
-    return ([*row, *[""] * (columns - len(row))][:columns] for row in rows)
-
-
-def _sync(file: IO[Any]) -> None:
-    """Have the file's content on the disk before it is given its name."""
-    file.flush()
-    os.fsync(file.fileno())
+def _is_same(folder: Path, other: Path) -> bool:
+    """True where both are one folder, whatever the way to it."""
+    try:
+        return folder.samefile(other)
+    except OSError:
+        return False

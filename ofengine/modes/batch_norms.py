@@ -4,40 +4,97 @@ from __future__ import annotations
 
 import contextlib
 import types
-from typing import Any, Dict, Iterator
+from typing import Any, Dict, Iterator, List
 
+import attrs
+import oneflow as flow
 from oneflow import nn
 
-from ofengine._oneflow.tracing import module_of
+from ofengine._oneflow.tracing import module_of, outside_the_trace
 
 _UNCOUNTED = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 """They have the counter of batch norm, and leave it alone."""
+_RUNNING = ("running_mean", "running_var")
 
 
-@contextlib.contextmanager
-def counted_batch_norms(task: nn.Module, calls: Dict[Any, int]) -> Iterator[None]:
-    """While tracing, count the calls of each batch norm that counts its batches.
+@attrs.frozen
+class _Again:
+    """A further call of one layer: what it adds to the running statistics, kept apart.
+
+    A compiled graph may write each of them once. So a further call starts from 0 in tensors of
+    its own, and what is there after a run is added as the call itself would: r * (1 - m) + added.
+    """
+
+    layer: Any
+    added: Dict[str, Any]
+
+    def take_over(self) -> None:
+        with flow.no_grad():
+            for name, added in self.added.items():
+                getattr(self.layer, name).mul_(1.0 - self.layer.momentum).add_(added)
+                added.zero_()
+
+
+class BatchNorms:
+    """The calls of batch norms in one compiled step.
 
     A compiled batch norm updates its running statistics but not ``num_batches_tracked``: the calls
     are added up after the steps.
     """
-    layers = [
-        module
-        for module in task.modules()
-        if getattr(module, "num_batches_tracked", None) is not None
-        and not isinstance(module, _UNCOUNTED)
-    ]
 
-    def handle(layer: Any, x: Any, *addend: Any) -> Any:
-        origin = module_of(layer)
-        if layer.training:  # a step may have called eval() of it
-            calls[origin] = calls.get(origin, 0) + 1
-        return type(origin).forward(layer, x, *addend)
+    def __init__(self) -> None:
+        self._calls: Dict[Any, int] = {}
+        self._again: List[_Again] = []
+        self._runs = 0
 
-    for layer in layers:
-        layer.forward = types.MethodType(handle, layer)
-    try:
-        yield
-    finally:
+    @property
+    def scratch(self) -> List[Any]:
+        """Tensors that the graph writes besides its buffers."""
+        return [tensor for each in self._again for tensor in each.added.values()]
+
+    def after_run(self) -> None:
+        """The step has run once."""
+        self._runs += 1
+        for each in self._again:
+            each.take_over()
+
+    def settle(self) -> None:
+        """Bring ``num_batches_tracked`` up to date."""
+        for layer, calls in self._calls.items():
+            layer.num_batches_tracked.add_(calls * self._runs)
+        self._runs = 0
+
+    @contextlib.contextmanager
+    def counting(self, task: nn.Module) -> Iterator[None]:
+        """While tracing, note the calls of each batch norm that counts its batches."""
+        layers = [
+            module
+            for module in task.modules()
+            if getattr(module, "num_batches_tracked", None) is not None
+            and not isinstance(module, _UNCOUNTED)
+        ]
+
+        def handle(layer: Any, x: Any, *addend: Any) -> Any:
+            origin = module_of(layer)
+            if not layer.training:  # a step may have called eval() of it
+                return type(origin).forward(layer, x, *addend)
+            calls = self._calls[origin] = self._calls.get(origin, 0) + 1
+            if calls == 1:
+                return type(origin).forward(layer, x, *addend)
+            with outside_the_trace():
+                added = {name: flow.zeros_like(getattr(origin, name)) for name in _RUNNING}
+            self._again.append(_Again(origin, added))
+            vars(layer).update(added)  # found before the layer's own
+            try:
+                return type(origin).forward(layer, x, *addend)
+            finally:
+                for name in added:
+                    del vars(layer)[name]
+
         for layer in layers:
-            del layer.forward
+            layer.forward = types.MethodType(handle, layer)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward

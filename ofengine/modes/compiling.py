@@ -6,12 +6,21 @@ import contextlib
 import gc
 import io
 import sys
-from typing import Iterator
+from typing import Any, Callable, Iterator, Sequence
 
+import oneflow as flow
 from oneflow import nn
 
-from ofengine._oneflow.tracing import has_forward_hooks
-from ofengine.errors import GraphModeError
+from ofengine._oneflow import graphs
+from ofengine._oneflow.lazy_names import forget_lazy_names
+from ofengine._oneflow.shapes import checking_shapes
+from ofengine._oneflow.tracing import checkpointing_nothing, has_forward_hooks
+from ofengine.errors import ConfigurationError, GraphModeError, OFEngineError
+from ofengine.modes.draws import DrawsMet
+from ofengine.modes.explain import explain
+from ofengine.modes.guards import Guards
+from ofengine.modes.labels import noting_labels
+from ofengine.modes.leftovers import nothing_left_behind
 from ofengine.task import TaskModule
 
 
@@ -30,6 +39,19 @@ def refuse_what_graphs_ignore(task: TaskModule) -> None:
                 f"{where} has max_norm={module.max_norm}, to which OneFlow does not keep in a "
                 'static graph: leave it out, or use mode="eager".'
             )
+
+
+def check_inputs(inputs: Any, what: str) -> None:
+    """Raise where a tensor is empty: OneFlow's compiler ends the process over it."""
+    if isinstance(inputs, (list, tuple)):
+        for each in inputs:
+            check_inputs(each, what)
+    elif isinstance(inputs, flow.Tensor) and inputs.numel() == 0:
+        raise GraphModeError(
+            f"the batch of {what} holds an empty tensor, of shape {tuple(inputs.shape)}, which a "
+            'static graph cannot take: leave it out of the batch, or use mode="eager" (for '
+            'evaluation eval_mode="eager").'
+        )
 
 
 @contextlib.contextmanager
@@ -62,3 +84,42 @@ def compile_quietly() -> Iterator[None]:
     finally:
         sys.stderr = stderr
         stderr.write(held.getvalue().replace(text, "") if text else held.getvalue())
+
+
+def trace(
+    task: TaskModule,
+    guards: Guards,
+    graph: nn.Graph,
+    run: Callable[[nn.Graph, Sequence[Any]], None],
+    inputs: Sequence[Any],
+    what: str,
+) -> None:
+    """Let ``run`` trace ``graph``, called ``what`` in errors; ``guards`` note what it reads."""
+    graphs.mute(graph)
+    _forget_gradients(task)
+    forget_lazy_names()
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(nothing_left_behind(task, what))
+            stack.enter_context(noting_labels(task, graph, inputs))
+            for each in (compile_quietly, no_garbage_collected, checking_shapes):
+                stack.enter_context(each())
+            stack.enter_context(checkpointing_nothing())
+            stack.enter_context(guards.reading())
+            run(graph, inputs)
+    except DrawsMet:
+        raise
+    except OFEngineError as error:
+        if isinstance(error, ConfigurationError):
+            raise
+        raise explain(error, what, getattr(graph, "index", None)) from None
+    except Exception as error:
+        raise explain(error, what, getattr(graph, "index", None)) from error
+    finally:
+        _forget_gradients(task)
+
+
+def _forget_gradients(task: TaskModule) -> None:
+    """Drop the lazy gradients of the last trace, over which no graph can be compiled."""
+    for parameter in task.parameters():
+        parameter.grad = None

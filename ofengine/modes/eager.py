@@ -8,9 +8,17 @@ import oneflow as flow
 from oneflow import Tensor, nn
 
 from ofengine._oneflow import optimizer_state
+from ofengine._oneflow.bias_correction import STEPPING, let_optimizers_ask
 from ofengine._oneflow.operators import backward_of
+from ofengine._oneflow.optimizer_copies import replace_state
 from ofengine.errors import ConfigurationError
-from ofengine.modes.steps import clip, clip_in_groups, split_outputs, step_arity
+from ofengine.modes.steps import (
+    clip,
+    clips_in_groups,
+    drop_gradients_of_frozen,
+    split_outputs,
+    step_arity,
+)
 from ofengine.run.mode import HookCalls, ParameterStates
 from ofengine.run.state import Run
 from ofengine.task import TaskModule
@@ -34,8 +42,8 @@ class EagerMode:
         self._optimizer = optimizer = self._run.made.optimizer
         self._takes_both = step_arity(self._task, "training_step", 2) == 2
         optimizer.zero_grad(set_to_none=True)  # what a run that was cut off left behind
+        let_optimizers_ask()
         self._clips = self._run.settings.gradient_clip_val is not None
-        self._clips_groups = any("clip_grad_max_norm" in g for g in optimizer.param_groups)
 
     def train_step(self, batch: Any, batch_idx: int, window: int, closes: bool) -> Dict[str, Any]:
         """See :class:`~ofengine.run.mode.Mode`."""
@@ -51,13 +59,17 @@ class EagerMode:
             call()
         if closes:
             optimizer = self._optimizer
+            if window > 1:
+                drop_gradients_of_frozen(optimizer)
             for call in self._before_update:
                 call(optimizer)
-            if self._clips:
+            if self._clips or clips_in_groups(optimizer):
                 clip(self._run)
-            if self._clips_groups:
-                clip_in_groups(optimizer)
-            optimizer.step()
+            STEPPING.on = True  # Adam and its like correct their bias as graphs do
+            try:
+                optimizer.step()
+            finally:
+                STEPPING.on = False
             for call in self._before_zero_grad:
                 call(optimizer)
             optimizer.zero_grad(set_to_none=True)
@@ -80,7 +92,7 @@ class EagerMode:
     def load_optimizer_state(self, steps: int, states: ParameterStates) -> None:
         """See :class:`~ofengine.run.mode.Mode`."""
         parameters = dict(self._task.named_parameters())
-        optimizer_state.load_optimizer_state(self._run.made.optimizer, parameters, steps, states)
+        replace_state(self._run.made.optimizer, parameters, steps, states)
 
     def gradients(self) -> Dict[str, Any]:
         """See :class:`~ofengine.run.mode.Mode`."""

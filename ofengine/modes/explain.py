@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import linecache
-import os
 import re
-import sys
 import traceback
-from types import FrameType, TracebackType
-from typing import Iterator, Optional, Tuple
+from typing import Any, Optional
 
-from ofengine.errors import GraphModeError
+from ofengine._oneflow.tracing import module_of
+from ofengine.errors import DataError, GraphModeError, OFEngineError
+from ofengine.lines import user_frame, user_line
 from ofengine.tracing import TracedIndex, would_freeze
-
-_ENGINE_DIR = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # What the text of an exception tells about the step it comes from.
 _READS_VALUES = {
@@ -31,9 +29,12 @@ _OTHERWISE_WRONG = {
 }
 
 
-def explain(error: BaseException, step: str, index: Optional[TracedIndex] = None) -> GraphModeError:
+def explain(error: BaseException, step: str, index: Optional[TracedIndex] = None) -> OFEngineError:
     """One sentence for an error raised while ``step`` was traced, with the user's own line."""
-    line = _user_line(error.__traceback__)
+    if isinstance(error, DataError):
+        return error  # of the batch, and not of the trace
+    error = error_in_property(error) or error
+    line = user_line(error.__traceback__)
     at = f" at {line}" if line else ""
     if index is not None and (index.used or _uses_index(error)):
         error = would_freeze("batch_idx")
@@ -56,11 +57,33 @@ def explain(error: BaseException, step: str, index: Optional[TracedIndex] = None
     )
 
 
+def error_in_property(error: BaseException) -> Optional[AttributeError]:
+    """What went wrong in a module's property, where ``error`` says that there is no such attribute.
+
+    Where a property raises an AttributeError, Python asks ``__getattr__`` for it instead, which
+    knows nothing of it.
+    """
+    if not isinstance(error, AttributeError):
+        return None
+    asked = [f.f_locals for f, _ in traceback.walk_tb(error.__traceback__)
+             if f.f_code.co_name == "__getattr__"]  # fmt: skip
+    for values in reversed(asked):
+        module: Any = module_of(values.get("self"))
+        name = values.get("name")
+        own = inspect.getattr_static(type(module), name, None) if isinstance(name, str) else None
+        if isinstance(own, property):
+            try:
+                own.__get__(module, type(module))
+            except AttributeError as within:
+                return error_in_property(within) or within
+    return None
+
+
 def _uses_index(error: BaseException) -> bool:
     """True where OneFlow refused an argument in a line of the user's that names the index."""
     if not isinstance(error, (TypeError, RuntimeError, IndexError, ValueError)):
         return False
-    frame, number = _user_frame(error.__traceback__)
+    frame, number = user_frame(error.__traceback__)
     if frame is None:
         return False
     line = linecache.getline(frame.f_code.co_filename, number)
@@ -72,32 +95,3 @@ def _uses_index(error: BaseException) -> bool:
 def _way_out(step: str) -> str:
     argument = "eval_mode" if step in ("validation_step", "test_step", "predict_step") else "mode"
     return f'Trainer({argument}="eager")'
-
-
-def _user_frame(trace: Optional[TracebackType]) -> Tuple[Optional[FrameType], int]:
-    """The innermost frame that is the user's own, and its line."""
-    found: Tuple[Optional[FrameType], int] = (None, 0)
-    prefixes = tuple(_foreign_prefixes())
-    for frame, number in traceback.walk_tb(trace):
-        if not frame.f_code.co_filename.startswith(prefixes):
-            found = (frame, number)
-    return found
-
-
-def _user_line(trace: Optional[TracebackType]) -> str:
-    """``file:line: code`` of the innermost frame that is the user's own, or ""."""
-    frame, number = _user_frame(trace)
-    if frame is None:
-        return ""
-    path = frame.f_code.co_filename
-    return f"{path}:{number}: `{linecache.getline(path, number).strip()}`"
-
-
-def _foreign_prefixes() -> Iterator[str]:
-    yield _ENGINE_DIR + os.sep
-    yield "<frozen"
-    for name in ("oneflow", "flowvision", "numpy"):
-        module = sys.modules.get(name)
-        if module is not None and module.__file__:
-            yield os.path.dirname(module.__file__) + os.sep
-    yield os.path.dirname(os.__file__) + os.sep

@@ -10,32 +10,27 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import Any, Callable, Dict, Hashable, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-import attrs
 import oneflow as flow
 from oneflow import nn
 
-from ofengine._oneflow import graphs, optimizer_state
+from ofengine._oneflow import graphs
 from ofengine._oneflow.launch_race import mend_or_tell
 from ofengine._oneflow.operators import random_operations
 from ofengine._oneflow.session import start_session
 from ofengine.data.structure import Structure, flatten, unflatten
-from ofengine.errors import ConfigurationError, GraphModeError, OFEngineError, warn
-from ofengine.modes.batch_norms import counted_batch_norms
+from ofengine.errors import ConfigurationError, GraphModeError, warn
+from ofengine.modes.compiled import Changes, Compilations, Compiled
 from ofengine.modes.compiling import (
-    compile_quietly,
-    no_garbage_collected,
+    check_inputs,
     refuse_what_graphs_ignore,
+    trace,
 )
-from ofengine.modes.draws import (
-    Draws,
-    DrawsMet,
-    active_dropouts,
-    warn_of_unfed,
-)
-from ofengine.modes.explain import explain
+from ofengine.modes.draws import Draws, DrawsMet, active_dropouts, warn_of_unfed
+from ofengine.modes.guards import Guards
 from ofengine.modes.own_graphs import check_own_graph, has_own_graph, loss_of
+from ofengine.modes.shared_state import SharedState
 from ofengine.modes.step_graphs import (
     ApplyGraph,
     EvalGraph,
@@ -44,6 +39,7 @@ from ofengine.modes.step_graphs import (
     StepGraph,
     TrainGraph,
 )
+from ofengine.modes.steps import refuse_own_update, trained_parameters
 from ofengine.run.mode import HookCalls, ParameterStates
 from ofengine.run.state import Run
 from ofengine.task import TaskModule
@@ -56,18 +52,6 @@ _TABLE_STEPS = 10_000
 """How many steps of rates are compiled in at first where the run's length is not known."""
 
 
-@attrs.define
-class _Compiled:
-    """A graph, with what its calls need."""
-
-    graph: Any
-    draws: Draws
-    batch_norms: Dict[Any, int] = attrs.Factory(dict)
-    """How often one run calls each batch norm."""
-    runs: int = 0
-    """Runs since ``num_batches_tracked`` was brought up to date."""
-
-
 class GraphMode:
     """Runs the steps of one task as static graphs. See :class:`ofengine.run.mode.Mode`."""
 
@@ -78,12 +62,11 @@ class GraphMode:
         self.task = task
         self._before_compile = calls["on_before_graph_compile"]
         self._accumulates = run.settings.accumulate_grad_batches > 1
-        self._steps: Dict[Hashable, _Compiled] = {}
-        self._applies: Dict[Tuple[int, ...], _Compiled] = {}
-        self._evals: Dict[Hashable, _Compiled] = {}
-        self._states: Dict[str, Any] = {}
-        self._parameter_of: Dict[str, str] = {}
-        self._resumed: Optional[Tuple[int, ParameterStates]] = None
+        self._steps, self._applies, self._evals = Compilations(), Compilations(), Compilations()
+        self._guards, self._changes = Guards(), Changes()
+        self._barrier = self._guards.barrier
+        self._barrier.turn_on()
+        self._state = SharedState(run, task)
         self._structure: Structure = flatten(None, [])
         self._gradients: Dict[int, Any] = {}
         self._window_scales: Dict[int, Any] = {}
@@ -96,25 +79,39 @@ class GraphMode:
 
     def start(self) -> None:
         """See :class:`~ofengine.run.mode.Mode`."""
+        refuse_own_update(self._run.made.optimizer)
 
     def train_step(self, batch: Any, batch_idx: int, window: int, closes: bool) -> Dict[str, Any]:
         """See :class:`~ofengine.run.mode.Mode`."""
-        until = self._rates_until
-        if until is not None and self._run.progress.global_step >= until:
-            self.rebuild("the rates compiled in are used up")
+        if self._barrier.hit:
+            self._look_again()
         tensors: List[Any] = []
         structure = flatten(batch, tensors)
+        tensors = graphs.contiguous(tensors)
         key = (structure, *[(tensor.shape, tensor.dtype) for tensor in tensors])
-        compiled = self._steps.get(key)
+        compiled = self._steps.active.get(key)
+        if compiled is None or (compiled.looks and compiled.watch.may_differ()):
+            compiled = self._steps.find(key)
+        until = None if compiled is None else compiled.rates_until
+        if until is not None and self._run.progress.global_step >= until:
+            self.rebuild("the rates compiled in are used up")
+            compiled = None
         if compiled is None:
-            compiled = self._steps[key] = self._compile_step(structure, tensors)
+            compiled = self._compile_step(structure, tensors)
+            self._tell_change(self._steps.add(key, compiled))
             if len(self._steps) == _MANY_GRAPHS:
                 warn(
                     f"{_MANY_GRAPHS} graphs were compiled for training so far, one for each shape "
                     "of batch and each constant in it (a number or text): each takes seconds and "
                     "memory. Pad the batches to few shapes, and keep constants out of them."
                 )
-        compiled.runs += 1
+        outputs = self._run_step(compiled, tensors, window, closes)
+        compiled.batch_norms.after_run()
+        return outputs
+
+    def _run_step(
+        self, compiled: Compiled, tensors: List[Any], window: int, closes: bool
+    ) -> Dict[str, Any]:
         graph = compiled.graph
         if self._accumulates:
             return self._accumulate(compiled, tensors, window, closes)
@@ -130,7 +127,7 @@ class GraphMode:
         return {"loss": loss.reshape(()) if loss.ndim else loss}
 
     def _accumulate(
-        self, compiled: _Compiled, tensors: List[Any], window: int, closes: bool
+        self, compiled: Compiled, tensors: List[Any], window: int, closes: bool
     ) -> Dict[str, Any]:
         graph = compiled.graph
         inputs = [*tensors, *compiled.draws.draw(), self._window_scale(window)]
@@ -141,11 +138,13 @@ class GraphMode:
             total[index] = total[index] + gradient if index in total else gradient
         if closes:
             having = tuple(sorted(total))
-            apply = self._applies.get(having)
+            apply = self._applies.active.get(having) or self._applies.find(having)
             gradients = [total[index] for index in having]
             if apply is None:
-                apply = self._applies[having] = _Compiled(ApplyGraph(self._run, having), Draws())
-                self._compile(apply.graph, [gradients], "the optimizer step", updates=True)
+                apply = Compiled(ApplyGraph(self._run, having), Draws())
+                self._compile(apply, [gradients], "the optimizer step", updates=True)
+                self._watch(apply, updates=True)
+                self._tell_change(self._applies.add(having, apply))
             graphs.run_compiled(apply.graph, gradients)
             self._gradients = {}
         return {**(self._take_outputs(graph, outputs[stop:]) or {}), "loss": outputs[0]}
@@ -170,10 +169,8 @@ class GraphMode:
 
     def settle(self) -> None:
         """Count the batches of batch norms, which compiled steps leave out."""
-        for compiled in self._steps.values():
-            for layer, calls in compiled.batch_norms.items():
-                layer.num_batches_tracked.add_(calls * compiled.runs)
-            compiled.runs = 0
+        for compiled in self._steps:
+            compiled.batch_norms.settle()
 
     def default_train_graph(self) -> nn.Graph:
         """See :class:`~ofengine.run.mode.Mode`."""
@@ -183,15 +180,17 @@ class GraphMode:
         """See :class:`~ofengine.run.mode.Mode`."""
         start, total = self._run.progress.global_step, self._run.total_steps
         stop = start + max(_TABLE_STEPS, start) if total is None else max(total, start + 1)
-        self._rates_until = self._run.rates.lower_into(graph, start, stop)
+        before = self._state.read()[0] - start  # steps of an earlier fit with this optimizer
+        self._rates_until = self._run.rates.lower_into(graph, start, stop, before)
 
-    def _compile_step(self, structure: Structure, tensors: List[Any]) -> _Compiled:
+    def _compile_step(self, structure: Structure, tensors: List[Any]) -> Compiled:
         refuse_what_graphs_ignore(self.task)
+        self.settle()  # an older graph for these shapes may be let go
         draws = Draws()
         if not has_own_graph(self.task) and (self._draws or active_dropouts(self.task)):
             try:
                 probe = ProbeGraph(self.task, "training_step", structure, ())
-                self._trace(probe, graphs.trace_only, [tensors], "training_step")
+                trace(self.task, self._guards, probe, graphs.trace_only, [tensors], "training_step")
             except DrawsMet as met:
                 draws = Draws(met.calls)
         try:
@@ -202,8 +201,8 @@ class GraphMode:
 
     def _compile_step_with(
         self, draws: Draws, structure: Structure, tensors: List[Any]
-    ) -> _Compiled:
-        compiled = _Compiled(None, draws)
+    ) -> Compiled:
+        compiled = Compiled(None, draws)
         inputs: List[Any] = [tensors, draws.placeholders()]
         what, updates = "training_step", True
         if self._accumulates:
@@ -214,29 +213,23 @@ class GraphMode:
             self._structure = structure
             graph = self.task.build_graph()
             if not isinstance(graph, TrainGraph):
-                check_own_graph(graph, self._run, [c.graph for c in self._steps.values()])
+                check_own_graph(graph, self._run, [c.graph for c in self._steps])
                 inputs, what = tensors, f"{type(graph).__name__}.build"
         compiled.graph = graph
-        with counted_batch_norms(self.task, compiled.batch_norms):
-            self._compile(graph, inputs, what, updates)
+        with compiled.batch_norms.counting(self.task):
+            self._compile(compiled, inputs, what, updates)
+        self._watch(compiled, updates)
         return compiled
 
     # ------------------------------------------------------------------ checkpoints
 
     def optimizer_state(self) -> Tuple[int, ParameterStates]:
         """See :class:`~ofengine.run.mode.Mode`."""
-        if not self._states:  # nothing was compiled yet
-            return self._resumed or (0, {})
-        states: ParameterStates = {}
-        for name, tensor in self._states.items():
-            parameter, key = optimizer_state.split_graph_state(name)
-            if parameter in self._parameter_of:
-                states.setdefault(self._parameter_of[parameter], {})[key] = tensor
-        return int(self._states[optimizer_state.TRAIN_STEP].item()), states
+        return self._state.read()
 
     def load_optimizer_state(self, steps: int, states: ParameterStates) -> None:
         """See :class:`~ofengine.run.mode.Mode`."""
-        self._resumed = (steps, states)
+        self._state.load(steps, states)
 
     def gradients(self) -> Dict[str, Any]:
         """See :class:`~ofengine.run.mode.Mode`."""
@@ -246,62 +239,97 @@ class GraphMode:
 
     def load_gradients(self, gradients: Dict[str, Any]) -> None:
         """See :class:`~ofengine.run.mode.Mode`."""
-        index_of = {id(p): index for index, p in enumerate(self._run.parameters)}
-        parameters = dict(self.task.named_parameters())
-        self._gradients = {index_of[id(parameters[n])]: g for n, g in gradients.items()}
-
-    def _take_resumed_state(self, graph: nn.Graph) -> None:
-        """Let the first graph that updates begin with the state of a checkpoint."""
-        if self._resumed is None:
-            return
-        steps, states = self._resumed
-        self._resumed = None
-        in_graph = {name: key for key, name in self._parameter_of.items()}
-        for name, kept in states.items():
-            for key, tensor in kept.items():
-                if name in in_graph:
-                    self._states[optimizer_state.graph_state_name(in_graph[name], key)] = tensor
-        device = self._run.settings.device
-        self._states[optimizer_state.TRAIN_STEP] = flow.tensor([steps], dtype=flow.int64).to(device)
+        names = {id(p): name for name, p in self.task.named_parameters()}
+        trained = enumerate(names.get(id(p), "") for p in self._run.parameters)
+        self._gradients = {i: gradients[name] for i, name in trained if name in gradients}
 
     # ------------------------------------------------------------------ evaluation
 
     def eval_step(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
         """See :class:`~ofengine.run.mode.Mode`."""
+        if self._barrier.hit:
+            self._look_again()
         tensors: List[Any] = []
         structure = flatten(batch, tensors)
+        tensors = graphs.contiguous(tensors)
         key = (step, dataloader_idx, structure, *[(t.shape, t.dtype) for t in tensors])
-        compiled = self._evals.get(key)
+        compiled = self._evals.active.get(key)
+        if compiled is None or (compiled.looks and compiled.watch.may_differ()):
+            compiled = self._evals.find(key)
         if compiled is None:
             refuse_what_graphs_ignore(self.task)
             graph = EvalGraph(self.task, step, structure, (dataloader_idx,))
-            compiled = self._evals[key] = self._compile_eval(graph, tensors, Draws())
+            compiled = self._compile_eval(graph, tensors, Draws())
+            self._tell_change(self._evals.add(key, compiled))
         graph = compiled.graph
         outputs = graphs.run_compiled(graph, [*tensors, *compiled.draws.draw()])
         return self._take_outputs(graph, outputs)
 
-    def _compile_eval(self, graph: EvalGraph, tensors: List[Any], draws: Draws) -> _Compiled:
+    def _compile_eval(self, graph: EvalGraph, tensors: List[Any], draws: Draws) -> Compiled:
         inputs = [tensors, draws.placeholders()]
+        compiled = Compiled(graph, draws)
         try:
-            self._compile(graph, inputs, graph.step, updates=False)
+            self._compile(compiled, inputs, graph.step, updates=False)
         except DrawsMet as met:
             again = EvalGraph(self.task, graph.step, graph.structure, graph.extra)
             return self._compile_eval(again, tensors, Draws(met.calls))
-        return _Compiled(graph, draws)
+        self._watch(compiled, updates=False)
+        return compiled
+
+    # ------------------------------------------------------------------ guards
+
+    def _watch(self, compiled: Compiled, updates: bool) -> None:
+        """Watch what the trace of ``compiled`` read."""
+        groups = self._run.made.optimizer.param_groups if updates else ()
+        compiled.watch = self._guards.watch(self.task, groups)
+        compiled.looks = compiled.watch.looks
+        graphs.depend_on(
+            compiled.graph, [*compiled.watch.tensors(self.task), *compiled.batch_norms.scratch]
+        )
+
+    def _look_again(self) -> None:
+        """Something was written that a trace may have read: see which graphs still stand."""
+        places, tensors = self._barrier.take()
+        if tensors:
+            own = [*self.task.named_parameters(), *self.task.named_buffers()]
+            replaced = [name for name, each in own if tensors.get(id(each)) == "data"]
+            if replaced:
+                kept = self.gradients()
+                self.load_gradients({n: g for n, g in kept.items() if n not in replaced})
+                self._evals.clear()
+                self.rebuild(f"{replaced[0]}.data is another tensor")
+                self._changes.note(f"self.{replaced[0]}.data")
+            training = trained_parameters(self._run) if self._run.optimization else []
+            if [*map(id, training)] != [*map(id, self._run.parameters)]:
+                gradients = self.gradients()
+                self._run.parameters = training
+                self.load_gradients(gradients)
+                self.rebuild("other parameters train from here on")
+        for kind in (self._steps, self._applies, self._evals):
+            kind.look_again(places)
+
+    def _tell_change(self, name: Optional[str]) -> None:
+        if name is not None:
+            log.info(
+                "step %d: compiled again: %s is another.", self._run.progress.global_step, name
+            )
+            self._changes.note(name)
 
     # ------------------------------------------------------------------ compiling
 
     def rebuild(self, reason: str) -> None:
         """Compile the training graphs anew at the next step, over the same optimizer state."""
-        if not self._steps and not self._applies:
+        if not len(self._steps) and not len(self._applies):
             return
         log.info("step %d: compiling again: %s", self._run.progress.global_step, reason)
         self.settle()
         self._steps.clear()
         self._applies.clear()
 
-    def _compile(self, graph: nn.Graph, inputs: Sequence[Any], what: str, updates: bool) -> None:
-        """Compile ``graph`` for ``inputs``; where it ``updates``, over the shared state."""
+    def _compile(self, compiled: Compiled, inputs: Sequence[Any], what: str, updates: bool) -> None:
+        """Compile a graph for ``inputs``; where it ``updates``, over the shared state."""
+        graph = compiled.graph
+        check_inputs(inputs, what)
         if graphs.graphs_compiled() >= graphs.MOST_GRAPHS:
             raise GraphModeError(
                 f"this process has compiled {graphs.graphs_compiled():,} graphs, and OneFlow "
@@ -325,51 +353,22 @@ class GraphMode:
         if updates:
             for call in self._before_compile:
                 call(graph)
-            names = {id(p): name for name, p in self.task.named_parameters()}
-            for key, parameter in graphs.parameter_names(graph).items():
-                if id(parameter) in names:
-                    self._parameter_of[key] = names[id(parameter)]
-            self._take_resumed_state(graph)
-            if self._states:
-                graphs.share_optimizer_states(graph, self._states)
+            self._state.share_with(graph)
         compiling = partial(graphs.trace_and_compile, as_eager=is_ours)
-        self._trace(graph, compiling, inputs, what)
+        self._rates_until = None
+        trace(self.task, self._guards, graph, compiling, inputs, what)
+        compiled.rates_until = self._rates_until
         own = "where that matters, leave build_graph() as it is"
         mend = "call flow.rand and its like by these names, or draw in the dataset"
         warn_of_unfed(what, random_operations(graph), mend if is_ours else own)
         if updates:
-            # Kept where a graph has them no more: what is frozen now may train again later.
-            self._states.update(graphs.optimizer_states(graph))
-
-    def _trace(
-        self, graph: nn.Graph, run: Callable[..., None], inputs: Sequence[Any], what: str
-    ) -> None:
-        graphs.mute(graph)
-        self._forget_gradients()
-        try:
-            with compile_quietly(), no_garbage_collected():
-                run(graph, inputs)
-        except DrawsMet:
-            raise
-        except OFEngineError as error:
-            if isinstance(error, ConfigurationError):
-                raise
-            raise explain(error, what, getattr(graph, "index", None)) from None
-        except Exception as error:
-            raise explain(error, what, getattr(graph, "index", None)) from error
-        finally:
-            self._forget_gradients()
-
-    def _forget_gradients(self) -> None:
-        """Drop the lazy gradients of the last trace, over which no graph can be compiled."""
-        for parameter in self.task.parameters():
-            parameter.grad = None
+            self._state.take_from(graph)
 
     def close(self) -> None:
         """Let the graphs go, but not the optimizer's state: it may be saved yet."""
         self.settle()
-        self._resumed = self.optimizer_state()
+        self._state.detach()
         self._steps.clear()
         self._applies.clear()
         self._evals.clear()
-        self._states.clear()
+        self._barrier.turn_off()

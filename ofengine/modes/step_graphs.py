@@ -152,7 +152,8 @@ class EvalGraph(StepGraph):
         with flow.no_grad():
             outputs, logged = self.call_step(tensors, drawn)
             # A graph must put out something, even where the step neither logs nor returns.
-            return self.put_out(outputs, logged, []) or [identity(tensors[0])]
+            filler = identity(tensors[0]) if tensors else flow.zeros(1)
+            return self.put_out(outputs, logged, []) or [filler]
 
 
 class ProbeGraph(StepGraph):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Dict, Iterable, Tuple
+import math
+from typing import Any, Dict, Iterable, List, Tuple
 
 import oneflow as flow
 from oneflow import nn
+from oneflow.optim import Optimizer
 
+from ofengine._oneflow.optimizer_state import update_no_graph_makes
 from ofengine.data.structure import describe_returned
-from ofengine.errors import ConfigurationError
+from ofengine.errors import ConfigurationError, GraphModeError
 from ofengine.run.state import Run
 
 
@@ -61,39 +64,97 @@ def split_outputs(outputs: Any, task_name: str) -> Tuple[Any, Dict[str, Any]]:
     return (loss.reshape(()) if loss.dim() else loss), rest
 
 
-def clip_in_groups(optimizer: Any) -> None:
-    """Clip the groups that ask for it by ``clip_grad_max_norm``, each alone, as graphs do."""
-    for group in optimizer.param_groups:
-        if "clip_grad_max_norm" in group and "clip_grad_norm_type" in group:
-            nn.utils.clip_grad_norm_(
-                group.parameters, group["clip_grad_max_norm"], group["clip_grad_norm_type"]
-            )
+def refuse_own_update(optimizer: Optimizer) -> None:
+    """Raise where the user's own update would silently be left out of a graph."""
+    own = update_no_graph_makes(optimizer)
+    if own is not None:
+        raise GraphModeError(
+            f"{own} is not called in graph mode, where OneFlow makes the update in the graph: use "
+            'mode="eager", or an optimizer of oneflow.optim as it is.'
+        )
 
 
 def clip(run: Run) -> None:
-    """Clip the gradients of all parameters that train together, where that was asked for."""
+    """Clip the gradients as was asked for: of all parameters that have one, then in each group."""
     settings = run.settings
     if settings.gradient_clip_val is not None:
-        clip_gradients(run.parameters, settings.gradient_clip_val, settings.gradient_clip_algorithm)
+        every = [each for group in run.made.optimizer.param_groups for each in group.parameters]
+        clip_gradients(every, settings.gradient_clip_val, settings.gradient_clip_algorithm)
+    clip_in_groups(run.made.optimizer)
+
+
+def clips_in_groups(optimizer: Optimizer) -> bool:
+    """True where a group of ``optimizer`` asks for clipping."""
+    for group in optimizer.param_groups:  # noqa: SIM110, any() takes twice as long
+        if "clip_grad_max_norm" in group:
+            return True
+    return False
+
+
+def clip_in_groups(optimizer: Optimizer) -> None:
+    """Clip each group alone that asks for it by ``clip_grad_max_norm``.
+
+    Graphs do the same and leave OneFlow's own pass out, which computes another norm: it adds up
+    all squares of a group in one float32 number, parameter by parameter in the order of a hash.
+    """
+    for group in optimizer.param_groups:
+        if "clip_grad_max_norm" in group and "clip_grad_norm_type" in group:
+            clip_by_norm(
+                group.parameters, group["clip_grad_max_norm"], group["clip_grad_norm_type"]
+            )
 
 
 def clip_gradients(parameters: Iterable[Any], clip_val: float, algorithm: str) -> None:
     """Clip the gradients of all parameters together, replacing each ``.grad``.
 
-    With the algorithm "norm", all gradients are multiplied by
-    ``min(1, clip_val / (total_norm + 1e-6))`` where ``total_norm`` is the 2-norm of all of them
-    taken as one vector, as in ``oneflow.nn.utils.clip_grad_norm_``; with "value", each entry is
-    limited to [-clip_val, clip_val]. Works on eager and on lazy gradients alike.
+    The algorithm "norm" is :func:`clip_by_norm` with the 2-norm; "value" limits each entry to
+    [-clip_val, clip_val]. Works on eager and on lazy gradients alike.
+    """
+    if algorithm == "norm":
+        clip_by_norm(parameters, clip_val, 2.0)
+        return
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad.clamp(min=-clip_val, max=clip_val)
+
+
+def clip_by_norm(parameters: Iterable[Any], max_norm: float, norm_type: float) -> None:
+    """Multiply all gradients by ``min(1, max_norm / (total_norm + 1e-6))``, replacing each.
+
+    ``total_norm`` is the norm of all of them taken as one vector. The operations are those of
+    ``oneflow.nn.utils.clip_grad_norm_``, in its order; works on lazy gradients too.
     """
     having = [parameter for parameter in parameters if parameter.grad is not None]
     if not having:
         return
-    if algorithm == "value":
-        for parameter in having:
-            parameter.grad = parameter.grad.clamp(min=-clip_val, max=clip_val)
-        return
-    norms = [flow.linalg.vector_norm(parameter.grad.detach()) for parameter in having]
-    total = flow.linalg.vector_norm(flow.stack(norms))
-    factor = flow.clamp(clip_val / (total + 1e-6), max=1.0)
+    gradients = [parameter.grad.detach() for parameter in having]
+    norm_type = float(norm_type)
+    if math.isinf(norm_type):
+        largest = norm_type > 0
+        norms = [each.abs().max() if largest else each.abs().min() for each in gradients]
+        reduce = flow.max if largest else flow.min
+        total = norms[0] if len(norms) == 1 else reduce(flow.stack(norms))
+    else:
+        norms = [flow.linalg.vector_norm(each, norm_type) for each in gradients]
+        total = flow.linalg.vector_norm(flow.stack(norms), norm_type)
+    factor = flow.clamp(float(max_norm) / (total + 1e-6), max=1.0)
     for parameter in having:
         parameter.grad = parameter.grad * factor
+
+
+def trained_parameters(run: Run) -> List[Any]:
+    """The parameters of all groups that train now, in the groups' order."""
+    return [
+        parameter
+        for group in run.made.optimizer.param_groups
+        for parameter in group.parameters
+        if parameter.requires_grad
+    ]
+
+
+def drop_gradients_of_frozen(optimizer: Optimizer) -> None:
+    """Leave a parameter as it is that was frozen within an accumulation window."""
+    for group in optimizer.param_groups:
+        for parameter in group.parameters:
+            if not parameter.requires_grad:
+                parameter.grad = None

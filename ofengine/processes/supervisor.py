@@ -65,10 +65,10 @@ def tries() -> Optional[int]:
     return None if told is None else int(told[0])
 
 
-def begun_at() -> float:
-    """When the supervisor of this process was started, in seconds since 1970; 0 without one."""
+def supervised_by() -> str:
+    """What tells the supervisor of this process from all others; "" without one."""
     told = _told()
-    return 0.0 if told is None else float(told[2])
+    return "" if told is None else ":".join(told[1:])
 
 
 def _told() -> Optional[List[str]]:

@@ -18,7 +18,8 @@ from ofengine.errors import RateError, warn
 ENGINE_KEYS = ("name", "lr_scale", "lr_decay_scale")
 """The keys of a parameter group that are the engine's own."""
 
-_OTHER_KEYS = ("params", "lr", "initial_lr", "clip_grad_max_norm", "clip_grad_norm_type")
+_CLIPPING_KEYS = ("clip_grad_max_norm", "clip_grad_norm_type")
+_OTHER_KEYS = ("params", "lr", "initial_lr", *_CLIPPING_KEYS)
 
 
 def _as_tuple(names: Iterable[str]) -> Tuple[str, ...]:
@@ -76,6 +77,7 @@ def _describe(
     if not isinstance(name, str) or not name:
         raise RateError(f"parameter group {index} has name={name!r}: a name is a text.")
     _check_keys(name, given, optimizer)
+    _check_clipping(name, given)
     parameters = list(options.parameters)
     return Group(
         name=name,
@@ -115,6 +117,25 @@ def _check_keys(group: str, given: Dict[str, Any], optimizer: Optimizer) -> None
             f"group {group!r} has the key {key!r}, which neither {type(optimizer).__name__} nor "
             "ofengine reads: it has no effect.",
         )
+
+
+def _check_clipping(group: str, given: Dict[str, Any]) -> None:
+    keys = [key for key in _CLIPPING_KEYS if key in given]
+    if len(keys) == 1:
+        both = " and ".join(repr(key) for key in _CLIPPING_KEYS)
+        raise RateError(
+            f"group {group!r} has {keys[0]!r} alone, with which OneFlow clips nothing: "
+            f"write both {both} (2.0 for the usual norm)."
+        )
+    if keys:
+        _number(group, "clip_grad_max_norm", given["clip_grad_max_norm"])
+        norm_type = given["clip_grad_norm_type"]
+        is_number = isinstance(norm_type, numbers.Real) and not isinstance(norm_type, bool)
+        if not is_number or not norm_type or math.isnan(norm_type):
+            raise RateError(
+                f"group {group!r} has clip_grad_norm_type={norm_type!r}: write 2.0 for the usual "
+                "norm, or another p of a p-norm, float('inf') for the largest entry."
+            )
 
 
 def _check_names(names: Sequence[str]) -> None:

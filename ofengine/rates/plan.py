@@ -346,9 +346,10 @@ class RatePlan:
             moments.append(self.calendar.next_event(step, every, per_epoch, stop))
         return min(moments)
 
-    def lower_into(self, graph: nn.Graph, start: int, stop: int) -> Optional[int]:
+    def lower_into(self, graph: nn.Graph, start: int, stop: int, before: int = 0) -> Optional[int]:
         """Make ``graph``, not compiled yet, use the rates of the steps in [start, stop).
 
+        ``before`` are the steps that its optimizer had made before the run's first.
         Returns the first step whose rate is not in the graph; None where all are.
         """
         constant = self.is_constant()
@@ -360,5 +361,6 @@ class RatePlan:
                 for (starts, values), scale in zip(tables, scales)
             ]
             scales = [1.0] * len(scales)
-        lower_rates(graph, tables, scales)
+        counted = [([step + before for step in starts], values) for starts, values in tables]
+        lower_rates(graph, counted, scales)
         return None if constant else end

@@ -182,7 +182,7 @@ def _check_positions(plan: RatePlan, state: Dict[str, Any]) -> None:
     schedule = plan.schedule
     if schedule is None:
         return
-    for position, kept in state["positions"].items():
+    for position, kept in state.get("positions", {}).items():  # the first files have none
         if int(position) < schedule.earliest():
             continue
         for index, (before, now) in enumerate(zip(kept, schedule.lrs(int(position)))):

@@ -6,6 +6,7 @@ import math
 import numbers
 import re
 from datetime import timedelta
+from fractions import Fraction
 from typing import Any, Dict, Optional, Union
 
 from ofengine.errors import ConfigurationError
@@ -55,6 +56,21 @@ def check_limit(name: str, limit: Any) -> Limit:
         f"{name}={limit!r}: give a number of batches (an int), a share of them between 0.0 and 1.0 "
         f"(a float), or None for all{hint}."
     )
+
+
+_SHARE_IS_MEANT_TO = Fraction(1, 2**50)
+"""How far a share may be from what is meant: ``1 - 0.7`` and ``3 * 0.1`` are off by a rounding."""
+
+
+def batches_in_share(share: float, batches: int) -> int:
+    """The whole batches in a ``share``, from 0.0 to 1.0, of so many ``batches``.
+
+    Exact: 0.29 of 100 are 29, and 1/49 of 49 is one, though ``0.29 * 100`` and ``1 / 49 * 49`` are
+    less in floating point.
+    """
+    if share <= 0:
+        return 0
+    return min(batches, math.floor((Fraction(share) + _SHARE_IS_MEANT_TO) * batches))
 
 
 def check_clip(value: Any) -> Optional[float]:
@@ -119,7 +135,7 @@ def batches_between_validations(interval: Limit, batches: Optional[int]) -> Opti
                 f"val_check_interval={interval!r} is a share of an epoch whose length is not "
                 "known: give a number of batches (an int)."
             )
-        return max(1, int(interval * batches))
+        return max(1, batches_in_share(interval, batches))
     if batches is not None and interval > batches:
         raise ConfigurationError(
             f"val_check_interval={interval} is more than the {batches} batches of an epoch: "

@@ -8,6 +8,7 @@ from oneflow import nn
 
 from ofengine.callback import overrides
 from ofengine.data.batches import Batches, stage_loaders
+from ofengine.data.sources import describe_once, is_used_up, refuse_several
 from ofengine.data.structure import describe
 from ofengine.errors import ConfigurationError, DataError
 from ofengine.modes.own_graphs import has_own_graph
@@ -74,6 +75,7 @@ def training_batches(settings: Settings, task: TaskModule, given: Any) -> Batche
     source = given if given is not None else task.train_dataloader()
     if source is None:
         raise _no_data(task, "train")
+    refuse_several(source, "train_dataloader")
     keep = settings.overfit_batches is not None
     limit = settings.overfit_batches if keep else settings.limit("train")
     name = "overfit_batches" if keep else LIMIT_OF_STAGE["train"]
@@ -111,7 +113,42 @@ def take_data(run: Run, train: Any, validation: Any) -> Tuple[Batches, List[Batc
     run.batches_between_validations = batches_between_validations(
         settings.val_check_interval, taken.count or None
     )
+    for each in run.validation:
+        _check_lasts(run, each)
     return taken, run.validation
+
+
+def _check_lasts(run: Run, validation: Batches) -> None:
+    """Refuse a generator that the first validation will use up where others will follow."""
+    if not validation.once:
+        return
+    if run.train is not None and run.train.source is validation.source:
+        raise DataError(
+            f"{validation.what} is the very iterator that train_dataloader is, and each would take "
+            "batches from the other: give each its own."
+        )
+    if validation.count is None and is_used_up(validation.source) and _validations(run) > 1:
+        raise DataError(
+            f"{validation.what} cannot be validated on {_validations(run)} times: "
+            f"{describe_once(validation.source)}."
+        )
+
+
+def _validations(run: Run) -> int:
+    """The validations that are certain to come, unless something ends training early."""
+    settings, batches = run.settings, run.batches_per_epoch
+    epochs = settings.max_epochs
+    if settings.max_steps != -1:
+        if not batches:
+            return 0
+        whole = settings.max_steps // -(-batches // settings.accumulate_grad_batches)
+        epochs = whole if epochs == -1 else min(whole, epochs)
+    begun = 0 if run.moments_resumed is None else run.moments_resumed["loop"]["epoch"]
+    due = epochs // settings.check_val_every_n_epoch - begun // settings.check_val_every_n_epoch
+    between = run.batches_between_validations
+    if between is None or batches is None:
+        return max(due, 0)
+    return max(due, 0) * (batches // between)
 
 
 def require_data(task: TaskModule, stage: str, loaders: List[Batches]) -> None:

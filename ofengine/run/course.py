@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import List
+import contextlib
+import logging
+from typing import Iterator, List
 
+from oneflow import nn
 from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 
+from ofengine.checkpoint.snapshot import before_validation
 from ofengine.data.batches import Batches
-from ofengine.data.generators import global_states, states_in
 from ofengine.data.seeding import seed_epoch
+from ofengine.data.sources import describe_once
 from ofengine.errors import DataError, RateError
 from ofengine.run.progress import Point
 from ofengine.run.state import Run
+
+log = logging.getLogger("ofengine")
 
 
 def validation_is_due(run: Run, batch_idx: int, is_last: bool) -> bool:
@@ -29,21 +35,65 @@ def epoch_outgrew(run: Run) -> None:
         run.training_mode.rebuild("the epoch is longer than was expected")
 
 
-def epoch_ended(run: Run, batches: int, once: bool) -> None:
-    """Take note of an epoch's true length; ``once`` tells of data that cannot be repeated."""
+def epoch_ended(run: Run, batches: int, train: Batches) -> None:
+    """Take note of an epoch's true length."""
     if batches == 0:
-        raise DataError(
-            f"train_dataloader gave no batch in epoch {run.progress.epoch}"
-            + (": it is a generator, which can be gone through only once; give a list, a "
-               "DataLoader, or an object whose __iter__ starts anew." if once else ".")
-        )  # fmt: skip
+        end = f": {describe_once(train.source)}." if train.once else "."
+        raise DataError(f"{train.what} gave no batch in epoch {run.progress.epoch}{end}")
     surprise = run.rates.calendar.epoch_ended(run.progress.epoch, batches)
     if surprise and run.rates.depends_on_epochs():
         run.training_mode.rebuild("the epoch had another length than was expected")
 
 
+def enter_training(task: nn.Module) -> None:
+    """Put ``task`` in training mode, but for the layers that somebody has put in eval mode.
+
+    A module is made in training mode. Where the task itself is not, it was put in eval mode as a
+    whole, to be used, and now all of it trains; where it is, each layer in eval mode was meant.
+    """
+    kept = [(n, m) for n, m in task.named_modules() if not m.training] if task.training else []
+    task.train()  # of the user's own, perhaps, which puts layers in eval mode
+    for _, layer in kept:
+        layer.training = False
+    if kept:
+        names = [name for name, _ in kept]
+        tops = [name for name in names if name.rpartition(".")[0] not in names]
+        some = ", ".join(tops[:4]) + (", ..." if len(tops) > 4 else "")
+        log.info("layers that are in eval mode stay so in training: %s.", some)
+
+
+@contextlib.contextmanager
+def in_eval_mode(task: nn.Module) -> Iterator[None]:
+    """All layers of ``task`` in eval mode within; then each as it was, whatever happened."""
+    training = [module for module in task.modules() if module.training]
+    task.eval()
+    try:
+        yield
+    finally:
+        for module in training:  # not task.train(): a user may keep some layers in eval mode
+            module.training = True
+
+
+def check_all_train(run: Run) -> None:
+    """Raise where a parameter is to train that came to the task after its optimizer was made.
+
+    Such a layer is made in a hook or in the first step; or it was frozen, and so left out of the
+    groups, and is unfrozen now.
+    """
+    known = {id(p) for group in run.made.optimizer.param_groups for p in group.parameters}
+    late = [n for n, p in run.task.named_parameters() if p.requires_grad and id(p) not in known]
+    if late:
+        some = ", ".join(map(repr, late[:4])) + (f" and {len(late) - 4} more" if late[4:] else "")
+        raise RateError(
+            f"{len(late)} parameter(s) are to train and are in no group of the optimizer: {some}. "
+            "They were made, or unfrozen, after configure_optimizers(): make the layer in __init__ "
+            "or setup(), put frozen parameters into a group too, or call requires_grad_(False)."
+        )
+
+
 def refresh_parameters(run: Run) -> None:
-    """Look which parameters train now; hooks may have frozen or unfrozen some."""
+    """Look which parameters train now; hooks may have frozen or unfrozen some, or made others."""
+    check_all_train(run)
     parameters = [
         parameter
         for group in run.made.optimizer.param_groups
@@ -86,6 +136,7 @@ def begin_epoch(run: Run, train: Batches) -> None:
     """Make the epoch's randomness a function of (seed, epoch), where there is a seed."""
     if run.seed is not None:
         seed_epoch(run.seed, run.progress.epoch, train, run.task)
+    train.set_epoch(run.progress.epoch)
     train.pass_seed = (run.data_seed, run.progress.epoch)
     run.progress.batch_idx = -1
     run.cut_short = None
@@ -99,10 +150,7 @@ def note_layers_in_eval_mode(run: Run) -> None:
 
 def begin_validation(run: Run, validation: List[Batches]) -> None:
     """Note the generators' states, so that a run that is cut off here can validate again."""
-    run.states_before_validation = {
-        "global": global_states(),
-        "data": [states_in(None, loader.source) for loader in validation],
-    }
+    run.states_before_validation = before_validation(run, validation)
     note_layers_in_eval_mode(run)
     for index, loader in enumerate(validation):
         loader.pass_seed = (run.data_seed, run.progress.batches_seen, 1 + index)
@@ -125,8 +173,6 @@ def leave_rates_behind(run: Run) -> None:
             made.scheduler.step()
     # A function or a table need not know the step after the last one.
     asked = made.scheduler is None or isinstance(made.scheduler, LRScheduler)
-    if run.settings.mode == "eager":
-        for group, lr in zip(
-            made.optimizer.param_groups, plan.unscaled(step if asked else max(step - 1, 0))
-        ):
-            group["lr"] = lr
+    rates = plan.unscaled(step if asked else max(step - 1, 0))
+    for group, lr in zip(made.optimizer.param_groups, rates):
+        group["lr"] = lr

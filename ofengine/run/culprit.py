@@ -9,7 +9,9 @@ from typing import Optional
 
 from ofengine.callback import Callback
 from ofengine.errors import OFEngineError
+from ofengine.lines import user_line
 from ofengine.loggers.base import Logger
+from ofengine.modes.explain import error_in_property
 from ofengine.run.progress import Progress
 from ofengine.task import TaskModule
 
@@ -25,10 +27,11 @@ def culprit_of(error: BaseException) -> Optional[str]:
     """
     loading = False
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        owner = frame.f_locals.get("self")
+        code = frame.f_code
+        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
         if isinstance(owner, (Callback, Logger, TaskModule)):
-            return f"{type(owner).__name__}.{frame.f_code.co_name}"
-        loading = loading or _LOADING in frame.f_code.co_filename
+            return f"{type(owner).__name__}.{code.co_name}"
+        loading = loading or _LOADING in code.co_filename
     return "the dataloader" if loading else None
 
 
@@ -42,3 +45,7 @@ def tell_culprit(error: BaseException, at: Progress) -> None:
             "%s raised %s in epoch %d, batch %d (after step %d).",
             culprit, type(error).__name__, at.epoch, at.batch_idx, at.global_step,
         )  # fmt: skip
+    within = error_in_property(error)
+    if within is not None:
+        line = user_line(within.__traceback__)
+        log.error("The %s comes from a property, at %s: %s.", type(error).__name__, line, within)

@@ -378,8 +378,6 @@ HOOKS: Mapping[str, str] = {
     "on_hpc_load": "write on_load_checkpoint on the task",
     "on_save_checkpoint": "write state_dict(), which returns what a checkpoint keeps of a callback",
     "on_load_checkpoint": "write load_state_dict(state), which gets what state_dict() returned",
-    "state_key": "states belong to callbacks by class, and within one by the order listed: leave "
-    "it out",
 }
 """Methods that users of Lightning override, in a module, a callback or a data module.
 

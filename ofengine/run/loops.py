@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+from math import isfinite
 from typing import Any, Dict, List, Optional, Tuple
 
 import oneflow as flow
 
 from ofengine.checkpoint.resume import Entry, Resumed
+from ofengine.checkpoint.snapshot import note_start
 from ofengine.data.batches import STEPPED, Batches
+from ofengine.modes import labels
 from ofengine.run import course, report
 from ofengine.run.connect import STEP_OF_STAGE
 from ofengine.run.hooks import HookRunner
 from ofengine.run.mode import Mode
 from ofengine.run.progress import Point
 from ofengine.run.state import Run
+
+log = logging.getLogger("ofengine")
 
 _LEAST_AHEAD, _MOST_AHEAD = 16, 128
 """Steps that are handed to the device between two waits for it, at least and at most."""
@@ -40,13 +46,18 @@ def fit_loop(
     if resumed is None:
         _sanity_check(validate)
     metrics.begin(per_step=False)
-    run.task.train()
+    course.enter_training(run.task)
     mode.start()
     if resumed is not None:
         resumed.restore_training(run)
+    is_over = progress.point is Point.EPOCH_END and not run.resumes_within_epoch
+    progress.epoch += is_over  # the epoch that is to come, as after every other resumption
     hooks.fire("on_train_start")
+    progress.epoch -= is_over
+    note_start(run)
     entry = None
     if resumed is not None:
+        train.set_epoch(resumed.state["loop"]["epoch"])  # it may draw, before generators are set
         entry = resumed.enter(run, train)
         if progress.point is Point.EPOCH_END:
             _end_epoch(run)
@@ -83,7 +94,11 @@ def _train_epoch(
     hooks.look_again("on_train_batch_start", "on_train_batch_end")
     batch_start, batch_end = hooks.calls["on_train_batch_start"], hooks.calls["on_train_batch_end"]
     settings, progress = run.settings, run.progress
-    step, commit = run.training_mode.train_step, run.metrics.commit
+    usual, commit = run.training_mode.train_step, run.metrics.commit
+    step = labels.checking(run.task, settings.mode, usual)  # for the first batch
+    distrusting = labels.distrusting(run.task, settings.mode, usual)
+    if not isfinite(run.metrics.progress_bar.get("loss", 0.0)):
+        usual = distrusting
     stage = run.metrics.begin_batches()
     logged = stage.current
     log_every = settings.log_every_n_steps
@@ -118,14 +133,21 @@ def _train_epoch(
             if logged:
                 commit(batch)  # what those hooks logged
             if batch_idx >= next_wait:
-                if waiting is not None:
+                if next_wait == 0:
+                    step = usual
+                    course.check_all_train(run)  # the step may have made a layer
+                if waiting is not None and not isfinite(
                     waiting.numpy()  # not item(): it spins, and takes the core from the device
+                ):
+                    step = distrusting
                 waiting = outputs["loss"]
                 next_wait = batch_idx + _run_ahead(batch)
         if closes and progress.point is _STEPPED:  # a resumed run may be beyond it
             if progress.global_step % log_every == 0:
                 report.log_step(run)
                 waiting = None  # that has waited for this step
+                if not isfinite(run.metrics.progress_bar.get("loss", 0.0)):
+                    step = distrusting
             if observes_steps:
                 course.observe_metric(run, "step", progress.global_step)
         if (
@@ -142,7 +164,7 @@ def _train_epoch(
             course.epoch_cut_short(run, batch_idx + 1, is_last)
             break
     else:
-        course.epoch_ended(run, batch_idx + 1, train.once)
+        course.epoch_ended(run, batch_idx + 1, train)
     run.metrics.end_batches()
 
 
@@ -166,14 +188,20 @@ def _bytes_of(batch: Any) -> int:
     return sum(map(_bytes_of, batch))
 
 
-def _total(loaders: List[Batches], most: Optional[int]) -> Optional[int]:
+def _total(run: Run, loaders: List[Batches], most: Optional[int]) -> Optional[int]:
     """The batches of all ``loaders``, ``most`` of each, or None where that is not known."""
     total = 0
     for loader in loaders:
-        if loader.count is None:
+        limit = _least(run, loader, most)
+        if limit is None and loader.count is None:
             return None
-        total += loader.count if most is None else min(loader.count, most)
+        total += min(each for each in (loader.count, limit) if each is not None)
     return total
+
+
+def _least(run: Run, loader: Batches, most: Optional[int]) -> Optional[int]:
+    """``most`` batches, or none where trying some would take them from the pass proper."""
+    return 0 if run.sanity_checking and loader.once else most
 
 
 class _Validation:
@@ -197,6 +225,11 @@ def _sanity_check(validate: _Validation) -> None:
     run, hooks, batches = validate.run, validate.hooks, validate.run.settings.num_sanity_val_steps
     if not validate.loaders or not batches:
         return
+    once = [each.what for each in validate.loaders if each.once]
+    if once:
+        log.info("the sanity check leaves out %s, which can be gone through only once.", once[0])
+    if len(once) == len(validate.loaders):
+        return
     run.sanity_checking = True
     hooks.fire("on_sanity_check_start")
     validate(most=None if batches == -1 else batches)
@@ -217,50 +250,68 @@ def evaluation_loop(
 
     Returns the metrics of each loader, and what ``predict_step`` returned.
     """
-    metrics, calls = run.metrics, hooks.calls
-    batch_start, batch_end = calls[f"on_{stage}_batch_start"], calls[f"on_{stage}_batch_end"]
-    step, step_name = mode.eval_step, STEP_OF_STAGE[stage]
+    metrics = run.metrics
     results: List[Dict[str, float]] = []
     predictions: List[List[Any]] = []
     if run.mode is not None:
         run.mode.settle()
-    training = [module for module in run.task.modules() if module.training]
-    run.task.eval()
-    run.evaluation_batches = _total(loaders, most)
-    metrics.begin(per_step=False)
-    hooks.fire(f"on_{stage}_start")
-    hooks.fire(f"on_{stage}_epoch_start")
-    for loader_idx, loader in enumerate(loaders):
-        suffix = f"/dataloader_idx_{loader_idx}" if len(loaders) > 1 else ""
-        metrics.begin(per_step=False, suffix=suffix)
-        predicted: List[Any] = []
-        for batch_idx, batch in enumerate(loader):
-            if most is not None and batch_idx >= most:
-                break
-            for call in batch_start:
-                call(batch, batch_idx, loader_idx)
-            outputs = step(step_name, batch, batch_idx, loader_idx)
-            metrics.commit(batch)
-            for call in batch_end:
-                call(outputs, batch, batch_idx, loader_idx)
-            metrics.commit(batch)
-            if stage == "predict":
-                predicted.append(outputs)
-            run.interrupts.check()
-        results.append(metrics.close_epoch())
+    with course.in_eval_mode(run.task):
+        run.evaluation_batches = _total(run, loaders, most)
+        metrics.begin(per_step=False)
+        for loader in loaders:
+            loader.set_epoch(run.progress.epoch)
+        hooks.fire(f"on_{stage}_start")
+        hooks.fire(f"on_{stage}_epoch_start")
+        for loader_idx, loader in enumerate(loaders):
+            suffix = f"/dataloader_idx_{loader_idx}" if len(loaders) > 1 else ""
+            metrics.begin(per_step=False, suffix=suffix)
+            predictions.append(_evaluate(run, hooks, mode, stage, loader_idx, loader, most))
+            results.append(metrics.close_epoch())
+            metrics.end()
+        hooks.fire(f"on_{stage}_epoch_end")
+        shared = metrics.close_epoch()
+        for result in results:
+            result.update(shared)
         metrics.end()
-        predictions.append(predicted)
-    hooks.fire(f"on_{stage}_epoch_end")
-    shared = metrics.close_epoch()
-    for result in results:
-        result.update(shared)
-    metrics.end()
-    if run.progress.point is Point.VALIDATING:
-        run.progress.point = Point.VALIDATED
-    if not run.sanity_checking:
-        all_loaders = {name: value for result in results for name, value in result.items()}
-        report.log_metrics(run, all_loaders)
-    hooks.fire(f"on_{stage}_end")
-    for module in training:  # not task.train(): a user may keep some layers in eval mode
-        module.training = True
+        if run.progress.point is Point.VALIDATING:
+            run.progress.point = Point.VALIDATED
+        if not run.sanity_checking:
+            all_loaders = {name: value for result in results for name, value in result.items()}
+            report.log_metrics(run, all_loaders)
+        hooks.fire(f"on_{stage}_end")
     return results, predictions
+
+
+def _evaluate(
+    run: Run,
+    hooks: HookRunner,
+    mode: Mode,
+    stage: str,
+    loader_idx: int,
+    loader: Batches,
+    most: Optional[int],
+) -> List[Any]:
+    """One pass over one of the loaders; what ``predict_step`` returned."""
+    metrics, calls = run.metrics, hooks.calls
+    batch_start, batch_end = calls[f"on_{stage}_batch_start"], calls[f"on_{stage}_batch_end"]
+    step_name = STEP_OF_STAGE[stage]
+    step = labels.checking(run.task, run.settings.eval_mode, mode.eval_step)
+    predicted: List[Any] = []
+    batch_idx = -1
+    taken = _least(run, loader, most)
+    for batch_idx, batch in enumerate(loader.first(taken)):
+        for call in batch_start:
+            call(batch, batch_idx, loader_idx)
+        outputs = step(step_name, batch, batch_idx, loader_idx)
+        step = mode.eval_step
+        metrics.commit(batch)
+        for call in batch_end:
+            call(outputs, batch, batch_idx, loader_idx)
+        metrics.commit(batch)
+        if stage == "predict":
+            predicted.append(outputs)
+        run.interrupts.check()
+    if taken is None:
+        at = f" in the validation of epoch {run.progress.epoch}" if stage == "validation" else ""
+        loader.check_given(batch_idx + 1, at)
+    return predicted

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Any, Dict, List, Optional
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Set, Tuple
 
 import attrs
 import oneflow as flow
@@ -40,6 +41,10 @@ class Run:
     metrics: Metrics = attrs.Factory(Metrics)
     interrupts: InterruptGuard = attrs.Factory(InterruptGuard)
     id: str = attrs.Factory(_new_id)
+    sitting: int = 0
+    """How often the run was resumed; more than in any file of it that was found then."""
+    resumed_from: Optional[Path] = None
+    """The checkpoint that this fit goes on from."""
     seed: Optional[int] = None
     """The Trainer's, or that of the run that is resumed."""
     data_seed: int = 0
@@ -82,10 +87,16 @@ class Run:
     layers_in_eval_mode: List[str] = attrs.Factory(list)
     """Of training, while validation or the user has others in eval mode."""
     data_states_after_fit: State = attrs.Factory(
-        lambda: {"now": {}, "at_pass": None, "at_validation": []}
+        lambda: {"now": {}, "validation": [], "at_pass": None, "at_validation": []}
     )
     moments_resumed: Optional[State] = None
     """Where a checkpoint left off, until the run has gone there."""
+    tensors_at_start: Dict[str, Tuple[Tuple[int, ...], str]] = attrs.Factory(dict)
+    """Shape and digest of each tensor of the task that is in no ``state_dict``, by place."""
+    seen_at_start: Dict[str, str] = attrs.Factory(dict)
+    """A digest of each plain attribute that a user's code may change, by place."""
+    changed_before: Set[str] = attrs.Factory(set)
+    """Of both, those that had changed before the run was resumed."""
 
     @classmethod
     def new(cls, settings: Settings, callbacks: List[Any], loggers: List[Logger]) -> Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from typing import Callable, Dict, TypeVar
 
@@ -16,6 +17,8 @@ from ofengine.run.hooks import HookRunner, tell_of_lightning_s_names, warn_of_mi
 from ofengine.run.mode import Mode
 from ofengine.run.state import Run
 from ofengine.run.view import RunView
+
+log = logging.getLogger("ofengine")
 
 T = TypeVar("T")
 
@@ -49,7 +52,7 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
             return result
         except BaseException as error:
             tell_culprit(error, run.progress)
-            hooks.fire("on_exception", error)
+            _tell_of_exception(hooks, error)
             raise
         finally:
             run.metrics.reset()
@@ -62,3 +65,15 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
                     stack.callback(each.finalize, status)
                 for call in reversed(hooks.calls["teardown"]):
                     stack.callback(call, verb)
+
+
+def _tell_of_exception(hooks: HookRunner, error: BaseException) -> None:
+    """Call every ``on_exception``; what one of them raises is logged, for ``error`` came first."""
+    for call in hooks.calls["on_exception"]:
+        try:
+            call(error)
+        except Exception as another:
+            log.error(
+                "on_exception itself raised %s: %s. The first error is the one that is raised.",
+                type(another).__name__, another, exc_info=another,
+            )  # fmt: skip

@@ -194,6 +194,11 @@ class RunView:
         return self._run.id
 
     @property
+    def resumed_from(self) -> Optional[Path]:
+        """The checkpoint file that this ``fit`` goes on from; None where it begins anew."""
+        return self._run.resumed_from
+
+    @property
     def resumes_within_epoch(self) -> bool:
         """True in ``on_train_start`` where a resumed run goes on in the middle of an epoch."""
         return self._run.resumes_within_epoch

@@ -14,6 +14,7 @@ from oneflow.optim import Optimizer
 
 from ofengine._oneflow.loaders import forget_workers
 from ofengine._oneflow.session import synchronize
+from ofengine.data.generator_state import set_state_of, state_of
 
 _Generator = type(flow.default_generator)
 _DEPTH = 4
@@ -45,7 +46,7 @@ class Restorer:
         self._random = random.getstate()
         self._numpy: Any = np.random.get_state()
         self._default_seed = flow.default_generator.initial_seed()
-        self._default_state = flow.default_generator.get_state()
+        self._default_state = state_of(flow.default_generator)
         self._attributes: List[Tuple[Dict[str, Any], Dict[str, Any]]] = []
         self._contents: List[Tuple[Any, Any]] = []
         self._tensors: Dict[int, Tuple[Any, Any, bool, Any]] = {}
@@ -78,7 +79,7 @@ class Restorer:
         for generator, state in self._states:
             _set_state(generator, state)
         flow.manual_seed(self._default_seed)  # on all devices
-        flow.default_generator.set_state(self._default_state)
+        set_state_of(flow.default_generator, self._default_state)
         np.random.set_state(self._numpy)
         random.setstate(self._random)
         synchronize()

@@ -9,13 +9,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Iterator, List, Tuple
+from typing import Callable, Dict, Iterator, List, Tuple
 
+import attrs
 import pytest
 from oneflow import nn
 
 import ofengine
-from ofengine import Trainer, callback
+from ofengine import GraphModeError, OFEngineError, Trainer, callback
+from ofengine.run.progress import Point, Progress
+from ofengine.run.settings import Settings
+from ofengine.run.view import RunView
+from ofengine.tracing import Trace
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -239,6 +244,74 @@ def test_the_table_of_methods_is_complete(language: str) -> None:
     assert [name for name in methods if name not in named] == []
 
 
+@LANGUAGES
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [(RunView, "trainer"), (Settings, "trainer.settings"), (Progress, "trainer.progress")],
+)
+def test_all_that_a_run_tells_is_on_its_page_with_its_type(
+    kind: type, place: str, language: str
+) -> None:
+    expected = {f"{place}.{name}": annotation for name, annotation in _public(kind).items()}
+    rows = [row for row in _rows(_attributes_page(language)) if row[0].startswith("`trainer.")]
+    told = {row[0].strip("`"): row[1].strip("`") for row in rows}
+    of_it = {name for name in told if name.partition("(")[0].rpartition(".")[0] == place}
+    assert {name: told[name] for name in of_it} == expected
+
+
+@LANGUAGES
+def test_every_point_of_a_run_is_on_the_page(language: str) -> None:
+    rows = [row[0].strip("`") for row in _rows(_attributes_page(language))]
+    assert [row for row in rows if row.startswith("Point.")] == [str(point) for point in Point]
+
+
+@LANGUAGES
+def test_the_page_says_what_may_be_set_and_what_a_compiled_step_may_not_read(
+    language: str,
+) -> None:
+    own = {name: each for name, each in vars(RunView).items() if isinstance(each, property)}
+    assert [name for name, each in own.items() if each.fset is not None] == ["should_stop"]
+    trainer, refused = Trainer(logger=False, max_epochs=1), []
+    for name in own:
+        try:
+            with Trace():
+                getattr(trainer, name)
+        except GraphModeError:
+            refused.append(name)
+        except OFEngineError:  # there was no fit
+            pass
+    line = "- " + ", ".join(f"`trainer.{name}`" for name in refused)
+    assert f"{line}\n" in read(_attributes_page(language))
+
+
+def _attributes_page(language: str) -> Path:
+    return DOCS / language / "trainer-attributes.md"
+
+
+def _public(kind: type) -> Dict[str, str]:
+    """What is public of a class, methods with their arguments, and the type of each."""
+    found = {field.name: field.type for field in attrs.fields(kind)} if attrs.has(kind) else {}
+    for name, value in vars(kind).items():
+        if name[0] == "_" or name in found:
+            continue
+        if isinstance(value, property):
+            found[name] = inspect.signature(value.fget).return_annotation
+        else:
+            function = getattr(value, "__func__", value)  # of a class method
+            call = f"{name}({', '.join(_arguments(function))})"
+            found[call] = inspect.signature(function).return_annotation
+    return found
+
+
+def _arguments(function: Callable[..., object]) -> List[str]:
+    """Each argument but the first, as it is written in the code."""
+    return [
+        f"{each.name}: {each.annotation}"
+        + ("" if each.default is each.empty else f" = {each.default!r}")
+        for each in list(inspect.signature(function).parameters.values())[1:]
+    ]
+
+
 def _arguments_of_the_trainer() -> List[str]:
     parameters = inspect.signature(Trainer.__init__).parameters.values()
     return [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
@@ -268,6 +341,33 @@ def test_every_name_that_is_mentioned_exists(path: Path) -> None:
             assert name in _arguments_of_the_trainer()
     for name in re.findall(r"`ofengine\.(\w+)", prose_of(path)):
         assert name in ofengine.__all__ or importlib.util.find_spec(f"ofengine.{name}")
+
+
+def test_contributing_shows_the_rooms_as_they_are() -> None:
+    spec = importlib.util.spec_from_file_location("rooms", ROOT / "tests" / "test_rooms.py")
+    assert spec is not None and spec.loader is not None
+    rooms = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rooms)
+    picture = read(ROOT / "CONTRIBUTING.md").split("## Rooms")[1].split("```")[1].strip("\n")
+    shown: List[List[str]] = []
+    for line in picture.splitlines():
+        names = re.findall(r"[\w/]+(?:\.py|/)(?= )", line[: line.find("  ", 3)] + " ")
+        if line.startswith(" + "):
+            shown[-1] += names
+        elif names:
+            shown.append(names)
+    numbers = []
+    for names in shown:
+        places = {
+            rooms.room_of(name.strip("/").replace(".py", "").replace("/", "."))
+            for name in names
+            if name != "checkpoint/"  # what of it is in no room above: named behind those
+        }
+        assert len(places) <= 1, names
+        numbers += places
+    assert numbers == sorted(numbers)
+    unnamed = [room for n, room in enumerate(rooms.ROOMS) if n not in numbers]
+    assert [room[0] for room in unnamed] == ["ofengine", "run", "checkpoint.background"]
 
 
 def test_every_file_that_contributing_names_exists() -> None:

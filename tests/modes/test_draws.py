@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Sequence
 
 import numpy as np
 import oneflow as flow
 import pytest
 from flowvision.layers.regularization import DropPath, StochasticDepth
-from helpers import MODES, assert_same_weights, fill_deterministically, quiet_trainer
+from helpers import MODES, assert_same_weights, fill_deterministically, quiet_trainer, random_rows
+from helpers.resuming import Net, check_exact
 from oneflow import nn
-from resuming import Net, check_exact
 
 from ofengine import Callback, GraphModeError, TaskModule
 from ofengine.modes.draws import Feed
@@ -81,9 +81,8 @@ class Losses(Callback):
         self.seen.append(outputs["loss"].numpy().tobytes())
 
 
-def batches(sizes: Any = (5, 5, 3, 5)) -> List[Any]:
-    generator = np.random.RandomState(0)
-    return [flow.tensor(generator.standard_normal((n, 4)).astype("float32")) for n in sizes]
+def batches(sizes: Sequence[int] = (5, 5, 3, 5)) -> List[Any]:
+    return random_rows(sizes, 4)
 
 
 def run(mode: str, call: Callable[[Any], Any], layer: bool = False, **arguments: Any) -> Any:

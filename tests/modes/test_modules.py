@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from typing import Any, Callable, Dict
 
-import numpy as np
 import oneflow as flow
 import pytest
-from helpers import MODES, ByStep, fill_deterministically, quiet_trainer, weights_of
+from helpers import (
+    MODES,
+    ByStep,
+    bits,
+    fill_deterministically,
+    quiet_trainer,
+    random_rows,
+    weights_of,
+)
 from oneflow import nn
 
 from ofengine import GraphModeError, TaskModule
@@ -66,12 +73,10 @@ STEPS: Dict[str, Step] = {
 
 
 def trained(task: TaskModule, mode: str, **arguments: Any) -> Any:
-    generator = np.random.RandomState(0)
-    rows = [flow.tensor(generator.randn(5, 7).astype("float32")) for _ in range(4)]
+    rows = random_rows([5] * 4, 7)
     trainer = quiet_trainer(mode=mode, max_epochs=2, num_sanity_val_steps=0, **arguments)
     trainer.fit(task, rows[:3], rows[3:])
-    weights = {name: array.tobytes() for name, array in weights_of(task).items()}
-    return weights, trainer.callback_metrics
+    return bits(task), trainer.callback_metrics
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, List
 
 import oneflow as flow
 import pytest
-from helpers import MODES, fill_deterministically, image_batches, quiet_trainer, weights_of
+from helpers import MODES, bits, fill_deterministically, image_batches, quiet_trainer, weights_of
 from oneflow import nn
 
 from ofengine import Callback, ConfigurationError, TaskModule
@@ -74,7 +74,7 @@ def trained(task: TaskModule, mode: str, *callbacks: Callback, **arguments: Any)
         # OneFlow's, of modules that are called as they are in a graph
         warnings.filterwarnings("ignore", ".*is called in a nn.Graph, but not registered.*")
         trainer.fit(task, image_batches([4, 4, 2]))
-    return {name: each.tobytes() for name, each in weights_of(task).items()}
+    return bits(task)
 
 
 @pytest.mark.parametrize("hook", HOOKS)

@@ -19,6 +19,7 @@ from helpers import (
     fill_deterministically,
     image_batches,
     quiet_trainer,
+    random_rows,
     weights_of,
 )
 from oneflow import nn
@@ -48,8 +49,7 @@ def loss_of(task: Any, x: Any) -> Any:
 
 
 def rows(*sizes: int, seed: int = 0) -> List[Any]:
-    generator = np.random.RandomState(seed)
-    return [flow.tensor(generator.randn(size, 4).astype("float32")) for size in sizes]
+    return random_rows(sizes, 4, seed)
 
 
 def fit_in_both(

@@ -5,12 +5,19 @@ OneFlow's compiler makes one operation of ``a + (b + c)``, which computes ``(a +
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict
 
-import numpy as np
 import oneflow as flow
 import pytest
-from helpers import MODES, ByStep, fill_deterministically, quiet_trainer, weights_of
+from helpers import (
+    MODES,
+    ByStep,
+    bits,
+    fill_deterministically,
+    quiet_trainer,
+    random_rows,
+    weights_of,
+)
 from oneflow import nn
 
 from ofengine._oneflow import graphs
@@ -85,19 +92,14 @@ STEPS: Dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def rows(count: int, seed: int = 0) -> List[Any]:
-    generator = np.random.RandomState(seed)
-    return [flow.tensor(generator.randn(5, 7).astype("float32")) for _ in range(count)]
-
-
 def trained(step: Callable[[Any, Any], Any], mode: str, **arguments: Any) -> Any:
     """All weights after training, the metrics, and predictions, bit by bit."""
     task = Sums(step)
     trainer = quiet_trainer(mode=mode, max_epochs=2, log_every_n_steps=1, **arguments)
-    trainer.fit(task, rows(5), rows(2, seed=1))
-    predicted = trainer.predict(task, rows(2, seed=2))
+    trainer.fit(task, random_rows([5] * 5, 7), random_rows([5] * 2, 7, seed=1))
+    predicted = trainer.predict(task, random_rows([5] * 2, 7, seed=2))
     return (
-        {name: each.tobytes() for name, each in weights_of(task).items()},
+        bits(task),
         trainer.callback_metrics,
         [each.numpy().tobytes() for each in predicted],
     )
@@ -140,9 +142,9 @@ def test_a_graph_of_one_s_own_is_left_as_oneflow_makes_it() -> None:
             return OwnGraph(self, self.optimizer)
 
     task, by_hand = Own(chain(4)), Sums(chain(4))
-    quiet_trainer(mode="graph", max_epochs=2).fit(task, rows(5))
+    quiet_trainer(mode="graph", max_epochs=2).fit(task, random_rows([5] * 5, 7))
     graph = OwnGraph(by_hand, by_hand.configure_optimizers())
-    for batch in rows(5) * 2:
+    for batch in random_rows([5] * 5, 7) * 2:
         graph(batch)
     ours, theirs = weights_of(task), weights_of(by_hand)
     assert [ours[name].tobytes() for name in ours] == [theirs[name].tobytes() for name in ours]

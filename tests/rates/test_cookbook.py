@@ -14,7 +14,7 @@ import numpy as np
 import oneflow as flow
 import pytest
 from flowvision.models import mobilenet_v2
-from helpers import quiet_trainer, weights_of
+from helpers import assert_same_arrays, quiet_trainer, weights_of
 from oneflow import nn
 
 from ofengine import RateError, TaskModule
@@ -207,13 +207,6 @@ def train(task: Cookbook, batches: List[Any], mode: str, *callbacks: Any) -> Dic
     return weights_of(task.model)
 
 
-def assert_equal(ours: Dict[str, np.ndarray], theirs: Dict[str, np.ndarray]) -> None:
-    assert list(ours) == list(theirs)
-    unequal = [name for name in ours if ours[name].tobytes() != theirs[name].tobytes()]
-    largest = max((float(np.abs(ours[n] - theirs[n]).max()) for n in unequal), default=0.0)
-    assert not unequal, f"{len(unequal)} of {len(ours)} differ, by up to {largest:.3g}"
-
-
 def but_for_counts(
     weights: Dict[str, np.ndarray], by_hand: Dict[str, np.ndarray]
 ) -> Tuple[Dict[str, np.ndarray], Dict[str, np.ndarray]]:
@@ -238,7 +231,7 @@ def test_the_eager_loop_bit_for_bit(
     """``LRDecayCallback(key="lr_scale")`` is the cookbook's eager code to the letter."""
     decay = LRDecayCallback(every_n_batches=10, key="lr_scale")
     weights = train(CookbookEager(), uneven_batches, "eager", decay)
-    assert_equal(weights, uneven_eager_weights)
+    assert_same_arrays(weights, uneven_eager_weights)
 
 
 def test_the_eager_loop_in_graph_mode(
@@ -250,28 +243,28 @@ def test_the_eager_loop_in_graph_mode(
     for name, array in uneven_eager_weights.items():
         if name.endswith("num_batches_tracked"):
             assert int(array) == int(weights[name]) == EPOCHS * BATCHES
-    assert_equal(weights, uneven_eager_weights)
+    assert_same_arrays(weights, uneven_eager_weights)
 
 
 def test_the_graph_loop_bit_for_bit(
     batches: List[Any], graph_weights: Dict[str, np.ndarray]
 ) -> None:
     """``lr_scale`` through the engine's own graph is the cookbook's graph loop."""
-    assert_equal(*but_for_counts(train(CookbookGraph(), batches, "graph"), graph_weights))
+    assert_same_arrays(*but_for_counts(train(CookbookGraph(), batches, "graph"), graph_weights))
 
 
 def test_the_cookbook_s_graph_class_as_it_stands(
     batches: List[Any], graph_weights: Dict[str, np.ndarray]
 ) -> None:
     """``build_graph`` returns the cookbook's GraphMobileNetV2, and the weights are its own."""
-    assert_equal(*but_for_counts(train(CookbookOwnGraph(), batches, "graph"), graph_weights))
+    assert_same_arrays(*but_for_counts(train(CookbookOwnGraph(), batches, "graph"), graph_weights))
 
 
 def test_the_graph_loop_in_eager_mode(
     batches: List[Any], graph_weights: Dict[str, np.ndarray]
 ) -> None:
     """Eager mode, where OneFlow ignores ``lr_scale``, trains as the cookbook's graph does."""
-    assert_equal(*but_for_counts(train(CookbookGraph(), batches, "eager"), graph_weights))
+    assert_same_arrays(*but_for_counts(train(CookbookGraph(), batches, "eager"), graph_weights))
 
 
 def test_the_loops_differ_from_each_other(
@@ -296,4 +289,4 @@ def test_the_cookbook_s_typo_is_caught(mode: str, batches: List[Any]) -> None:
     ):
         assert part in str(caught.value)
     assert not task.steps_called
-    assert_equal(weights_of(task), before)
+    assert_same_arrays(weights_of(task), before)

@@ -1,0 +1,131 @@
+"""Told of what is read of modules while a trace runs, and of what is written into them later.
+
+OneFlow's classes take other methods at run time; these are put in while somebody listens, and
+taken out again with the last listener.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Callable, Dict, Iterator, List, Set, Tuple
+
+import oneflow as flow
+from oneflow import nn
+from oneflow.optim.optimizer import ParamGroup
+
+_set_attribute = nn.Module.__setattr__
+_delete_attribute = nn.Module.__delattr__
+_requires_grad_ = flow.Tensor.requires_grad_
+_requires_grad = flow.Tensor.__dict__["requires_grad"]
+_data = flow.Tensor.__dict__["data"]
+_set_option = ParamGroup.__setitem__
+
+
+class Barrier:
+    """Notes writes, while it is on: to attributes that are watched, to tensors and to groups."""
+
+    def __init__(self) -> None:
+        self.watched: Dict[int, Set[str]] = {}
+        """The names of attributes that matter, by the ``id`` of their module."""
+        self.written: Set[Tuple[int, str]] = set()
+        """Those that were written since somebody looked."""
+        self.hit = False
+        """True where anything was written since somebody looked."""
+        self.tensors: Dict[int, str] = {}
+        """What of a tensor was written, "requires_grad" or "data", by its ``id``."""
+
+    def turn_on(self) -> None:
+        """Listen from now on."""
+        if not _barriers:
+            _put_in()
+        _barriers.append(self)
+
+    def turn_off(self) -> None:
+        """Listen no more."""
+        if self in _barriers:
+            _barriers.remove(self)
+            if not _barriers:
+                _take_out()
+
+    def take(self) -> Tuple[Set[Tuple[int, str]], Dict[int, str]]:
+        """(attributes, tensors) that were written; begin anew."""
+        found = self.written, self.tensors
+        self.written, self.tensors, self.hit = set(), {}, False
+        return found
+
+
+_barriers: List[Barrier] = []
+
+
+def _note(module: nn.Module, name: str) -> None:
+    for barrier in _barriers:
+        names = barrier.watched.get(id(module))
+        if names is not None and name in names:
+            barrier.written.add((id(module), name))
+            barrier.hit = True
+
+
+def _note_tensor(tensor: Any, what: str) -> None:
+    for barrier in _barriers:
+        barrier.tensors[id(tensor)] = what
+        barrier.hit = True
+
+
+def _put_in() -> None:
+    def set_attribute(module: Any, name: str, value: Any) -> None:
+        _set_attribute(module, name, value)
+        _note(module, name)
+
+    def delete_attribute(module: Any, name: str) -> None:
+        _delete_attribute(module, name)
+        _note(module, name)
+
+    def requires_grad_(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        _note_tensor(tensor, "requires_grad")
+        return _requires_grad_(tensor, *args, **kwargs)
+
+    def set_requires_grad(tensor: Any, value: bool) -> None:
+        _note_tensor(tensor, "requires_grad")
+        _requires_grad.__set__(tensor, value)
+
+    def set_data(tensor: Any, value: Any) -> None:
+        _note_tensor(tensor, "data")
+        _data.__set__(tensor, value)
+
+    def set_option(group: Any, key: str, value: Any) -> None:
+        _set_option(group, key, value)
+        for barrier in _barriers:
+            barrier.hit = True
+
+    nn.Module.__setattr__, nn.Module.__delattr__ = set_attribute, delete_attribute
+    flow.Tensor.requires_grad_ = requires_grad_
+    flow.Tensor.requires_grad = property(_requires_grad.__get__, set_requires_grad)
+    flow.Tensor.data = property(_data.__get__, set_data)
+    ParamGroup.__setitem__ = set_option
+
+
+def _take_out() -> None:
+    nn.Module.__setattr__, nn.Module.__delattr__ = _set_attribute, _delete_attribute
+    flow.Tensor.requires_grad_ = _requires_grad_
+    flow.Tensor.requires_grad = _requires_grad
+    flow.Tensor.data = _data
+    ParamGroup.__setitem__ = _set_option
+
+
+@contextlib.contextmanager
+def telling_reads(tell: Callable[[Any, str], None]) -> Iterator[None]:
+    """In the block, call ``tell(module, name)`` for each attribute that is read of a module."""
+
+    def get_attribute(module: Any, name: str) -> Any:
+        tell(module, name)
+        return object.__getattribute__(module, name)
+
+    before = nn.Module.__dict__.get("__getattribute__")
+    nn.Module.__getattribute__ = get_attribute
+    try:
+        yield
+    finally:
+        if before is None:
+            del nn.Module.__getattribute__
+        else:
+            nn.Module.__getattribute__ = before

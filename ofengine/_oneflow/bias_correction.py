@@ -1,0 +1,73 @@
+"""The bias correction of Adam, AdamW and LAMB in eager mode, with the bits of graphs.
+
+Both modes run the same kernels and hand them ``1 - beta ** step``. OneFlow's eager optimizers take
+the power from ``math.pow``, in float64; a graph has ``Fastpow<float>`` compute it
+(``model_update_kernel_util.cpp``), and rounds each product to float32. It does so for any device:
+the step counter lies on the CPU (``auto_train_step.cpp``), and what corrects beside it
+(``adam_optm.cpp``, ``lamb_optm.cpp``; for GPUs this was read, not run).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from typing import Any, List
+
+import numpy as np
+from oneflow.nn.optimizer import adam, adamw, lamb
+
+_MODULES: Any = (adam, adamw, lamb)
+"""Where OneFlow's optimizers call ``math.pow``, each for its bias correction and nothing else."""
+
+_BLOCK = 256
+"""Powers are computed for so many steps at once: the next one is then looked up."""
+
+
+class Stepping(threading.local):
+    """Whether this thread is in an optimizer's step that is to compute as graphs do.
+
+    Of threads, for others' loops may run in theirs.
+    """
+
+    on = False
+
+
+STEPPING = Stepping()
+
+
+@functools.lru_cache(maxsize=64)  # groups mostly have the same betas
+def graph_power(beta: float, exponent: int) -> float:
+    """``beta ** exponent``, a float32 value, with the bits of OneFlow's ``Fastpow<float>``."""
+    place = exponent % _BLOCK
+    return _powers(beta, exponent - place)[place]
+
+
+@functools.lru_cache(maxsize=256)
+def _powers(beta: float, first: int) -> List[float]:
+    """The powers with the exponents from ``first`` on, by repeated squaring."""
+    left = np.arange(first, first + _BLOCK)
+    square, powers = np.float32(beta), np.ones(_BLOCK, np.float32)
+    with np.errstate(under="ignore"):
+        while left.any():
+            powers = np.where(left & 1, powers * square, powers)
+            square, left = square * square, left >> 1
+    return powers.tolist()
+
+
+class _Math:
+    """The module ``math``, but that :data:`STEPPING` decides which ``pow`` it has."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(math, name)
+
+    @staticmethod
+    def pow(x: float, y: float) -> float:
+        return graph_power(float(x), int(y)) if STEPPING.on else math.pow(x, y)
+
+
+def let_optimizers_ask() -> None:
+    """Have OneFlow's optimizers look at :data:`STEPPING`; while it is off, nothing is changed."""
+    for module in _MODULES:
+        if module.math is math:
+            module.math = _Math()

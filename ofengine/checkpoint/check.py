@@ -1,0 +1,258 @@
+"""Does a checkpoint fit the run that is to go on from it? All is asked before anything changes."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Mapping
+
+from ofengine._oneflow.optimizer_copies import keys_kept
+from ofengine.checkpoint.beside import check_others, check_tensors, other_optimizers
+from ofengine.checkpoint.checks import Misfit, array, by_name, check_fits, misfit
+from ofengine.checkpoint.file import Checkpoint
+from ofengine.checkpoint.owners import Matches
+from ofengine.checkpoint.snapshot import plain_options
+from ofengine.checkpoint.weights import check_weights
+from ofengine.data.generators import check_global_states, check_state_anywhere, check_states_in
+from ofengine.errors import CheckpointError, OFEngineError, warn
+from ofengine.rates.checks import check_rates
+from ofengine.rates.planning import new_plan
+from ofengine.rates.resume import check_groups_fit, resume_plan
+from ofengine.rates.schedule import PlateauSchedule, describe_schedule, same_kind
+from ofengine.run.progress import Point
+from ofengine.run.state import Run, State
+
+
+def check_run(run: Run, checkpoint: Checkpoint, policy: str, owners: Matches) -> None:
+    """Raise an :class:`OFEngineError` where a part of ``checkpoint`` does not fit ``run``.
+
+    Args:
+        run: the run that is to go on, with its task, optimizer and data; nothing of it changes.
+        checkpoint: a file whose state ``schema.check_state`` is content with.
+        policy: ``rates_on_resume``.
+        owners: whose the states of callbacks are.
+    """
+    state: Any = checkpoint.state
+    where = f"{checkpoint.path} cannot be resumed"
+    try:
+        check_weights(run.task, checkpoint.weights, str(checkpoint.path))
+        _check_optimizer_class(run, checkpoint)
+        check_groups_fit(run.rates, state["rates"])
+        check_fits(state, lambda value, _: _check_optimizer(run, value), where)
+        _check_plan(run, state["rates"], policy, where)
+        _check_place(run, checkpoint)
+        check_fits(state, lambda value, _: _check_layers(run, value), where)
+        check_tensors(run.task, state.get("tensors", {}), where)
+        check_others(other_optimizers(run), state.get("optimizers", {}), where)
+        _check_random(run, state, owners, where)
+        for callback, index in zip(run.callbacks, owners.of_own):
+            if index is not None and state["callbacks"][index]["state"]:
+                _check_callback(run, callback, state["callbacks"][index]["state"], where)
+    except OFEngineError:
+        raise
+    except Exception as error:
+        # No part is of a wrong kind, so it is what the parts say together.
+        raise CheckpointError(f"{where}: {type(error).__name__}: {error}.") from error
+    _check_accumulation(run, checkpoint)
+
+
+# ---------------------------------------------------------------------- optimizer and rates
+
+
+def _check_optimizer_class(run: Run, checkpoint: Checkpoint) -> None:
+    state: Any = checkpoint.state
+    kept, own = state["optimizer"]["class"], type(run.made.optimizer).__qualname__
+    if kept != own:
+        raise CheckpointError(
+            f"{checkpoint.path} was trained with {kept}, and configure_optimizers() returns {own}, "
+            f"whose state is another: use {kept}, or start anew from the weights with "
+            "ofengine.load_weights(task, path)."
+        )
+
+
+def _check_optimizer(run: Run, state: State) -> None:
+    """What is kept of each parameter, and the gradients of a window that is open."""
+    optimizer, parameters = run.made.optimizer, dict(run.task.named_parameters())
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    optimizer_state = state["optimizer"]
+    of_parameter = {}
+    for group, keys, before, now in zip(
+        optimizer.param_groups, keys_kept(optimizer), optimizer_state["options"], plain_options(run)
+    ):
+        same = repr(sorted(before.items())) == repr(sorted(now.items()))
+        for parameter in group.parameters:
+            of_parameter[names.get(id(parameter), "")] = (keys, same)
+    known = set().union(*(keys or () for keys, _ in of_parameter.values()), *_ALL_KEYS)
+    by_name(by_name(array("f"), known), parameters)(optimizer_state["states"], "optimizer/states")
+    for name, kept in optimizer_state["states"].items():
+        parameter = parameters[name]
+        fits = array("f", tuple(parameter.shape), parameter.numpy().dtype)
+        by_name(fits)(kept, f"optimizer/states/{name}")
+        keys, same = of_parameter.get(name, (None, False))
+        lacking = sorted(set(keys or ()) - set(kept)) if same and kept else []
+        if lacking:
+            raise Misfit(f"optimizer/states/{name} lacks {lacking[0]!r}")
+    loop = state["loop"]
+    training = {name for name in parameters if name not in set(loop["frozen"])}
+    by_name(array("f"), training & set(of_parameter))(state["gradients"], "gradients")
+    for name, gradient in state["gradients"].items():
+        parameter = parameters[name]
+        array("f", tuple(parameter.shape), parameter.numpy().dtype)(gradient, f"gradients/{name}")
+    accumulate = state["run"]["accumulate_grad_batches"]
+    if state["gradients"] and loop["batches_done"] % accumulate == 0:
+        raise Misfit(
+            f"there are gradients of an open window after {loop['batches_done']} batches, where "
+            f"windows of {accumulate} are closed"
+        )
+
+
+_ALL_KEYS = (
+    {"momentum_buf", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_avg", "sum"},
+    {"square_avgs", "acc_deltas"},
+)
+"""What OneFlow's optimizers keep of a parameter, by whatever options."""
+
+
+def _check_plan(run: Run, rates: State, policy: str, where: str) -> None:
+    """Let another plan go on from the checkpoint, and ask it for the rates to come."""
+    made, settings = run.made, run.settings
+    if policy == "checkpoint":
+        own = describe_schedule(made.scheduler, run.rates.names)
+        if same_kind(rates["schedule"], own):
+            check_fits(
+                rates["schedule"], lambda kept, place: _check_schedule(kept, own, place), where
+            )
+    anew = new_plan(settings, made, run.rates.initial_groups, run.batches_per_epoch)
+    anew.set_decay(run.rates.decay, "the code")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come when it is done in earnest
+        if anew.schedule is not None and isinstance(anew.schedule, PlateauSchedule):
+            memory, own = (rates["plateau"] or {}).get("memory", {}), anew.schedule.state()
+            check_fits(
+                memory, lambda kept, _: _check_values(kept, own["memory"], "rates/plateau"), where
+            )
+        resume_plan(anew, made, rates, policy)
+        check_rates(anew, made, run.total_steps, settings.max_epochs, rates["step"])
+        if anew.schedule is not None and isinstance(anew.schedule, PlateauSchedule):
+            anew.observe(0.0)
+
+
+def _check_schedule(kept: Any, own: Any, place: str) -> None:
+    """A schedule takes over values that it has, of their kind; inside it too."""
+    if kept is None:
+        return
+    inside = [(kept.get("by_group", []), own.get("by_group", []))]
+    inside += [(parts, own["parts"][name]) for name, parts in kept.get("parts", {}).items()]
+    _check_values(kept.get("values", {}), own.get("values", {}), f"{place or 'rates/schedule'}")
+    for parts, own_parts in inside:
+        for part, own_part in zip(parts, own_parts):
+            _check_schedule(part, own_part, f"{place or 'rates/schedule'}/{kept['class']}")
+
+
+def _check_values(kept: Mapping[str, Any], own: Mapping[str, Any], place: str) -> None:
+    for key, value in kept.items():
+        if key not in own:
+            raise Misfit(f"{place} has the key {key!r}, which is not known")
+        if not _alike(value, own[key]):
+            raise misfit(f"{place}/{key}", value, f"something like {own[key]!r}")
+
+
+def _alike(kept: Any, own: Any) -> bool:
+    """True where ``kept`` may stand for the plain value ``own``: a number for a number, ..."""
+    if isinstance(own, (list, tuple)):
+        return isinstance(kept, list)
+    numbers = [isinstance(v, (int, float)) and not isinstance(v, bool) for v in (kept, own)]
+    if own is None or kept is None:
+        return not isinstance(kept, (list, dict))
+    return all(numbers) or type(kept) is type(own)
+
+
+# ---------------------------------------------------------------------- where the run is
+
+
+def _check_place(run: Run, checkpoint: Checkpoint) -> None:
+    """The batches that were done must be in the data of now."""
+    state: Any = checkpoint.state
+    loop, train = state["loop"], run.train
+    point = Point(loop["point"])
+    enters = point not in (Point.BEGIN, Point.EPOCH_START, Point.EPOCH_END, Point.OVER)
+    most = run.settings.max_epochs
+    goes_on = loop["cut_short"] is not None and (most == -1 or loop["epoch"] < most)
+    done = loop["batches_done"]
+    if train is None or train.count is None or done <= train.count or not (enters or goes_on):
+        return
+    raise CheckpointError(
+        f"{checkpoint.path} was saved after {done} batches of epoch {loop['epoch']}, "
+        f"and {train.what} has {train.count} now: resume with the data it was begun with."
+    )
+
+
+def _check_layers(run: Run, state: State) -> None:
+    """Those that are frozen must be there, and those that are not must be able to train."""
+    parameters, frozen = dict(run.task.named_parameters()), state["loop"]["frozen"]
+    for name in frozen:
+        if name not in parameters:
+            raise misfit("loop/frozen", name, "a parameter of the task")
+    for name, parameter in parameters.items():
+        if not parameter.is_floating_point() and name not in frozen:
+            raise Misfit(f"loop/frozen lacks {name!r}, which holds whole numbers")
+
+
+def _check_accumulation(run: Run, checkpoint: Checkpoint) -> None:
+    state: Any = checkpoint.state
+    accumulate = state["run"]["accumulate_grad_batches"]
+    if accumulate == run.settings.accumulate_grad_batches:
+        return
+    text = (
+        f"accumulate_grad_batches was {accumulate} in {checkpoint.path} and is "
+        f"{run.settings.accumulate_grad_batches} now"
+    )
+    if state["gradients"]:
+        raise CheckpointError(
+            f"{text}, and the checkpoint lies within a window: resume with {accumulate}."
+        )
+    warn(f"{text}: steps and epochs are counted with the new one from the start.")
+
+
+# ---------------------------------------------------------------------- generators, callbacks
+
+
+def _check_random(run: Run, state: State, owners: Matches, where: str) -> None:
+    """Every state of a generator must be one of the generator that is at its place now."""
+    random, train = state["random"], run.train
+    seeded = state["run"]["seed"] is not None
+    passes = [(train, state["random_at_pass"], seeded), (train, random, seeded)]
+    passes += [(each, kept, False) for each, kept in
+               zip(run.validation, state.get("random_at_validation", []))]  # fmt: skip
+    try:
+        for batches, states, reseeded in passes:
+            if states is not None:
+                check_global_states(states["global"])
+                _check_source(batches, states["data"], reseeded)
+        for batches, states in zip(run.validation, random.get("validation", [])):
+            _check_source(batches, states, False)
+        check_states_in(run.task, None, random["task"])
+        for callback, index in zip(run.callbacks, owners.of_own):
+            if index is not None and "callbacks" in random:
+                check_states_in(None, None, random["callbacks"][index], callback)
+        for states in (random["data"], random["task"], *random.get("validation", [])):
+            for each in states.values():  # those too whose place is not there now
+                check_state_anywhere(each)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def _check_source(batches: Any, states: State, reseeded: bool) -> None:
+    with batches.as_reseeded(reseeded):
+        check_states_in(None, batches.source, states)
+
+
+def _check_callback(run: Run, callback: Any, state: State, where: str) -> None:
+    try:
+        callback.check_state_dict(state, run.task)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{where}: {type(callback).__name__}.check_state_dict raised "
+            f"{type(error).__name__}: {error}."
+        ) from error

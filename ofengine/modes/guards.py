@@ -1,0 +1,245 @@
+"""Guards: what a trace read is watched, so that no compiled step keeps a value of yesterday.
+
+While a step is traced, each attribute that is read of a module is noted, with what it was; so are
+the parameters, buffers and submodules that there are, the options of the groups that the step
+updates with, and the plain globals and closures of the user's functions. Afterwards a write to one
+of these is told by a barrier in the classes themselves, at no cost for a step; only what can change
+without a write to a module (a dict, a list, an object of the user's, a global) is looked at before
+each run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import inspect
+import itertools
+import sys
+import types
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
+
+import numpy as np
+import oneflow as flow
+from oneflow import nn
+
+from ofengine._oneflow.barriers import Barrier, telling_reads
+from ofengine._oneflow.tracing import stands_for
+from ofengine.modes.photo import Film, difference, photo
+
+_OWN_NAMES = frozenset({*vars(nn.Module()), "_trainer", "_origin", "_proxy"} - {"training"})
+"""Names that nn.Module or the engine read all the time."""
+_RATE_KEYS = ("lr", "initial_lr", "lr_scale", "lr_decay_scale", "name")
+"""Options that the rate plan watches, or that no step reads."""
+_VERSION_AT = 24
+"""Where a dict of CPython 3.8 to 3.10 keeps the version that each change of it makes new (PEP 509):
+behind the reference count, the type and the number of entries."""
+_HAS_VERSIONS = sys.implementation.name == "cpython" and sys.version_info[:2] <= (3, 10)
+
+_Place = Tuple[Any, str]
+"""Who holds a value, a module or a function's globals, and its name there."""
+
+
+class Watch:
+    """What one trace read, and whether it still is so.
+
+    Args:
+        task: its modules' parameters, buffers and submodules are watched by themselves.
+        reads: the attributes that the trace read, by module.
+        groups: options of the parameter groups that the step updates with.
+    """
+
+    def __init__(
+        self, task: nn.Module, reads: Dict[int, Tuple[Any, Set[str]]], groups: Sequence[Any]
+    ) -> None:
+        self._names = {id(module): name for name, module in task.named_modules()}
+        self._groups = [group.options for group in groups]
+        self._cells: List[Any] = []
+        self._slow: List[Tuple[Any, Any]] = []
+        self._before: Dict[Tuple[int, str], Tuple[Any, str, Any]] = {}
+        film = Film()
+        functions: List[types.FunctionType] = []
+        for module in task.modules():
+            inside = {*module._parameters, *module._buffers, *module._modules}
+            reads.setdefault(id(module), (module, set()))[1].update(inside)
+            functions += _functions_of(type(module).forward)
+        for module, names in reads.values():
+            for name in names:
+                value = _attribute(module, name)
+                functions += _functions_of(value)
+                self._before[(id(module), name)] = (module, name, photo(value, film))
+        for holder, name, value in _free_names(functions):
+            self._before[(id(holder), name)] = (holder, name, photo(value, film))
+            film.changeable.append(holder)
+        self._option_photo = self._photo_of_groups()
+        self._held = film.held
+        self._changeable = list({id(each): each for each in film.changeable}.values())
+        self._note_versions()
+
+    def names(self) -> Iterator[Tuple[int, str]]:
+        """The attributes that matter: ``id`` of the module, and name."""
+        return iter(self._before)
+
+    def tensors(self, task: nn.Module) -> List[Any]:
+        """The tensors that the trace read and that are not the task's parameters or buffers.
+
+        Their lazy gradients, which the trace has left, are let go.
+        """
+        own = {id(each) for each in (*task.parameters(), *task.buffers())}
+        found = {id(t): t for t in self._held if isinstance(t, flow.Tensor) and id(t) not in own}
+        eager = [each for each in found.values() if not each.is_lazy]
+        for each in eager:
+            if each.is_leaf and each.grad is not None and each.grad.is_lazy:
+                each.grad = None
+        return eager
+
+    @property
+    def looks(self) -> bool:
+        """True where something is to be looked at before each run."""
+        return bool(self._cells or self._slow)
+
+    def may_differ(self) -> bool:
+        """True where something was changed in place that cannot tell so."""
+        if [cell.value for cell in self._cells] != self._versions:
+            return True
+        return any(_quick(each) != before for each, before in self._slow)
+
+    def changed(self, places: Optional[Set[Tuple[int, str]]] = None) -> Optional[str]:
+        """What differs from the trace, as a user would write it; None where nothing does.
+
+        ``places``: only look at these attributes, and at the groups.
+        """
+        looked = self._before if places is None else [p for p in places if p in self._before]
+        for place in looked:
+            holder, name, before = self._before[place]
+            after = photo(_attribute(holder, name), Film())
+            if after != before:
+                return difference(self._called(holder, name), before, after)
+        if self._photo_of_groups() != self._option_photo:
+            return self._changed_option()
+        if places is None:
+            self._note_versions()
+        return None
+
+    def _called(self, holder: Any, name: str) -> str:
+        path = self._names.get(id(holder))
+        if path is None:
+            return name
+        return ".".join(filter(None, ["self", path, name]))
+
+    def _photo_of_groups(self) -> List[Any]:
+        return [
+            {key: photo(each, Film()) for key, each in options.items() if key not in _RATE_KEYS}
+            for options in self._groups
+        ]
+
+    def _changed_option(self) -> str:
+        for index, (before, after) in enumerate(zip(self._option_photo, self._photo_of_groups())):
+            for key in {*before, *after}:
+                if before.get(key) != after.get(key):
+                    return f"optimizer.param_groups[{index}][{key!r}]"
+        return "optimizer.param_groups"
+
+    def _note_versions(self) -> None:
+        dicts = [each for each in self._changeable if _HAS_VERSIONS and isinstance(each, dict)]
+        self._cells = [ctypes.c_uint64.from_address(id(each) + _VERSION_AT) for each in dicts]
+        self._versions = [cell.value for cell in self._cells]
+        known = {id(each) for each in dicts}
+        others = [each for each in self._changeable if id(each) not in known]
+        self._slow = [(each, _quick(each)) for each in others]
+
+
+class Guards:
+    """The watches of one mode's compiled steps, over one barrier."""
+
+    def __init__(self) -> None:
+        self.barrier = Barrier()
+        self._reads: Dict[int, Tuple[Any, Set[str]]] = {}
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Note what is read of modules in the block, which traces one graph."""
+        self._reads = {}
+        with telling_reads(self._tell):
+            yield
+
+    def watch(self, task: nn.Module, groups: Sequence[Any] = ()) -> Watch:
+        """Watch what the last block read."""
+        watch = Watch(task, self._reads, groups)
+        for holder, name in watch.names():
+            self.barrier.watched.setdefault(holder, set()).add(name)
+        self._reads = {}
+        return watch
+
+    def _tell(self, module: Any, name: str) -> None:
+        if name in _OWN_NAMES or name.startswith("__"):
+            return
+        if isinstance(inspect.getattr_static(type(module), name, None), property):
+            return  # what it reads is told by itself
+        module = stands_for(module)
+        self._reads.setdefault(id(module), (module, set()))[1].add(name)
+
+
+def _attribute(holder: Any, name: str) -> Any:
+    """A module's attribute, a global or a closure's variable; None where there is none now."""
+    if isinstance(holder, dict):
+        return holder.get(name)
+    if isinstance(holder, types.CellType):
+        try:
+            return holder.cell_contents
+        except ValueError:
+            return None
+    return getattr(holder, name, None)
+
+
+def _quick(container: Any) -> Any:
+    """What is cheap to compare of a container without a version."""
+    if isinstance(container, np.ndarray):
+        return container.tobytes() if container.size <= 1_000 else None
+    if isinstance(container, types.CellType):
+        return id(_attribute(container, ""))
+    if isinstance(container, dict):
+        return [(key, id(each)) for key, each in container.items()]
+    return len(container), [id(each) for each in itertools.islice(container, 1_000)]
+
+
+def _is_users(function: Any) -> bool:
+    package = str(getattr(function, "__module__", "")).partition(".")[0]
+    return isinstance(function, types.FunctionType) and package not in (
+        "ofengine", "oneflow", "flowvision", "numpy", "builtins"
+    )  # fmt: skip
+
+
+def _functions_of(value: Any) -> List[types.FunctionType]:
+    function = getattr(value, "__func__", value)
+    return [function] if _is_users(function) else []
+
+
+def _free_names(functions: Sequence[types.FunctionType]) -> Iterator[Tuple[Any, str, Any]]:
+    """(holder, name, value) of what the functions read besides arguments, and those they call."""
+    waiting, seen = list(functions), set()  # type: ignore[var-annotated]
+    while waiting:
+        function = waiting.pop()
+        if function in seen or len(seen) > 200:
+            continue
+        seen.add(function)
+        for cell, name in zip(function.__closure__ or (), function.__code__.co_freevars):
+            value = _attribute(cell, name)
+            waiting += _functions_of(value)
+            yield cell, name, value
+        for name in _names_in(function.__code__):
+            if name not in function.__globals__:
+                continue
+            value = function.__globals__[name]
+            waiting += _functions_of(value)
+            if _can_be_a_setting(value):
+                yield function.__globals__, name, value
+
+
+def _names_in(code: types.CodeType) -> Set[str]:
+    inside = [each for each in code.co_consts if isinstance(each, types.CodeType)]
+    return set(code.co_names).union(*map(_names_in, inside))
+
+
+def _can_be_a_setting(value: Any) -> bool:
+    """False for what a module's global as a rule is: a module, a class, a function."""
+    return not isinstance(value, (types.ModuleType, type)) and not callable(value)

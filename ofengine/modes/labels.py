@@ -1,0 +1,173 @@
+"""Class indices that are none, told before they are trained on.
+
+OneFlow leaves a sample out of ``cross_entropy`` and ``nll_loss`` without a word where its label is
+below 0 or not below the number of classes; where it leaves out all, the loss is NaN. To look at
+the labels of a step is to wait for the device, so it is done for the first batch of each epoch
+and of each evaluation, in graph mode of each compiled step, and from a loss on that was read
+and is not finite.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import weakref
+from typing import Any, Callable, Dict, Hashable, Iterator, List, Sequence, Tuple
+
+import attrs
+import numpy as np
+import oneflow as flow
+from oneflow import nn
+
+from ofengine._oneflow.labels import Source, sources_of_labels
+from ofengine._oneflow.operators import functions_by_name
+from ofengine.data.structure import flatten
+from ofengine.errors import DataError
+from ofengine.lines import line_being_run
+
+_LOSSES = {
+    "cross_entropy": ("input", "target", "weight", "ignore_index"),
+    "nll_loss": ("input", "target", "weight", "ignore_index"),
+    "sparse_softmax_cross_entropy": ("labels", "logits"),
+}
+"""OneFlow's functions that take class indices, and their first arguments."""
+_INTEGERS = (flow.int8, flow.int32, flow.int64, flow.uint8)
+
+
+@attrs.frozen
+class _Loss:
+    """A call of such a function."""
+
+    name: str
+    classes: int
+    ignored: Any
+    line: str
+
+    def check(self, labels: np.ndarray) -> None:
+        """Raise :class:`DataError` for class indices that are none."""
+        wrong = (labels < 0) | (labels >= self.classes)
+        if self.ignored is not None:
+            wrong &= labels != self.ignored
+        if not wrong.any():
+            return
+        values = np.unique(labels[wrong]).tolist()
+        some = ", ".join(map(str, values[:8])) + (", ..." if values[8:] else "")
+        at = f" at {self.line}" if self.line else ""
+        given = "" if self.ignored is None else ", or give ignore_index for what is to be ignored"
+        does = "leaves such samples out without a word, and the loss is NaN where no other is left"
+        if self.name.startswith("sparse"):
+            does = "ends the process over them"
+        raise DataError(
+            f"{self.name}{at} got {int(wrong.sum())} of {labels.size} labels that are no class: "
+            f"{some}, where the {self.classes} classes are 0 to {self.classes - 1}. OneFlow "
+            f"{does}: correct the labels or the number of outputs{given}."
+        )
+
+
+_Seen = Callable[[_Loss, Any], None]
+
+
+@contextlib.contextmanager
+def _telling(task: nn.Module, seen: _Seen) -> Iterator[None]:
+    """In the block, call ``seen(loss, labels)`` for each call of a loss over class indices.
+
+    Whoever looks one up in OneFlow, in a user's module that has imported it, or on a layer finds
+    one that tells.
+    """
+    modules = {type(layer).__module__ for layer in task.modules()}
+    users = [sys.modules[n] for n in modules if n in sys.modules and not n.startswith("oneflow")]
+    places: List[Any] = [vars(each) for each in (*users, *task.modules())]
+    with contextlib.ExitStack() as stack:
+        for name in _LOSSES:
+            tell: Dict[int, Any] = {}
+            for holder, original in functions_by_name(name):
+                tell[id(original)] = _teller(name, original, seen)
+                setattr(holder, name, tell[id(original)])
+                stack.callback(setattr, holder, name, original)
+            for place in places:
+                for key, value in [(k, v) for k, v in place.items() if id(v) in tell]:
+                    place[key] = tell[id(value)]
+                    stack.callback(place.__setitem__, key, value)
+        yield
+
+
+def _teller(name: str, original: Any, seen: _Seen) -> Any:
+    names = _LOSSES[name]
+
+    def telling(*args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(names, args)), **kwargs}
+        labels: Any = given.get("target", given.get("labels"))
+        scores: Any = given.get("input", given.get("logits"))
+        both = isinstance(labels, flow.Tensor) and isinstance(scores, flow.Tensor)
+        if both and labels.dtype in _INTEGERS and not labels.is_global:
+            last = name.startswith("sparse")
+            classes = scores.shape[-1 if last or scores.ndim == 1 else 1]
+            ignored = None if last else given.get("ignore_index", -100)
+            seen(_Loss(name, int(classes), ignored, line_being_run()), labels)
+        return original(*args, **kwargs)
+
+    return telling
+
+
+def checking(task: nn.Module, mode: str, step: Callable[..., Any]) -> Callable[..., Any]:
+    """``step`` of eager mode with the labels looked at; that of graph mode, whose traces do so."""
+
+    def checked(*args: Any) -> Any:
+        with _telling(task, lambda loss, labels: loss.check(labels.numpy())):
+            return step(*args)
+
+    return checked if mode == "eager" else step
+
+
+def distrusting(task: nn.Module, mode: str, step: Callable[..., Any]) -> Callable[..., Any]:
+    """``train_step`` of a mode with the labels of every batch looked at, which waits for them."""
+
+    def checked(batch: Any, *args: Any) -> Any:
+        _check_batch(task, batch)
+        return step(batch, *args)
+
+    return checking(task, mode, step) if mode == "eager" else checked
+
+
+# ---------------------------------------------------------------------- compiled steps
+
+_Checks = List[Tuple[_Loss, Source]]
+_checks_of: weakref.WeakKeyDictionary[Any, Dict[Hashable, _Checks]] = weakref.WeakKeyDictionary()
+"""Of each task, what its compiled training steps take for labels, by the kind of batch."""
+
+
+@contextlib.contextmanager
+def noting_labels(task: nn.Module, graph: nn.Graph, inputs: Sequence[Any]) -> Iterator[None]:
+    """While ``graph`` is traced, note its losses; then check the labels in ``inputs``.
+
+    Raises :class:`DataError` as in eager mode. Labels that the step computes from its inputs in
+    more than simple ways are not known, and not looked at.
+    """
+    losses: List[_Loss] = []
+    with _telling(task, lambda loss, labels: losses.append(loss)):
+        yield
+    if not losses:
+        return
+    tensors: List[Any] = []
+    flatten(inputs, tensors)
+    sources = sources_of_labels(graph, len(tensors))
+    if len(sources) != len(losses):
+        return
+    checks = [(loss, source) for loss, source in zip(losses, sources) if source is not None]
+    if getattr(graph, "step", None) == "training_step":
+        _checks_of.setdefault(task, {})[_key(graph.structure, inputs[0])] = checks
+    for loss, source in checks:
+        loss.check(source.indices(tensors))
+
+
+def _check_batch(task: nn.Module, batch: Any) -> None:
+    known = _checks_of.get(task)
+    if known:
+        tensors: List[Any] = []
+        structure = flatten(batch, tensors)
+        for loss, source in known.get(_key(structure, tensors), ()):
+            loss.check(source.indices(tensors))
+
+
+def _key(structure: Any, tensors: Sequence[Any]) -> Hashable:
+    return (structure, *[(tuple(tensor.shape), tensor.dtype) for tensor in tensors])
