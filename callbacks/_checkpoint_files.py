@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import secrets
 import stat
 from pathlib import Path, PurePosixPath
@@ -37,12 +38,14 @@ class CheckpointFiles:
         """The paths of the files that were written and are to stay, in that order."""
         self.adopted: Set[str] = set()
         """Files of an earlier version, which do not say who wrote them: the checkpoint does."""
+        self.spared: Optional[Path] = None
+        """The checkpoint that is resumed from, where it has a name that the user gave it."""
 
     # ------------------------------------------------------------------ whose it is
 
     def is_own(self, path: Path) -> bool:
         """True for a file that this callback may replace or remove."""
-        if path.suffix != EXTENSION or not self.holds(path):
+        if path.suffix != EXTENSION or path == self.spared or not self.holds(path):
             return False
         try:
             is_file = stat.S_ISREG(os.lstat(path).st_mode)
@@ -121,6 +124,11 @@ class CheckpointFiles:
                     yield folder.joinpath(*parts[-count:])
         yield Path(os.path.normpath(self.folder / name))
 
+    def is_called(self, path: Path, name: str) -> bool:
+        """True for a file that a checkpoint calls ``name``, whatever number was added to it."""
+        stem, own = name[: -len(EXTENSION)], self.name_of(str(path))
+        return bool(re.fullmatch(rf"{re.escape(stem)}(-v\d+)?{re.escape(EXTENSION)}", own))
+
     def place_of(self, name: str) -> str:
         """Where the file that a checkpoint calls ``name`` would be in the folder."""
         parts = PurePosixPath(name).parts
@@ -128,12 +136,11 @@ class CheckpointFiles:
             parts = parts[-1:] if parts[-1] not in ("/", "..") else ()
         return str(self.folder.joinpath(*parts))
 
-    def others_of(self, patterns: Iterable[str]) -> Iterator[str]:
-        """The callback's own files that it does not know of: of later, before it was killed."""
-        for pattern in patterns:
-            for path in self.folder.glob(pattern):
-                if str(path) not in self.kept and self.is_own(path):
-                    yield str(path)
+    def has_later(self, patterns: Iterable[str], step: int) -> bool:
+        """True where the callback wrote files after ``step`` already, before it was killed."""
+        paths = [path for pattern in patterns for path in self.folder.glob(pattern)]
+        steps = [metadata_of(path).get("global_step", "") for path in paths if self.is_own(path)]
+        return any(re.fullmatch(r"\d{1,18}", str(s)) and int(s) > step for s in steps)
 
 
 def _numbered(path: Path) -> Iterator[Path]:

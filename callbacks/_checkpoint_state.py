@@ -67,6 +67,7 @@ class Kept:
         files: CheckpointFiles,
         resumed_from: Optional[Path],
         patterns: Iterable[str],
+        step: int,
     ) -> Kept:
         """Find the files of a checked ``state``; ``files`` learns which of them are to stay.
 
@@ -75,6 +76,7 @@ class Kept:
             files: of the callback, with the run's id.
             resumed_from: the checkpoint.
             patterns: where files of the callback may lie below its folder.
+            step: the optimizer steps that the run had done.
 
         Warns where some that were kept for their metric are not there.
         """
@@ -84,13 +86,14 @@ class Kept:
         paths.update((name, files.find(name, resumed_from)) for name in single if name not in paths)
         if itself and resumed_from is not None and not _is_same(paths.get(itself), resumed_from):
             paths[itself] = str(resumed_from)  # whatever it is called now
+            files.spared = None if files.is_called(resumed_from, itself) else resumed_from
         inside = [path for path in paths.values() if path and files.holds(Path(path))]
         files.adopted = {path for path in inside if "callback" not in metadata_of(path)}
         names = dict.fromkeys([*state["written"], *scores, state["last_model_path"]])
         written = [paths[name] for name in names if name and paths[name] in inside]
         files.kept = dict.fromkeys(written)
         lost = [name for name in scores if not paths[name]]
-        if lost and any(files.others_of(patterns)):
+        if lost and files.has_later(patterns, step):
             # They went for files of a later moment, before the run was killed: as they will again.
             paths.update((name, files.place_of(name)) for name in lost)
             lost = []

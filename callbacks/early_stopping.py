@@ -9,12 +9,21 @@ from typing import Any, Dict, Optional
 
 from ofengine.callback import Callback
 from ofengine.callbacks._monitor import hint, warn_of_misspelt_monitor
-from ofengine.errors import CheckpointError, ConfigurationError, warn
+from ofengine.checkpoint.checks import check_fits, flag, maybe, number, record, whole
+from ofengine.errors import ConfigurationError, warn
 from ofengine.run.arguments import check_choice, check_count, check_flag
 from ofengine.run.view import RunView
 from ofengine.task import TaskModule
 
 log = logging.getLogger("ofengine")
+
+_STATE = record(
+    {
+        "best_score": number(), "last_score": maybe(number()), "stopped_epoch": maybe(whole()),
+        "wait_count": whole(),
+    },
+    {"validated": flag, "waits_for_epoch_end": flag, "missed": flag},
+)  # fmt: skip
 
 
 class EarlyStopping(Callback):
@@ -115,20 +124,21 @@ class EarlyStopping(Callback):
             "missed": self._missed,
         }
 
+    def check_state_dict(self, state: Dict[str, Any], task: TaskModule) -> None:
+        """Raise :class:`CheckpointError` where ``state`` is none of an EarlyStopping."""
+        check_fits(state, _STATE, "the state of EarlyStopping is wrong")
+
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Go on counting from ``state``."""
-        needed = {"best_score", "last_score", "stopped_epoch", "wait_count"}
-        lacking = sorted(needed - set(state))
-        if lacking:
-            raise CheckpointError(f"the state of EarlyStopping lacks {', '.join(lacking)}.")
-        last, epoch = state["last_score"], state["stopped_epoch"]
+        check_fits(state, _STATE, "the state of EarlyStopping is wrong")
+        last = state["last_score"]
         self.best_score = float(state["best_score"])
-        self.wait_count = int(state["wait_count"])
-        self.stopped_epoch = None if epoch is None else int(epoch)
+        self.wait_count = state["wait_count"]
+        self.stopped_epoch = state["stopped_epoch"]
         self._last_score = None if last is None else float(last)
-        self._validated = bool(state.get("validated", True))
-        self._wait_for_epoch_end = bool(state.get("waits_for_epoch_end", False))
-        self._missed = bool(state.get("missed", False))
+        self._validated = state.get("validated", True)
+        self._wait_for_epoch_end = state.get("waits_for_epoch_end", False)
+        self._missed = state.get("missed", False)
 
     # ------------------------------------------------------------------ when
 

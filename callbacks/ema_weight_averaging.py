@@ -12,12 +12,16 @@ import oneflow as flow
 from oneflow import nn
 
 from ofengine.callback import Callback
+from ofengine.checkpoint.checks import array, by_name, check_fits, listed, record, text, whole
 from ofengine.errors import CheckpointError, ConfigurationError
 from ofengine.run.arguments import check_count, check_flag
 from ofengine.run.view import RunView
 from ofengine.task import TaskModule
 
 log = logging.getLogger("ofengine")
+
+_STATE = record({"averaged": by_name(array("f")), "count": whole()}, {"without": listed(text)})
+_WRONG = "the state of EMAWeightAveraging is wrong"
 
 
 class EMAWeightAveraging(Callback):
@@ -130,19 +134,25 @@ class EMAWeightAveraging(Callback):
         without = [name for name in self._names if name not in self._average]
         return {"averaged": self.averaged, "count": self.count, "without": without}
 
+    def check_state_dict(self, state: Dict[str, Any], task: TaskModule) -> None:
+        """Raise :class:`CheckpointError` where ``state`` holds no averages of this ``task``."""
+        check_fits(state, _STATE, _WRONG)
+        averaged = state["averaged"]
+        if averaged:
+            # Files of earlier versions do not say what is without: that shows in on_fit_start.
+            self._check(self._tensors_of(task), averaged, state.get("without"))
+
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Keep ``state`` for ``on_fit_start``, which knows the task's device and its shapes."""
         averaged = state.get("averaged")
-        if not isinstance(averaged, dict) or not isinstance(state.get("count"), int):
-            raise CheckpointError(
-                "the state of EMAWeightAveraging holds no 'averaged' and 'count': it was written "
-                "by another callback."
-            )
+        if isinstance(averaged, dict):
+            averaged = {
+                name: np.array(each.numpy() if isinstance(each, flow.Tensor) else each)
+                for name, each in averaged.items()
+            }
+        check_fits({**state, "averaged": averaged}, _STATE, _WRONG)
         self.count = state["count"]
-        self._loaded = {
-            name: np.array(each.numpy() if isinstance(each, flow.Tensor) else each)
-            for name, each in averaged.items()
-        }
+        self._loaded = averaged
         self._loaded_without = list(state.get("without", []))
 
     def on_fit_start(self, trainer: RunView, task: TaskModule) -> None:
@@ -152,28 +162,37 @@ class EMAWeightAveraging(Callback):
         if not self._loaded:
             return
         loaded, self._loaded = self._loaded, None
-        self._check(own, loaded)
+        self._check(own, loaded, self._loaded_without)
         self._average = {
             name: flow.tensor(loaded[name], dtype=own[name].dtype).to(own[name].device)
             for name in own
             if name in loaded
         }
 
-    def _check(self, own: Dict[str, Any], loaded: Dict[str, np.ndarray]) -> None:
+    def _check(
+        self, own: Dict[str, Any], loaded: Dict[str, np.ndarray], kept: Optional[Sequence[str]]
+    ) -> None:
+        """Do averages fit the tensors of a task? ``kept``: the names of what has none so far."""
         extra = sorted(set(loaded) - set(own))
         without = {name for name, tensor in own.items() if not _trains(tensor)}
-        missing = sorted(set(own) - set(loaded) - without - set(self._loaded_without))
+        without |= set(own) if kept is None else set(kept)
+        missing = sorted(set(own) - set(loaded) - without)
         start = "the averages of EMAWeightAveraging belong to another model"
         if extra or missing:
             raise CheckpointError(
                 f"{start} or another include_buffers: they lack {missing[:3]} ({len(missing)} "
                 f"tensors) and have {extra[:3]} ({len(extra)} tensors) that are not averaged here."
             )
-        for name, array in loaded.items():
-            if array.shape != tuple(own[name].shape):
+        for name, values in loaded.items():
+            if values.shape != tuple(own[name].shape):
                 raise CheckpointError(
-                    f"{start}: {name!r} has the shape {array.shape} there and "
+                    f"{start}: {name!r} has the shape {values.shape} there and "
                     f"{tuple(own[name].shape)} here."
+                )
+            if values.dtype != own[name].numpy().dtype:
+                raise CheckpointError(
+                    f"{start}: {name!r} holds {values.dtype} numbers there and "
+                    f"{own[name].numpy().dtype} here."
                 )
 
     # ------------------------------------------------------------------ averaging

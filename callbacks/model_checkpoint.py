@@ -187,7 +187,8 @@ class ModelCheckpoint(Callback):
         self._files.run_id = trainer.run_id
         if self._resumed is None:
             return
-        kept = Kept.of(self._resumed, self._files, trainer.resumed_from, self.file_patterns)
+        patterns, step = self.file_patterns, trainer.global_step
+        kept = Kept.of(self._resumed, self._files, trainer.resumed_from, patterns, step)
         self._resumed = None
         self.best_model_path, self.last_model_path = kept.best, kept.last
         self.best_k_models, self._to_remove = kept.scored, kept.to_remove

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import oneflow as flow
@@ -10,12 +10,15 @@ import oneflow as flow
 from ofengine.callback import Callback
 from ofengine.callbacks.model_checkpoint import ModelCheckpoint
 from ofengine.checkpoint import load_weights
+from ofengine.checkpoint.checks import anything, check_fits, listed, number, record, row, whole
 from ofengine.checkpoint.find import newest_first
 from ofengine.errors import CheckpointError, NonFiniteError
 from ofengine.run.arguments import check_count, check_flag
 from ofengine.run.view import RunView
 from ofengine.task import TaskModule
 
+_STATE = record({"losses": listed(number()), "places": listed(row(whole(), whole()))})
+_WRONG = "the state of TerminateOnNaN is wrong"
 _MOST_PENDING = 1000
 """So many losses wait on the device before they are read, to bound the memory."""
 
@@ -55,11 +58,31 @@ class TerminateOnNaN(Callback):
         self._losses: List[Any] = []
         self._places: List[Tuple[int, int]] = []
 
-    def on_train_start(self, trainer: RunView, task: TaskModule) -> None:
+    def state_dict(self) -> Dict[str, Any]:
+        """The losses that nobody has looked at yet, and where they come from."""
+        if not self._losses:
+            return {}
+        self._losses = _read(self._losses).tolist()
+        return {"losses": list(self._losses), "places": [list(each) for each in self._places]}
+
+    def check_state_dict(self, state: Dict[str, Any], task: TaskModule) -> None:
+        """Raise :class:`CheckpointError` where ``state`` is none of a TerminateOnNaN."""
+        check_fits(state, _STATE, _WRONG)
+        check_fits(state["places"], listed(anything, len(state["losses"])), _WRONG)
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Look at these losses, too, when it is time."""
+        self._losses = list(state["losses"])
+        self._places = [(step, batch_idx) for step, batch_idx in state["places"]]
+
+    def setup(self, trainer: RunView, task: TaskModule, stage: str) -> None:
         """Begin with no losses."""
+        self._losses, self._places = [], []
+
+    def on_train_start(self, trainer: RunView, task: TaskModule) -> None:
+        """Count steps from here."""
         self._every = self.check_every_n_steps or trainer.log_every_n_steps
         self._step = trainer.global_step
-        self._losses, self._places = [], []
 
     def on_train_batch_end(
         self, trainer: RunView, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
@@ -105,10 +128,15 @@ class TerminateOnNaN(Callback):
 
 
 def _read(losses: Sequence[Any]) -> np.ndarray:
-    """The losses as numbers, read in one go."""
-    if any(loss.dtype != losses[0].dtype for loss in losses):
-        losses = [loss.to(flow.float64) for loss in losses]
-    return flow.stack(list(losses)).numpy()
+    """The losses as numbers, read in one go; some may be numbers already."""
+    tensors = [loss for loss in losses if isinstance(loss, flow.Tensor)]
+    numbers = [loss for loss in losses if not isinstance(loss, flow.Tensor)]
+    if not tensors:
+        return np.array(numbers)
+    if any(tensor.dtype != tensors[0].dtype for tensor in tensors):
+        tensors = [tensor.to(flow.float64) for tensor in tensors]
+    read = flow.stack(tensors).numpy()
+    return np.concatenate([numbers, read]) if numbers else read
 
 
 def _first_broken(task: TaskModule) -> str:

@@ -18,7 +18,6 @@ from typing import (
     Union,
 )
 
-from ofengine._oneflow.session import synchronize
 from ofengine.callback import Callback
 from ofengine.checkpoint.file import write
 from ofengine.checkpoint.find import (
@@ -306,9 +305,8 @@ class Trainer(RunView):
         if train.count == 0:
             log.info("limit_train_batches is 0: nothing is trained.")
         else:
-            fit_loop(run, hooks, eval_mode, train, validation, resumed)
-        synchronize()
-        course.leave_rates_behind(run)
+            with course.leaving_rates_behind(run):
+                fit_loop(run, hooks, eval_mode, train, validation, resumed)
         run.data_states_after_fit = {
             "now": states_in(None, train.source),
             "validation": [states_in(None, each.source) for each in validation],

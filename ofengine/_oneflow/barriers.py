@@ -13,8 +13,6 @@ import oneflow as flow
 from oneflow import nn
 from oneflow.optim.optimizer import ParamGroup
 
-_set_attribute = nn.Module.__setattr__
-_delete_attribute = nn.Module.__delattr__
 _requires_grad_ = flow.Tensor.requires_grad_
 _requires_grad = flow.Tensor.__dict__["requires_grad"]
 _data = flow.Tensor.__dict__["data"]
@@ -22,23 +20,33 @@ _set_option = ParamGroup.__setitem__
 
 
 class Barrier:
-    """Notes writes, while it is on: to attributes that are watched, to tensors and to groups."""
+    """Notes writes, while it is on: to attributes and tensors that are watched, and to groups."""
 
     def __init__(self) -> None:
         self.watched: Dict[int, Set[str]] = {}
         """The names of attributes that matter, by the ``id`` of their module."""
         self.written: Set[Tuple[int, str]] = set()
         """Those that were written since somebody looked."""
-        self.hit = False
-        """True where anything was written since somebody looked."""
         self.tensors: Dict[int, str] = {}
         """What of a tensor was written, "requires_grad" or "data", by its ``id``."""
+        self.hit = False
+        """True where anything was written since somebody looked."""
 
-    def turn_on(self) -> None:
-        """Listen from now on."""
+    def turn_on(self, model: nn.Module) -> None:
+        """Listen from now on, to ``model``'s tensors and to modules of its classes."""
+        self._listen_to(model)
         if not _barriers:
             _put_in()
         _barriers.append(self)
+
+    def watch(self, module: nn.Module, names: Set[str]) -> None:
+        """Let writes to these attributes of ``module`` count."""
+        _put_into_class(type(module))
+        self.watched.setdefault(id(module), set()).update(names)
+
+    def _listen_to(self, model: nn.Module) -> None:
+        for tensor in (*model.parameters(), *model.buffers()):
+            _tensors.add(id(tensor))
 
     def turn_off(self) -> None:
         """Listen no more."""
@@ -55,6 +63,32 @@ class Barrier:
 
 
 _barriers: List[Barrier] = []
+_tensors: Set[int] = set()
+"""The ``id`` of each tensor that is listened to: oneflow.ones and its like write into theirs."""
+_classes: Dict[type, Tuple[Any, Any]] = {}
+"""The classes that tell of writes, and what they had of their own before."""
+
+
+def _put_into_class(cls: Any) -> None:
+    """Let instances of ``cls`` tell of writes; OneFlow makes modules for many an operation."""
+    if cls in _classes:
+        return
+    own = cls.__dict__.get("__setattr__"), cls.__dict__.get("__delattr__")
+
+    def set_attribute(module: Any, name: str, value: Any) -> None:
+        (own[0] or _inherited(cls, "__setattr__"))(module, name, value)
+        _note(module, name)
+
+    def delete_attribute(module: Any, name: str) -> None:
+        (own[1] or _inherited(cls, "__delattr__"))(module, name)
+        _note(module, name)
+
+    _classes[cls] = own
+    cls.__setattr__, cls.__delattr__ = set_attribute, delete_attribute
+
+
+def _inherited(cls: Any, name: str) -> Any:
+    return next(vars(each)[name] for each in cls.__mro__[1:] if name in vars(each))
 
 
 def _note(module: nn.Module, name: str) -> None:
@@ -72,24 +106,19 @@ def _note_tensor(tensor: Any, what: str) -> None:
 
 
 def _put_in() -> None:
-    def set_attribute(module: Any, name: str, value: Any) -> None:
-        _set_attribute(module, name, value)
-        _note(module, name)
-
-    def delete_attribute(module: Any, name: str) -> None:
-        _delete_attribute(module, name)
-        _note(module, name)
-
     def requires_grad_(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        _note_tensor(tensor, "requires_grad")
+        if id(tensor) in _tensors:
+            _note_tensor(tensor, "requires_grad")
         return _requires_grad_(tensor, *args, **kwargs)
 
     def set_requires_grad(tensor: Any, value: bool) -> None:
-        _note_tensor(tensor, "requires_grad")
+        if id(tensor) in _tensors:
+            _note_tensor(tensor, "requires_grad")
         _requires_grad.__set__(tensor, value)
 
     def set_data(tensor: Any, value: Any) -> None:
-        _note_tensor(tensor, "data")
+        if id(tensor) in _tensors:
+            _note_tensor(tensor, "data")
         _data.__set__(tensor, value)
 
     def set_option(group: Any, key: str, value: Any) -> None:
@@ -97,7 +126,6 @@ def _put_in() -> None:
         for barrier in _barriers:
             barrier.hit = True
 
-    nn.Module.__setattr__, nn.Module.__delattr__ = set_attribute, delete_attribute
     flow.Tensor.requires_grad_ = requires_grad_
     flow.Tensor.requires_grad = property(_requires_grad.__get__, set_requires_grad)
     flow.Tensor.data = property(_data.__get__, set_data)
@@ -105,7 +133,14 @@ def _put_in() -> None:
 
 
 def _take_out() -> None:
-    nn.Module.__setattr__, nn.Module.__delattr__ = _set_attribute, _delete_attribute
+    for cls, own in _classes.items():
+        for name, method in zip(("__setattr__", "__delattr__"), own):
+            if method is None:
+                delattr(cls, name)
+            else:
+                setattr(cls, name, method)
+    _classes.clear()
+    _tensors.clear()
     flow.Tensor.requires_grad_ = _requires_grad_
     flow.Tensor.requires_grad = _requires_grad
     flow.Tensor.data = _data

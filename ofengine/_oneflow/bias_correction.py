@@ -3,14 +3,13 @@
 Both modes run the same kernels and hand them ``1 - beta ** step``. OneFlow's eager optimizers take
 the power from ``math.pow``, in float64; a graph has ``Fastpow<float>`` compute it
 (``model_update_kernel_util.cpp``), and rounds each product to float32. It does so for any device:
-the step counter lies on the CPU (``auto_train_step.cpp``), and what corrects beside it
-(``adam_optm.cpp``, ``lamb_optm.cpp``; for GPUs this was read, not run).
+the step counter lies on the CPU (``auto_train_step.cpp``), and the correction is computed beside it
+(``adam_optm.cpp``, ``lamb_optm.cpp``). For GPUs this was read, not run.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import threading
 from typing import Any, List
 
@@ -27,7 +26,7 @@ _BLOCK = 256
 class Stepping(threading.local):
     """Whether this thread is in an optimizer's step that is to compute as graphs do.
 
-    Of threads, for others' loops may run in theirs.
+    Each thread has its own answer: loops of others may run in other threads.
     """
 
     on = False
@@ -58,16 +57,21 @@ def _powers(beta: float, first: int) -> List[float]:
 class _Math:
     """The module ``math``, but that :data:`STEPPING` decides which ``pow`` it has."""
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(math, name)
+    def __init__(self, instead_of: Any) -> None:
+        self._instead_of = instead_of
 
-    @staticmethod
-    def pow(x: float, y: float) -> float:
-        return graph_power(float(x), int(y)) if STEPPING.on else math.pow(x, y)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._instead_of, name)
+
+    def pow(self, x: float, y: float) -> float:
+        if STEPPING.on:
+            return graph_power(float(x), int(y))
+        power: float = self._instead_of.pow(x, y)
+        return power
 
 
 def let_optimizers_ask() -> None:
     """Have OneFlow's optimizers look at :data:`STEPPING`; while it is off, nothing is changed."""
     for module in _MODULES:
-        if module.math is math:
-            module.math = _Math()
+        if not isinstance(module.math, _Math):
+            module.math = _Math(module.math)

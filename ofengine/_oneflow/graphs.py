@@ -63,14 +63,6 @@ def trace_and_compile(graph: nn.Graph, inputs: Sequence[Any], as_eager: bool = T
     _Graphs.newest = graph._job_id
 
 
-def contiguous(tensors: Sequence[Any]) -> List[Any]:
-    """The tensors, or copies of those that are views with gaps, which no graph can take.
-
-    ``nn.Graph`` makes its inputs contiguous in place, which writes over the tensor they view.
-    """
-    return [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
-
-
 def run_compiled(graph: nn.Graph, tensors: List[Any]) -> List[Any]:
     """What a call of ``graph``, compiled before, does; all tensors in and out in one list.
 

@@ -126,10 +126,9 @@ def _check_plan(run: Run, rates: State, policy: str, where: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come when it is done in earnest
         if anew.schedule is not None and isinstance(anew.schedule, PlateauSchedule):
-            memory, own = (rates["plateau"] or {}).get("memory", {}), anew.schedule.state()
-            check_fits(
-                memory, lambda kept, _: _check_values(kept, own["memory"], "rates/plateau"), where
-            )
+            memory = (rates["plateau"] or {}).get("memory", {})
+            known = {"_last_lr": [0.0], **anew.schedule.state()["memory"]}  # set by the first step
+            check_fits(memory, lambda kept, _: _check_values(kept, known, "rates/plateau"), where)
         resume_plan(anew, made, rates, policy)
         check_rates(anew, made, run.total_steps, settings.max_epochs, rates["step"])
         if anew.schedule is not None and isinstance(anew.schedule, PlateauSchedule):

@@ -8,6 +8,7 @@ were; no ``__init__`` runs.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import inspect
 import sys
@@ -206,9 +207,11 @@ def _known_classes(task_class: type) -> Dict[str, List[type]]:
     waiting: List[Any] = []
     for each in task_class.__mro__:
         if each.__module__.partition(".")[0] not in ("ofengine", "oneflow", "builtins"):
-            waiting += vars(sys.modules.get(each.__module__, types)).values()
+            waiting += _names_around(each).values()
     for init in _inits(task_class):
-        waiting += _annotated(init, init.__annotations__, init.__globals__)
+        around = _closure_of(init)
+        waiting += around.values()
+        waiting += _annotated(init.__annotations__, {**init.__globals__, **around})
     waiting += map(type, defaults_of(task_class).values())
     known: Dict[str, List[type]] = {}
     seen: Set[int] = set()
@@ -220,20 +223,29 @@ def _known_classes(task_class: type) -> Dict[str, List[type]]:
         waiting += typing.get_args(each)
         if isinstance(each, type) and (issubclass(each, enum.Enum) or fields_of(each) is not None):
             known.setdefault(each.__qualname__, []).append(each)
-            module = vars(sys.modules.get(each.__module__, types))
-            waiting += _annotated(each, getattr(each, "__annotations__", {}), module)
+            waiting += _annotated(getattr(each, "__annotations__", {}), _names_around(each))
     return known
 
 
-def _annotated(owner: Any, annotations: Any, names: Mapping[str, Any]) -> Iterator[Any]:
+def _names_around(kind: type) -> Dict[str, Any]:
+    """The names in the module that a class is written in."""
+    module = sys.modules.get(kind.__module__)
+    return {} if module is None else vars(module)
+
+
+def _closure_of(function: types.FunctionType) -> Dict[str, Any]:
+    found = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+        with contextlib.suppress(ValueError):  # nothing is in it yet
+            found[name] = cell.cell_contents
+    return found
+
+
+def _annotated(annotations: Mapping[str, Any], names: Dict[str, Any]) -> Iterator[Any]:
     """What annotations stand for; those that cannot be told are left out."""
-    local = dict(names)
-    if isinstance(owner, types.FunctionType):
-        with_closure = inspect.getclosurevars(owner).nonlocals
-        local.update(with_closure)
     for name, annotation in dict(annotations).items():
         holder = type("_", (), {"__annotations__": {name: annotation}})
         try:
-            yield from typing.get_type_hints(holder, local).values()
+            yield from typing.get_type_hints(holder, names).values()
         except Exception:  # a name for type checkers only, or syntax of a later Python
             continue

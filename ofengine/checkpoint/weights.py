@@ -11,7 +11,7 @@ from oneflow import nn
 
 from ofengine._oneflow.session import synchronize
 from ofengine.checkpoint.file import array_of, read, write
-from ofengine.errors import CheckpointError
+from ofengine.errors import CheckpointError, warn
 
 
 def arrays_of(module: nn.Module) -> Dict[str, np.ndarray]:
@@ -92,8 +92,20 @@ def check_weights(task: nn.Module, arrays: Mapping[str, np.ndarray], where: str)
 
 
 def copy_weights(task: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write ``arrays``, checked, into the tensors of ``task``, which stay the same objects."""
+    """Write ``arrays``, checked, into the tensors of ``task``, which stay the same objects.
+
+    Where one tensor has two names, that of ``named_parameters`` counts; a warning tells where
+    ``arrays`` have other numbers under the other.
+    """
+    written: Dict[int, str] = {}
     with flow.no_grad():
-        for name, tensor in task.state_dict().items():
-            tensor.copy_(flow.tensor(arrays[name], dtype=tensor.dtype).to(tensor.device))
+        for name, tensor in task.state_dict(keep_vars=True).items():
+            first = written.setdefault(id(tensor), name)
+            if first == name:
+                tensor.copy_(flow.tensor(arrays[name], dtype=tensor.dtype).to(tensor.device))
+            elif arrays[name].tobytes() != arrays[first].tobytes():
+                warn(
+                    f"{first!r} and {name!r} are one tensor of {type(task).__name__}, and what is "
+                    f"loaded has other numbers for each: those of {first!r} count."
+                )
     synchronize()

@@ -145,7 +145,7 @@ class Batches:
         if self.device.type != "cpu":
             batches = (to_device(batch, self.device) for batch in batches)
         if self.keep:
-            self._kept = list(batches)
+            self._kept = _listed(batches)
             return iter(self._kept)
         return batches
 
@@ -210,9 +210,9 @@ class Batches:
         done = 0 if resumption is None else resumption.done
         batches = self._from(resumption)
         batch_idx = 0
-        window_batches = list(itertools.islice(batches, accumulate))
+        window_batches = _listed(itertools.islice(batches, accumulate))
         while window_batches:
-            following = list(itertools.islice(batches, accumulate))
+            following = _listed(itertools.islice(batches, accumulate))
             window = len(window_batches)
             for place, batch in enumerate(window_batches):
                 closes = place == window - 1
@@ -292,6 +292,17 @@ class Batches:
         finally:
             for holder, generator in kept:
                 holder.generator = generator
+
+
+def _listed(batches: Iterator[Any]) -> List[Any]:
+    """``list(batches)``, whose errors arrive.
+
+    An error in the middle of ``list`` lets go of the tensors it has so far, and where workers made
+    them OneFlow forgets the error meanwhile: "returned NULL without setting an exception".
+    """
+    listed: List[Any] = []
+    listed.extend(batches)
+    return listed
 
 
 def _step_of(count: int, accumulate: int, batch_idx: int, batch: Any) -> Step:

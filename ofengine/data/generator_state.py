@@ -31,7 +31,8 @@ RandomState = Dict[str, Any]
 def is_generator(value: Any) -> bool:
     """True for a generator object of OneFlow, numpy or Python."""
     kinds = (_Generator, np.random.Generator, np.random.RandomState, random.Random)
-    return isinstance(value, kinds)
+    own_state = not isinstance(value, random.SystemRandom)  # the system has its own
+    return isinstance(value, kinds) and own_state
 
 
 def state_of(generator: Any) -> RandomState:
@@ -108,8 +109,10 @@ def check_state_anywhere(state: Mapping[str, Any]) -> None:
         check_state_of(old if bits is None else np.random.Generator(bits(0)), state)
     elif "words" in state:
         check_state_of(random.Random(0), state)
-    elif np.size(state.get("oneflow", ())) == _CPU_BYTES or "position" in state:
+    elif np.size(state.get("oneflow", ())) == _CPU_BYTES:
         check_state_of(flow.Generator("cpu"), state)
+    elif "position" in state:  # as a dropout layer's, for any device
+        check_state_of(flow.Generator("auto"), state)
 
 
 _BIT_GENERATORS = (

@@ -79,7 +79,7 @@ class Kept:
             good = all(isinstance(each, str) for each in (folder, digest or "", *columns))
             good = good and isinstance(columns, list) and len({*columns}) == len(columns)
             good = good and _is_count(written) and _is_count(next_flush) and set(state) <= known
-            made = [Row(epoch, step, values) for epoch, step, values in rows]
+            made = [Row(epoch, step, {**values}) for epoch, step, values in rows]
             good = good and all(_is_row(row, columns) for row in made)
         except (KeyError, TypeError, ValueError, AttributeError):
             good = False
@@ -97,7 +97,6 @@ def _is_row(row: Row, columns: List[str]) -> bool:
     return (
         _is_count(row.epoch)
         and _is_count(row.step)
-        and isinstance(row.values, dict)
         and set(row.values) <= set(columns)
         and all(type(value) is float for value in row.values.values())
     )

@@ -101,7 +101,8 @@ class CSVLogger(Logger):
             "columns": list(self._columns),
             "written_rows": self._written_rows if self._history is None else self._history[1],
             "digest": self._digest.text,
-            "rows": [[row.epoch, row.step, row.values] for row in self._rows],
+            # A copy: the last row may still grow.
+            "rows": [[row.epoch, row.step, dict(row.values)] for row in self._rows],
             "next_flush": self._next_flush,
         }
 

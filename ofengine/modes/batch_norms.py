@@ -44,25 +44,26 @@ class BatchNorms:
 
     def __init__(self) -> None:
         self._calls: Dict[Any, int] = {}
-        self._again: List[_Again] = []
-        self._runs = 0
+        self.again: List[_Again] = []
+        """The further calls of layers that were called before."""
+        self.runs = 0
+        """Runs since :meth:`settle`."""
 
     @property
     def scratch(self) -> List[Any]:
         """Tensors that the graph writes besides its buffers."""
-        return [tensor for each in self._again for tensor in each.added.values()]
+        return [tensor for each in self.again for tensor in each.added.values()]
 
-    def after_run(self) -> None:
-        """The step has run once."""
-        self._runs += 1
-        for each in self._again:
+    def take_over(self) -> None:
+        """Add what the last run's further calls left to the running statistics."""
+        for each in self.again:
             each.take_over()
 
     def settle(self) -> None:
         """Bring ``num_batches_tracked`` up to date."""
         for layer, calls in self._calls.items():
-            layer.num_batches_tracked.add_(calls * self._runs)
-        self._runs = 0
+            layer.num_batches_tracked.add_(calls * self.runs)
+        self.runs = 0
 
     @contextlib.contextmanager
     def counting(self, task: nn.Module) -> Iterator[None]:
@@ -76,25 +77,29 @@ class BatchNorms:
 
         def handle(layer: Any, x: Any, *addend: Any) -> Any:
             origin = module_of(layer)
+            forward = getattr(own.get(origin), "__func__", type(origin).forward)
             if not layer.training:  # a step may have called eval() of it
-                return type(origin).forward(layer, x, *addend)
+                return forward(layer, x, *addend)
             calls = self._calls[origin] = self._calls.get(origin, 0) + 1
             if calls == 1:
-                return type(origin).forward(layer, x, *addend)
+                return forward(layer, x, *addend)
             with outside_the_trace():
                 added = {name: flow.zeros_like(getattr(origin, name)) for name in _RUNNING}
-            self._again.append(_Again(origin, added))
+            self.again.append(_Again(origin, added))
             vars(layer).update(added)  # found before the layer's own
             try:
-                return type(origin).forward(layer, x, *addend)
+                return forward(layer, x, *addend)
             finally:
                 for name in added:
                     del vars(layer)[name]
 
+        own = {layer: vars(layer)["forward"] for layer in layers if "forward" in vars(layer)}
         for layer in layers:
-            layer.forward = types.MethodType(handle, layer)
+            vars(layer)["forward"] = types.MethodType(handle, layer)
         try:
             yield
         finally:
             for layer in layers:
-                del layer.forward
+                del vars(layer)["forward"]
+                if layer in own:
+                    vars(layer)["forward"] = own[layer]

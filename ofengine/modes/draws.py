@@ -48,6 +48,7 @@ class Draws:
     def __init__(self, calls: Sequence[Draw] = ()) -> None:
         self._calls = tuple(calls)
         self._prepared = [call.prepare() for call in calls]
+        self.any = bool(self._prepared)
 
     def placeholders(self) -> List[Any]:
         """Tensors like those that are drawn; draws nothing."""

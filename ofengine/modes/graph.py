@@ -65,7 +65,7 @@ class GraphMode:
         self._steps, self._applies, self._evals = Compilations(), Compilations(), Compilations()
         self._guards, self._changes = Guards(), Changes()
         self._barrier = self._guards.barrier
-        self._barrier.turn_on()
+        self._barrier.turn_on(task)
         self._state = SharedState(run, task)
         self._structure: Structure = flatten(None, [])
         self._gradients: Dict[int, Any] = {}
@@ -80,6 +80,7 @@ class GraphMode:
     def start(self) -> None:
         """See :class:`~ofengine.run.mode.Mode`."""
         refuse_own_update(self._run.made.optimizer)
+        self._barrier.take()  # the way to the device wrote into every parameter
 
     def train_step(self, batch: Any, batch_idx: int, window: int, closes: bool) -> Dict[str, Any]:
         """See :class:`~ofengine.run.mode.Mode`."""
@@ -87,7 +88,9 @@ class GraphMode:
             self._look_again()
         tensors: List[Any] = []
         structure = flatten(batch, tensors)
-        tensors = graphs.contiguous(tensors)
+        for index, tensor in enumerate(tensors):
+            if not tensor.is_contiguous():  # nn.Graph would write over what it views
+                tensors[index] = tensor.contiguous()
         key = (structure, *[(tensor.shape, tensor.dtype) for tensor in tensors])
         compiled = self._steps.active.get(key)
         if compiled is None or (compiled.looks and compiled.watch.may_differ()):
@@ -105,33 +108,29 @@ class GraphMode:
                     "of batch and each constant in it (a number or text): each takes seconds and "
                     "memory. Pad the batches to few shapes, and keep constants out of them."
                 )
-        outputs = self._run_step(compiled, tensors, window, closes)
-        compiled.batch_norms.after_run()
-        return outputs
-
-    def _run_step(
-        self, compiled: Compiled, tensors: List[Any], window: int, closes: bool
-    ) -> Dict[str, Any]:
         graph = compiled.graph
         if self._accumulates:
-            return self._accumulate(compiled, tensors, window, closes)
-        if isinstance(graph, TrainGraph):
-            outputs = graphs.run_compiled(graph, [*tensors, *compiled.draws.draw()])
-            return {**(self._take_outputs(graph, outputs[1:]) or {}), "loss": outputs[0]}
-        loss = loss_of(graph(*tensors))
-        if loss.numel() != 1:
-            raise ConfigurationError(
-                f"{type(graph).__name__}.build returned a loss of shape {tuple(loss.shape)}: "
-                "reduce it to one element, for example with .mean()."
-            )
-        return {"loss": loss.reshape(()) if loss.ndim else loss}
+            result = self._accumulate(compiled, tensors, window, closes)
+        elif isinstance(graph, TrainGraph):
+            if compiled.draws.any:
+                tensors += compiled.draws.draw()
+            outputs = graphs.run_compiled(graph, tensors)
+            result = {**(self._take_outputs(graph, outputs[1:]) or {}), "loss": outputs[0]}
+        else:
+            result = {"loss": loss_of(graph, graph(*tensors))}
+        norms = compiled.batch_norms
+        norms.runs += 1
+        if norms.again:
+            norms.take_over()
+        return result
 
     def _accumulate(
         self, compiled: Compiled, tensors: List[Any], window: int, closes: bool
     ) -> Dict[str, Any]:
         graph = compiled.graph
-        inputs = [*tensors, *compiled.draws.draw(), self._window_scale(window)]
-        outputs = graphs.run_compiled(graph, inputs)
+        if compiled.draws.any:
+            tensors += compiled.draws.draw()
+        outputs = graphs.run_compiled(graph, [*tensors, self._window_scale(window)])
         stop = 1 + len(graph.having)
         total = self._gradients
         for index, gradient in zip(graph.having, outputs[1:stop]):
@@ -251,7 +250,9 @@ class GraphMode:
             self._look_again()
         tensors: List[Any] = []
         structure = flatten(batch, tensors)
-        tensors = graphs.contiguous(tensors)
+        for index, tensor in enumerate(tensors):
+            if not tensor.is_contiguous():  # nn.Graph would write over what it views
+                tensors[index] = tensor.contiguous()
         key = (step, dataloader_idx, structure, *[(t.shape, t.dtype) for t in tensors])
         compiled = self._evals.active.get(key)
         if compiled is None or (compiled.looks and compiled.watch.may_differ()):

@@ -58,6 +58,7 @@ class Watch:
         self._before: Dict[Tuple[int, str], Tuple[Any, str, Any]] = {}
         film = Film()
         functions: List[types.FunctionType] = []
+        self._modules = reads.values()
         for module in task.modules():
             inside = {*module._parameters, *module._buffers, *module._modules}
             reads.setdefault(id(module), (module, set()))[1].update(inside)
@@ -75,9 +76,9 @@ class Watch:
         self._changeable = list({id(each): each for each in film.changeable}.values())
         self._note_versions()
 
-    def names(self) -> Iterator[Tuple[int, str]]:
-        """The attributes that matter: ``id`` of the module, and name."""
-        return iter(self._before)
+    def modules(self) -> Iterator[Tuple[Any, Set[str]]]:
+        """The modules, and the names of their attributes that matter."""
+        return iter(self._modules)
 
     def tensors(self, task: nn.Module) -> List[Any]:
         """The tensors that the trace read and that are not the task's parameters or buffers.
@@ -165,8 +166,8 @@ class Guards:
     def watch(self, task: nn.Module, groups: Sequence[Any] = ()) -> Watch:
         """Watch what the last block read."""
         watch = Watch(task, self._reads, groups)
-        for holder, name in watch.names():
-            self.barrier.watched.setdefault(holder, set()).add(name)
+        for module, names in watch.modules():
+            self.barrier.watch(module, names)
         self._reads = {}
         return watch
 

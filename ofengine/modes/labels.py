@@ -3,8 +3,8 @@
 OneFlow leaves a sample out of ``cross_entropy`` and ``nll_loss`` without a word where its label is
 below 0 or not below the number of classes; where it leaves out all, the loss is NaN. To look at
 the labels of a step is to wait for the device, so it is done for the first batch of each epoch
-and of each evaluation, in graph mode of each compiled step, and from a loss on that was read
-and is not finite.
+and of each evaluation, in graph mode of each compiled step; and for all that follow, to the next
+epoch's end, where a loss was read that is not finite.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
+from math import isfinite
 from typing import Any, Callable, Dict, Hashable, Iterator, List, Sequence, Tuple
 
 import attrs
@@ -119,14 +120,42 @@ def checking(task: nn.Module, mode: str, step: Callable[..., Any]) -> Callable[.
     return checked if mode == "eager" else step
 
 
-def distrusting(task: nn.Module, mode: str, step: Callable[..., Any]) -> Callable[..., Any]:
-    """``train_step`` of a mode with the labels of every batch looked at, which waits for them."""
+class LabelWatch:
+    """Says how the next training step is to be called: with its labels looked at, or as it is.
 
-    def checked(batch: Any, *args: Any) -> Any:
-        _check_batch(task, batch)
-        return step(batch, *args)
+    Args:
+        task: the task that trains.
+        mode: "eager" or "graph".
+        step: ``train_step`` of that mode.
+    """
 
-    return checking(task, mode, step) if mode == "eager" else checked
+    def __init__(self, task: nn.Module, mode: str, step: Callable[..., Any]) -> None:
+        def checked(batch: Any, *args: Any) -> Any:
+            _check_batch(task, batch)
+            return step(batch, *args)
+
+        self._usual = step
+        self._first = checking(task, mode, step)
+        self._distrusting = self._first if mode == "eager" else checked
+        self._epochs = 0
+
+    def begin_epoch(self) -> Callable[..., Any]:
+        """The step for the first batch of an epoch."""
+        self._epochs = max(self._epochs - 1, 0)
+        return self._distrusting if self._epochs else self._first
+
+    def step(self) -> Callable[..., Any]:
+        """The step for those that follow."""
+        return self._distrusting if self._epochs else self._usual
+
+    def read(self, loss: Any) -> Callable[..., Any]:
+        """As :meth:`step`, where a loss was read.
+
+        One that is not finite has all labels looked at in the rest of this epoch and in the next.
+        """
+        if not isfinite(loss):
+            self._epochs = 2
+        return self.step()
 
 
 # ---------------------------------------------------------------------- compiled steps

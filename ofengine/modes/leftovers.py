@@ -89,7 +89,7 @@ def _is_layer(value: Any) -> bool:
     """True for a parameter, or for a module that has some; not for one that stands in a trace."""
     if issubclass(type(value), nn.Module):
         return next(value.parameters(), None) is not None
-    return isinstance(value, nn.Parameter) and not value.is_lazy
+    return isinstance(value, nn.Parameter)
 
 
 def _holds_lazy(value: Any, depth: int = _DEEPEST) -> bool:

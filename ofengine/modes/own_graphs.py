@@ -52,15 +52,22 @@ def check_own_graph(graph: Any, run: Run, known: Iterable[Any]) -> None:
         )
 
 
-def loss_of(outputs: Any) -> Any:
-    """The loss among what a graph of the user's own returned."""
+def loss_of(graph: Any, outputs: Any) -> Any:
+    """The loss, of no dimension, among what a run of the user's own ``graph`` gave."""
     if isinstance(outputs, dict) and "loss" in outputs:
-        return outputs["loss"]
-    if isinstance(outputs, (tuple, list)) and outputs:
-        return outputs[0]
-    if not isinstance(outputs, flow.Tensor):
+        loss = outputs["loss"]
+    elif isinstance(outputs, (tuple, list)) and outputs:
+        loss = outputs[0]
+    elif isinstance(outputs, flow.Tensor):
+        loss = outputs
+    else:
         raise ConfigurationError(
             f"the graph of build_graph() returned {describe(outputs)}, which holds no loss: let "
             "build return the loss, a tuple with the loss first, or a dict with it under 'loss'."
         )
-    return outputs
+    if loss.numel() != 1:
+        raise ConfigurationError(
+            f"{type(graph).__name__}.build returned a loss of shape {tuple(loss.shape)}: "
+            "reduce it to one element, for example with .mean()."
+        )
+    return loss.reshape(()) if loss.ndim else loss

@@ -13,6 +13,7 @@ from oneflow import nn
 
 from ofengine._oneflow import graphs, optimizer_state
 from ofengine._oneflow.optimizer_copies import replace_state
+from ofengine._oneflow.session import synchronize
 from ofengine.run.mode import ParameterStates
 from ofengine.run.state import Run
 
@@ -31,6 +32,7 @@ class SharedState:
         """The steps, and what is kept of each parameter by name; live memory."""
         if not self._tensors:  # nothing was compiled yet, or the run is over
             return self._of_optimizer()
+        synchronize()  # a graph's run is not waited for by reading what it writes
         states: ParameterStates = {}
         for name, tensor in self._tensors.items():
             parameter, key = optimizer_state.split_graph_state(name)

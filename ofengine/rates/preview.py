@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 from ofengine.data.batches import count_batches
+from ofengine.data.sources import refuse_several
 from ofengine.errors import ConfigurationError, RateError
 from ofengine.rates.calendar import ceil_div
 from ofengine.rates.canvas import LETTERS, Canvas, figure, in_columns, round_numbers, spread
@@ -330,6 +331,7 @@ def epoch_length(
             )
         return steps_per_epoch * settings.accumulate_grad_batches
     source = train_dataloaders if train_dataloaders is not None else task.train_dataloader()
+    refuse_several(source, "train_dataloader")
     try:
         total: Optional[int] = None if source is None else len(source)
     except TypeError:

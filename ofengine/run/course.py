@@ -9,6 +9,7 @@ from typing import Iterator, List
 from oneflow import nn
 from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 
+from ofengine._oneflow.session import synchronize
 from ofengine.checkpoint.snapshot import before_validation
 from ofengine.data.batches import Batches
 from ofengine.data.seeding import seed_epoch
@@ -165,8 +166,20 @@ def epoch_cut_short(run: Run, batches: int, is_last: bool) -> None:
         run.cut_short = run.metrics.state()
 
 
-def leave_rates_behind(run: Run) -> None:
-    """Leave scheduler and groups as a loop written by hand would have left them."""
+@contextlib.contextmanager
+def leaving_rates_behind(run: Run) -> Iterator[None]:
+    """Leave scheduler and groups as a loop by hand would have left them, after an error too."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error counts
+            _leave_rates_behind(run)
+        raise
+    _leave_rates_behind(run)
+
+
+def _leave_rates_behind(run: Run) -> None:
+    synchronize()
     made, plan, step = run.made, run.rates, run.progress.global_step
     if isinstance(made.scheduler, LRScheduler):
         for _ in range(plan.position(step)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from math import isfinite
 from typing import Any, Dict, List, Optional, Tuple
 
 import oneflow as flow
@@ -11,7 +10,7 @@ import oneflow as flow
 from ofengine.checkpoint.resume import Entry, Resumed
 from ofengine.checkpoint.snapshot import note_start
 from ofengine.data.batches import STEPPED, Batches
-from ofengine.modes import labels
+from ofengine.modes.labels import LabelWatch, checking
 from ofengine.run import course, report
 from ofengine.run.connect import STEP_OF_STAGE
 from ofengine.run.hooks import HookRunner
@@ -43,6 +42,7 @@ def fit_loop(
     """Train the task of ``run``: epochs, batches, validation where it is due."""
     mode, progress, metrics = run.training_mode, run.progress, run.metrics
     validate = _Validation(run, hooks, eval_mode, validation)
+    labels = LabelWatch(run.task, run.settings.mode, mode.train_step)
     if resumed is None:
         _sanity_check(validate)
     metrics.begin(per_step=False)
@@ -66,7 +66,7 @@ def fit_loop(
             course.begin_epoch(run, train)
             hooks.fire("on_train_epoch_start")
         course.refresh_parameters(run)
-        _train_epoch(run, hooks, train, validate, entry)
+        _train_epoch(run, hooks, train, validate, entry, labels)
         entry = None
         mode.settle()
         report.log_metrics(run, metrics.close_epoch())
@@ -88,17 +88,18 @@ def _end_epoch(run: Run) -> None:
 
 
 def _train_epoch(
-    run: Run, hooks: HookRunner, train: Batches, validate: _Validation, entry: Optional[Entry]
+    run: Run,
+    hooks: HookRunner,
+    train: Batches,
+    validate: _Validation,
+    entry: Optional[Entry],
+    labels: LabelWatch,
 ) -> None:
     # Everything that stays the same from batch to batch is looked up here, once.
     hooks.look_again("on_train_batch_start", "on_train_batch_end")
     batch_start, batch_end = hooks.calls["on_train_batch_start"], hooks.calls["on_train_batch_end"]
     settings, progress = run.settings, run.progress
-    usual, commit = run.training_mode.train_step, run.metrics.commit
-    step = labels.checking(run.task, settings.mode, usual)  # for the first batch
-    distrusting = labels.distrusting(run.task, settings.mode, usual)
-    if not isfinite(run.metrics.progress_bar.get("loss", 0.0)):
-        usual = distrusting
+    step, commit = labels.begin_epoch(), run.metrics.commit
     stage = run.metrics.begin_batches()
     logged = stage.current
     log_every = settings.log_every_n_steps
@@ -134,20 +135,17 @@ def _train_epoch(
                 commit(batch)  # what those hooks logged
             if batch_idx >= next_wait:
                 if next_wait == 0:
-                    step = usual
+                    step = labels.step()
                     course.check_all_train(run)  # the step may have made a layer
-                if waiting is not None and not isfinite(
-                    waiting.numpy()  # not item(): it spins, and takes the core from the device
-                ):
-                    step = distrusting
+                if waiting is not None:  # not item(): it spins, and takes the core from the device
+                    step = labels.read(waiting.numpy())
                 waiting = outputs["loss"]
                 next_wait = batch_idx + _run_ahead(batch)
         if closes and progress.point is _STEPPED:  # a resumed run may be beyond it
             if progress.global_step % log_every == 0:
                 report.log_step(run)
                 waiting = None  # that has waited for this step
-                if not isfinite(run.metrics.progress_bar.get("loss", 0.0)):
-                    step = distrusting
+                step = labels.read(run.metrics.progress_bar.get("loss", 0.0))
             if observes_steps:
                 course.observe_metric(run, "step", progress.global_step)
         if (
@@ -295,7 +293,7 @@ def _evaluate(
     metrics, calls = run.metrics, hooks.calls
     batch_start, batch_end = calls[f"on_{stage}_batch_start"], calls[f"on_{stage}_batch_end"]
     step_name = STEP_OF_STAGE[stage]
-    step = labels.checking(run.task, run.settings.eval_mode, mode.eval_step)
+    step = checking(run.task, run.settings.eval_mode, mode.eval_step)
     predicted: List[Any] = []
     batch_idx = -1
     taken = _least(run, loader, most)

@@ -241,3 +241,23 @@ def test_a_path_that_is_none_is_one_sentence(path: str, reason: str) -> None:
 
 def test_the_longest_name_can_be_written(tmp_path: Path) -> None:
     assert read(put(tmp_path / ("x" * 255), CONTENT)).state == {"n": 1}
+
+
+def test_one_that_cleans_up_takes_nothing_from_one_that_writes(tmp_path: Path) -> None:
+    over = threading.Event()
+
+    def clean() -> None:
+        while not over.is_set():
+            remove_leftovers(tmp_path)
+
+    threads = [threading.Thread(target=clean) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for number in range(200):
+            put(tmp_path / str(number), CONTENT)
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert len(list(tmp_path.iterdir())) == 200

@@ -74,7 +74,9 @@ def train(drawn: Configuration, batches: Sequence[Any]) -> List[Dict[str, bytes]
                     _option(group, "lr_scale", 1.0),
                     _option(group, "lr_decay_scale", 1.0),
                 )
-                group["lr"] = rate * scale * decay**events
+                # As a graph rounds it: the decayed rate, then its product with the scale.
+                lowered = np.float32(rate * decay**events)
+                group["lr"] = float(lowered * np.float32(scale))
             with correcting_as_graphs():
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)

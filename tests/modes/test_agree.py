@@ -316,8 +316,7 @@ def test_clipping_that_a_group_asks_for_itself(asked: Dict[str, Any]) -> None:
     tasks = [Clipped({"momentum": 0.9}), Clipped({"momentum": 0.9})]
     for mode, task in zip(("eager", "graph"), tasks):
         train(mode, task, image_batches([6, 6, 4]), **asked)
-    for one, other in zip(weights_of(tasks[0]).values(), weights_of(tasks[1]).values()):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
+    assert_same_weights(*tasks)
 
 
 # ---------------------------------------------------------------------- dropout and seeds

@@ -1,0 +1,129 @@
+"""An error in the user's code is told with the user's line, not as another's."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any, Optional
+
+import pytest
+from helpers import Bare, batches, line_of, quiet_trainer
+from oneflow import nn
+
+from ofengine import OFEngineError
+
+
+class Sub(nn.Module):
+    @property
+    def scale(self) -> Any:
+        return self.not_there  # in a layer's property
+
+    def forward(self, batch: Any) -> Any:
+        return batch * self.scale
+
+
+class Wrong(Bare):
+    """Asks for what is not there, in the way ``kind``."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.sub = kind, Sub()
+
+    @property
+    def width(self) -> Any:
+        return self.not_there.width  # in a property
+
+    @functools.cached_property
+    def height(self) -> Any:
+        return self.not_there.height  # in a cached property
+
+    @property
+    def logger(self) -> Any:  # Lightning has the name
+        return self.not_there.logger  # in a property of a known name
+
+    @property
+    def outer(self) -> Any:
+        return self.width  # in two properties
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.kind == "attribute":
+            return self.layer(batch).mean() * self.not_there  # in the step
+        if self.kind == "tensor":
+            return self.layer(batch).nothing_like_it()  # of a tensor
+        if self.kind == "sub":
+            return self.layer(self.sub(batch)).mean()
+        return self.layer(batch).mean() * getattr(self, self.kind)
+
+
+MARKS = {
+    "attribute": "# in the step",
+    "tensor": "# of a tensor",
+    "sub": "# in a layer's property",
+    "width": "# in a property",
+    "height": "# in a cached property",
+    "logger": "# in a property of a known name",
+    "outer": "# in a property",
+}
+
+
+def shown(error: BaseException, records: Any) -> str:
+    """What a user reads: the sentence, what was logged, the lines of the traceback."""
+    import traceback
+
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    return text + "\n".join(each.getMessage() for each in records)
+
+
+@pytest.mark.parametrize("kind", MARKS)
+def test_an_attribute_error_shows_the_user_s_line(
+    mode: str, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.ERROR), pytest.raises((AttributeError, OFEngineError)) as error:
+        quiet_trainer(mode=mode, max_epochs=1).fit(Wrong(kind), batches())
+    text = shown(error.value, caplog.records)
+    assert MARKS[kind] in text
+    missing = "nothing_like_it" if kind == "tensor" else "not_there"
+    assert f"has no attribute '{missing}'" in text
+    if kind not in ("sub", "attribute", "tensor"):
+        assert missing in str(error.value)
+        assert f"no attribute '{kind}'" not in str(error.value)
+    assert "Lightning's name" not in str(error.value)
+
+
+def test_a_property_that_works_is_asked_once(mode: str) -> None:
+    asked = []
+
+    class Works(Bare):
+        @property
+        def factor(self) -> float:
+            asked.append(1)
+            return 2.0
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.layer(batch).mean() * self.factor
+
+    quiet_trainer(mode=mode, max_epochs=1, limit_train_batches=1).fit(Works(), batches())
+    assert len(asked) >= 1
+
+
+@pytest.mark.parametrize("name", ["self", "this", "s"])
+def test_the_culprit_is_the_user_s_method_whatever_self_is_called(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    scope: Any = {"Bare": Bare}
+    exec(
+        "class Own(Bare):\n"
+        f"    def training_step({name}, batch, batch_idx):\n"
+        f"        return {name}.layer(batch).mean() * {name}.not_there\n",
+        scope,
+    )
+    with caplog.at_level(logging.ERROR), pytest.raises(AttributeError):
+        quiet_trainer(max_epochs=1).fit(scope["Own"](), batches())
+    assert caplog.records[0].getMessage().startswith("Own.training_step raised AttributeError")
+
+
+def test_a_task_without_the_property_s_owner_still_tells_what_is_missing() -> None:
+    task: Optional[Bare] = Bare()
+    with pytest.raises(AttributeError, match="'Bare' object has no attribute 'nothing'"):
+        _ = task.nothing  # type: ignore[union-attr]
+    assert line_of(Wrong.training_step)
