@@ -22,26 +22,29 @@ from ofengine.checkpoint.checks import (
 )
 from ofengine.errors import warn
 
-_SHAPE = record(
-    {
-        "best_model_path": text,
-        "best_model_score": maybe(number()),
-        "best_k_models": by_name(number()),
-        "last_model_path": text,
-        "looked_at": whole(-1),
-        "last_saved_at": whole(-1),
-        "wait_for_epoch_end": flag,
-        "written": listed(text),
-        "to_remove": text,
-    },
-    # What earlier versions did not keep.
-    {"validated": flag, "key": text, "itself": text},
-)
+_NEEDED = {
+    "best_model_path": text,
+    "best_model_score": maybe(number()),
+    "best_k_models": by_name(number()),
+    "last_model_path": text,
+    "looked_at": whole(-1),
+    "last_saved_at": whole(-1),
+    "wait_for_epoch_end": flag,
+    "written": listed(text),
+    "to_remove": text,
+}
+_LATER = {"validated": flag, "key": text, "itself": text}
+"""What earlier versions did not keep."""
 
 
 def check_state(state: Mapping[str, Any]) -> None:
-    """Raise :class:`CheckpointError` where ``state`` is none of a ModelCheckpoint."""
-    check_fits(state, _SHAPE, "the checkpoint's state of a ModelCheckpoint")
+    """Raise :class:`CheckpointError` where ``state`` is none of a ModelCheckpoint.
+
+    What a subclass keeps besides is the subclass's to check.
+    """
+    own = {key: state[key] for key in (*_NEEDED, *_LATER) if key in state}
+    where = "the checkpoint's state of a ModelCheckpoint"
+    check_fits(own, record(_NEEDED, _LATER), where)
 
 
 @attrs.define

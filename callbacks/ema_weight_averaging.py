@@ -144,15 +144,15 @@ class EMAWeightAveraging(Callback):
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Keep ``state`` for ``on_fit_start``, which knows the task's device and its shapes."""
-        averaged = state.get("averaged")
-        if isinstance(averaged, dict):
+        if isinstance(state.get("averaged"), dict):
             averaged = {
                 name: np.array(each.numpy() if isinstance(each, flow.Tensor) else each)
-                for name, each in averaged.items()
+                for name, each in state["averaged"].items()
             }
-        check_fits({**state, "averaged": averaged}, _STATE, _WRONG)
+            state = {**state, "averaged": averaged}
+        check_fits(state, _STATE, _WRONG)
         self.count = state["count"]
-        self._loaded = averaged
+        self._loaded = state["averaged"]
         self._loaded_without = list(state.get("without", []))
 
     def on_fit_start(self, trainer: RunView, task: TaskModule) -> None:

@@ -164,8 +164,8 @@ class Trainer(RunView):
                 mode. "last" takes the one that is furthest, by what the files say and not by
                 their dates, of the run that saved last, among those of the ``ModelCheckpoint``
                 callbacks, or else below ``default_root_dir``; it begins anew where there is
-                none. "best" takes the ``best_model_path`` of the first ``ModelCheckpoint``, of
-                the ``fit`` before.
+                none. "best" takes the ``best_model_path`` of the first ``ModelCheckpoint`` that
+                has one, from the ``fit`` before.
             rates_on_resume: which rates count where those of the checkpoint and those of the
                 code differ: "checkpoint" goes on with the checkpoint's schedule, rates, scales
                 and decay; "config" takes the code's, as if they had been so from the start.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Callable, Iterator, List
 
+import numpy as np
+import oneflow as flow
+
 
 def open_with_indices(loader: Any, wrap: Callable[[Any], Any]) -> Iterator[Any]:
     """``iter(loader)`` of a DataLoader whose (batch) sampler is ``wrap`` of its own, this once."""
@@ -15,6 +18,8 @@ def open_with_indices(loader: Any, wrap: Callable[[Any], Any]) -> Iterator[Any]:
     if kept is not None:
         kept._index_sampler = wrapped
         kept._status_reset = False  # or its first pass gives what it loaded when it was made
+        # What an iterator draws when it is made, perhaps from the generator of the order.
+        flow.randint(0, np.iinfo(np.int64).max, (), generator=loader.generator)
     try:
         return iter(loader)
     finally:

@@ -214,9 +214,9 @@ def record(needed: Mapping[str, Check], others: Optional[Mapping[str, Check]] = 
     def check_all(value: Any, place: str) -> None:
         if not isinstance(value, dict):
             raise misfit(place, value, "a dict")
-        for key in needed:
-            if key not in value:
-                raise Misfit(f"{place or 'the state'} lacks {key!r}")
+        lacking = [repr(key) for key in needed if key not in value]
+        if lacking:
+            raise Misfit(f"{place or 'the state'} lacks {', '.join(lacking)}")
         for key, each in value.items():
             if key not in known:
                 raise Misfit(f"{place or 'the state'} has the key {shown(key)}, which is not known")

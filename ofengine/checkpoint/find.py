@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import warnings
@@ -15,6 +16,8 @@ from ofengine.errors import CheckpointError, ConfigurationError, warn
 from ofengine.processes import supervisor
 from ofengine.run.progress import Point
 from ofengine.run.state import Run
+
+log = logging.getLogger("ofengine")
 
 CheckpointPath = Union[str, Path, None]
 """A file, "last", "best", or None for a run that begins anew."""
@@ -96,13 +99,14 @@ def _best_file(run: Run) -> Path:
             "ckpt_path='best' is the best_model_path of a ModelCheckpoint, and none is listed: "
             "list one, or give the path of a file."
         )
-    best: str = keeping[0].best_model_path
+    best = next((each.best_model_path for each in keeping if each.best_model_path), "")
     if not best:
         raise ConfigurationError(
             f"ckpt_path='best': {type(keeping[0]).__name__} has no best_model_path, because no fit "
-            "of this Trainer has saved a best file: fit first, or give the path of a file, or "
-            "'last'."
+            "of this Trainer has saved a best file: fit first, or give 'last' or the path of a "
+            "file."
         )
+    log.info("ckpt_path='best' is %s.", best)
     return Path(best)
 
 

@@ -288,9 +288,10 @@ class Resumed:
         if kept is not None and now is not None and kept != now:
             warn(
                 f"{train.what} gives other batches in this epoch than before the run was stopped, "
-                "so that it does not go on exactly: its sampler draws from a generator that is no "
-                "attribute, counts its passes, or goes over other data. A sampler can keep where "
-                "it stands in state_dict and load_state_dict."
+                "so that it does not go on exactly: the data is another, or its sampler counts "
+                "passes, or draws from a generator that is no attribute or that others draw from "
+                "between its batches. A sampler can keep where it stands in state_dict and "
+                "load_state_dict."
             )
 
     def _restore_layers(self, run: Run) -> None:

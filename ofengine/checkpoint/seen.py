@@ -83,11 +83,24 @@ def tell_of_what_is_missing(
         return
     few = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
     hook = " (on_train_epoch_start is not called again within an epoch)" if within_epoch else ""
+    ways = [way for way, names in _ways(run) if any(place.startswith(names) for place in missing)]
     warn(
         f"{where} does not keep what training had made of {few}{hook}: put it into the checkpoint "
-        "in on_save_checkpoint and take it back in on_load_checkpoint; of a callback, in "
-        "state_dict and load_state_dict; of a sampler or dataset, in methods of these names."
+        f"in {'; or '.join(ways) or _WAY_OF_CALLBACKS}."
     )
+
+
+_WAY_OF_CALLBACKS = "state_dict of the callback, and take it back in load_state_dict"
+
+
+def _ways(run: Run) -> Iterator[Tuple[str, Tuple[str, ...]]]:
+    """How whose state is kept, and how the places of theirs begin."""
+    loaders = [run.train] if run.train is not None else []
+    of_task = "on_save_checkpoint of the task, and take it back in on_load_checkpoint"
+    of_data = "state_dict of the sampler or dataset, and take it back in load_state_dict"
+    yield of_task, (f"{type(run.task).__name__}.",)
+    yield _WAY_OF_CALLBACKS, tuple(f"{each.state_key}." for each in run.callbacks)
+    yield of_data, tuple(f"{each.what}." for each in (*loaders, *run.validation))
 
 
 # ---------------------------------------------------------------------- whose attributes

@@ -54,11 +54,11 @@ _DEPTH = 4
 _MOST_CHILDREN = 100
 """So many entries of a list or dict are looked at."""
 _PASSED_BY = (
-    flow.Tensor, np.ndarray, Optimizer, type, types.ModuleType, types.BuiltinFunctionType, str,
-    bytes, int, float,
+    flow.Tensor, np.ndarray, Optimizer, type, types.ModuleType, str, bytes, int, float,
 )  # fmt: skip
 _OF_THE_RUN = ("ofengine.run", "ofengine.trainer", "ofengine.metrics", "ofengine.rates")
 """A callback or task may hold the trainer, which leads to everything."""
+_CALLED = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 _OF_MODULES = ("_parameters", "_buffers", "_modules")
 _PYTHONS: Any = getattr(random, "_inst", None)
 _NUMPYS: Any = np.random.mtrand._rand
@@ -243,7 +243,7 @@ class _Walk:
         for name, child in _inside(value):
             if depth or is_generator(child):
                 yield from self.value(f"{place}{name}", child, depth - 1)
-        if not isinstance(value, (types.FunctionType, types.MethodType)):
+        if not isinstance(value, _CALLED):
             yield from self._class(type(value))
 
     def _class(self, cls: type) -> Iterator[Tuple[str, Any]]:
@@ -272,7 +272,7 @@ def _inside(value: Any) -> Iterator[Tuple[str, Any]]:
             yield f"[{key!r}]", each
     elif isinstance(value, functools.partial):
         yield from ((f".{name}", getattr(value, name)) for name in ("func", "args", "keywords"))
-    elif isinstance(value, types.MethodType):
+    elif isinstance(value, (types.MethodType, types.BuiltinFunctionType)):
         yield ".__self__", value.__self__
     elif isinstance(value, types.FunctionType):
         yield from _inside_function(value)

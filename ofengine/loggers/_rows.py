@@ -70,15 +70,17 @@ class Kept:
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Kept:
-        """Raises :class:`CheckpointError` where ``state`` is not that of a CSVLogger."""
-        known = {"folder", "columns", "written_rows", "digest", "rows", "next_flush"}
+        """Raises :class:`CheckpointError` where ``state`` is not that of a CSVLogger.
+
+        What a subclass keeps besides is the subclass's to check.
+        """
         try:
             folder, columns, rows = state["folder"], state["columns"], state["rows"]
             written, next_flush = state["written_rows"], state["next_flush"]
             digest = state.get("digest")
             good = all(isinstance(each, str) for each in (folder, digest or "", *columns))
             good = good and isinstance(columns, list) and len({*columns}) == len(columns)
-            good = good and _is_count(written) and _is_count(next_flush) and set(state) <= known
+            good = good and _is_count(written) and _is_count(next_flush)
             made = [Row(epoch, step, {**values}) for epoch, step, values in rows]
             good = good and all(_is_row(row, columns) for row in made)
         except (KeyError, TypeError, ValueError, AttributeError):

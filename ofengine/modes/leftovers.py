@@ -8,12 +8,11 @@ forgotten with the trace, so that it would never train.
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import itertools
 import types
 from collections import deque
-from typing import Any, Iterable, Iterator, List, Set, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Set, Tuple
 
 import numpy as np
 import oneflow as flow
@@ -57,7 +56,8 @@ def nothing_left_behind(task: TaskModule, what: str) -> Iterator[None]:
                 f"{path} is a layer that is made, or set, in a compiled step, where it would never "
                 "train: make it in __init__ or in setup()"
             )
-        if module is not task and _holds_lazy(value):  # of the task's own another warning tells
+        # Of the task's own another warning tells; of OneFlow's own layers nobody needs to know.
+        if module is not task and _is_users(type(module)) and _holds_lazy(value):
             tensors_set.append(path)
 
     holders = _Holders(task)
@@ -121,19 +121,24 @@ class _Holders:
     def _walk(self, place: str, value: Any, depth: int) -> None:
         if id(value) in self._seen or len(self._held) > _MOST_HOLDERS:
             return
+        self._seen.add(id(value))
         children: Iterable[Tuple[str, Any]]
         if isinstance(value, dict):
             children = ((f"{place}[{key!r}]", each) for key, each in value.items())
         elif isinstance(value, (list, tuple, set, deque)):
             children = ((place, each) for each in value)
-        elif _is_of_user(value):
-            children = ((f"{place}.{name}", each) for name, each in vars(value).items())
-            value = vars(value)
+        elif (
+            not isinstance(value, _PASSED_BY)
+            and _is_users(type(value))
+            and _attributes(value) is not None
+        ):
+            value = _attributes(value)
+            children = ((f"{place}.{name}", each) for name, each in value.items())
         else:
             return
-        self._seen.add(id(value))
         if not isinstance(value, tuple):
-            self._held.append((place, value, copy.copy(value)))
+            kind = next(each for each in (dict, list, set, deque) if isinstance(value, each))
+            self._held.append((place, value, kind(value)))
         for name, each in list(itertools.islice(children, _MOST_ENTRIES)) if depth else ():
             self._walk(name, each, depth - 1)
 
@@ -165,13 +170,14 @@ def _new_entries(holder: Any, before: Any) -> List[Any]:
     return [each for each, old in pairs if each is not old]
 
 
-def _is_of_user(value: Any) -> bool:
-    package = type(value).__module__.partition(".")[0]
-    return (
-        hasattr(value, "__dict__")
-        and not isinstance(value, _PASSED_BY)
-        and package not in _PACKAGES
-    )
+def _attributes(value: Any) -> Optional[Dict[str, Any]]:
+    """The attributes of an object, where it has some."""
+    own = getattr(value, "__dict__", None)
+    return own if isinstance(own, dict) else None
+
+
+def _is_users(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] not in _PACKAGES
 
 
 def _free_values(task: TaskModule) -> Iterator[Tuple[str, Any]]:
@@ -193,5 +199,5 @@ def _functions(task: TaskModule) -> Iterator[types.FunctionType]:
             if isinstance(function, types.FunctionType):
                 yield function
     for cls in {kind: None for module in task.modules() for kind in type(module).__mro__}:
-        if cls.__module__.partition(".")[0] not in _PACKAGES:
+        if _is_users(cls):
             yield from (each for each in vars(cls).values() if inspect.isfunction(each))

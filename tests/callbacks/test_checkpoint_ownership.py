@@ -103,7 +103,7 @@ def test_a_copied_run_leaves_the_original_as_it_is(
         assert kept == names
         assert {Path(path).name for path in (tmp_path / "b").rglob("epoch*")} == names
     assert second.best_model_score == 1.0
-    assert all(Path(path).is_relative_to(tmp_path / "b") for path in second.best_k_models)
+    assert all(tmp_path / "b" in Path(path).parents for path in second.best_k_models)
 
 
 def test_a_moved_and_renamed_run_folder_goes_on_in_place(tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_what_was_to_be_removed_stays_where_its_successor_is_not(tmp_path: Path)
         ("best_model_score", "x"), ("best_k_models", []), ("best_k_models", {"a": "x"}),
         ("best_k_models", {"a\0": 1.0}), ("last_model_path", 3), ("looked_at", 0.5),
         ("looked_at", True), ("written", "x"), ("written", [1]), ("to_remove", None),
-        ("validated", 1), ("key", 5), ("itself", None), ("more", 1), ("written", ...),
+        ("validated", 1), ("key", 5), ("itself", None), ("written", ...),
     ],
 )  # fmt: skip
 def test_a_state_that_is_none_is_refused_before_anything_changes(
@@ -664,3 +664,25 @@ def test_the_longest_name_still_gets_a_number(tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path, name)
     fit(keep, 1)
     assert keep.best_model_path == str(tmp_path / f"{name}-v1.safetensors")
+
+
+def test_a_subclass_may_keep_more(tmp_path: Path) -> None:
+    class Counting(ModelCheckpoint):
+        saved = 0
+
+        def on_train_epoch_end(self, trainer: Any, task: Any) -> None:
+            self.saved += 1
+            super().on_train_epoch_end(trainer, task)
+
+        def state_dict(self) -> Dict[str, Any]:
+            return {**super().state_dict(), "saved": self.saved}
+
+        def load_state_dict(self, state: Dict[str, Any]) -> None:
+            super().load_state_dict(state)
+            self.saved = state["saved"]
+
+    fit(Counting(tmp_path), 2)
+    again = Counting(tmp_path)
+    fit(again, 3, path="last")
+    assert again.saved == 3
+    assert os.listdir(tmp_path) == ["epoch=2-step=6.safetensors"]

@@ -289,7 +289,7 @@ def test_of_two_one_that_may_go_on_does_not_overrule_one_that_may_not(patient_fi
 
 
 def test_a_state_that_lacks_something_is_an_error() -> None:
-    with pytest.raises(CheckpointError, match="lacks last_score, stopped_epoch"):
+    with pytest.raises(CheckpointError, match="lacks 'last_score', 'stopped_epoch'"):
         EarlyStopping("x").load_state_dict({"best_score": 1.0, "wait_count": 0})
 
 

@@ -487,7 +487,7 @@ def test_a_state_of_another_model_is_an_error_before_training(change: Any, match
 
 
 def test_a_state_of_another_callback_is_an_error() -> None:
-    with pytest.raises(CheckpointError, match="holds no 'averaged' and 'count'"):
+    with pytest.raises(CheckpointError, match="lacks 'averaged', 'count'"):
         EMAWeightAveraging().load_state_dict({"wait_count": 1})
 
 

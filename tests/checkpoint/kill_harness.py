@@ -61,22 +61,22 @@ def _die_at(point: str, number: int, by: int) -> None:
         if count == number:
             os.kill(os.getpid(), by)
 
-    if point in ("fsync", "replace"):
-        real = getattr(os, point)
+    def with_kill(real: Any, before: bool) -> Any:
+        def call(*arguments: Any) -> Any:
+            if before:
+                passed()
+            result = real(*arguments)
+            if not before:
+                passed()
+            return result
 
-        def replaced(*arguments: Any) -> Any:
-            passed()
-            return real(*arguments)
+        return call
 
-        setattr(os, point, replaced)
-    elif point == "replaced":
-        rename = os.replace
-
-        def renamed(*arguments: Any) -> None:
-            rename(*arguments)
-            passed()
-
-        os.replace = renamed  # type: ignore[assignment]
+    if point == "fsync":
+        os.fsync = with_kill(os.fsync, before=True)
+    elif point in ("replace", "replaced"):  # a file gets its name, a new one or one that was there
+        os.replace = with_kill(os.replace, before=point == "replace")
+        os.link = with_kill(os.link, before=point == "replace")
     else:
         _POINTS[point] = passed
 

@@ -479,6 +479,7 @@ def test_a_distributed_sampler_shuffles_by_the_epoch(mode: str) -> None:
     assert seen.trained[:-1] == seen.validated[:-1] == [order_of(epoch) for epoch in range(3)]
 
 
+@pytest.mark.filterwarnings("ignore:.*does not keep what")  # notes are to begin anew
 @pytest.mark.parametrize("seed", [None, 3])
 @pytest.mark.parametrize(
     "hook", ["on_train_batch_end", "on_validation_start", "on_train_epoch_end"]

@@ -316,7 +316,7 @@ def test_a_version_of_another_run_is_refused(tmp_path: Path) -> None:
         {"columns": ["a", "a"]}, {"written_rows": -1}, {"written_rows": True},
         {"written_rows": 1e300}, {"rows": 5}, {"rows": [[1, 2]]}, {"rows": [[0, 1, {"x": 1.0}]]},
         {"rows": [[0, 1, {"loss": "x"}]]}, {"rows": [["0", 1, {}]]}, {"rows": [[0, 1, []]]},
-        {"next_flush": None}, {"digest": 5}, {"more": 1}, {"rows": {"a": 1}},
+        {"next_flush": None}, {"digest": 5}, {"rows": {"a": 1}},
     ],
 )  # fmt: skip
 def test_a_state_that_is_none_is_refused(tmp_path: Path, changes: Dict[str, Any]) -> None:
