@@ -92,8 +92,8 @@ def _create(folder: Path) -> Tuple[BinaryIO, Path]:
         except FileExistsError:
             continue
         try:
-            with contextlib.suppress(OSError):  # BlockingIOError: see below; others: no locks here
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _lock(file.fileno()):
+                raise FileNotFoundError(path)  # or will be gone in a moment
             os.lstat(path)
         except FileNotFoundError:  # taken for a leftover in the moment before it was locked
             file.close()
@@ -102,6 +102,17 @@ def _create(folder: Path) -> Tuple[BinaryIO, Path]:
             raise
         else:
             return file, path
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock a file of one's own; False where somebody else has. True where there are no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def give_name(temporary: Path, path: Path) -> None:

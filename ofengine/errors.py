@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from types import FrameType
@@ -49,6 +50,12 @@ class NonFiniteError(OFEngineError):
 
 class OFEngineWarning(UserWarning):
     """Something that trains, but perhaps not what was meant."""
+
+
+def said_by(error: BaseException) -> str:
+    """What ``error`` says, its kind first, in one line and without OneFlow's colours."""
+    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split()).rstrip(".")
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
 def warn(message: str) -> None:

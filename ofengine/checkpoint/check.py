@@ -13,7 +13,7 @@ from ofengine.checkpoint.owners import Matches
 from ofengine.checkpoint.snapshot import plain_options
 from ofengine.checkpoint.weights import check_weights
 from ofengine.data.generators import check_global_states, check_state_anywhere, check_states_in
-from ofengine.errors import CheckpointError, OFEngineError, warn
+from ofengine.errors import CheckpointError, OFEngineError, said_by, warn
 from ofengine.rates.checks import check_rates
 from ofengine.rates.planning import new_plan
 from ofengine.rates.resume import check_groups_fit, resume_plan
@@ -41,6 +41,7 @@ def check_run(run: Run, checkpoint: Checkpoint, policy: str, owners: Matches) ->
         _check_plan(run, state["rates"], policy, where)
         _check_place(run, checkpoint)
         check_fits(state, lambda value, _: _check_layers(run, value), where)
+        check_fits(state, lambda value, _: _check_metric(run, value), where)
         check_tensors(run.task, state.get("tensors", {}), where)
         check_others(other_optimizers(run), state.get("optimizers", {}), where)
         _check_random(run, state, owners, where)
@@ -51,7 +52,7 @@ def check_run(run: Run, checkpoint: Checkpoint, policy: str, owners: Matches) ->
         raise
     except Exception as error:
         # No part is of a wrong kind, so it is what the parts say together.
-        raise CheckpointError(f"{where}: {type(error).__name__}: {error}.") from error
+        raise CheckpointError(f"{where}: {said_by(error)}.") from error
     _check_accumulation(run, checkpoint)
 
 
@@ -135,6 +136,13 @@ def _check_plan(run: Run, rates: State, policy: str, where: str) -> None:
             anew.observe(0.0)
 
 
+def _check_metric(run: Run, state: State) -> None:
+    """What ReduceLROnPlateau looks at first of all must be there."""
+    monitor, due = run.made.monitor, state["loop"]["point"] == Point.EPOCH_END.value
+    if monitor is not None and due and monitor not in state["metrics"]["known"]:
+        raise Misfit(f"metrics/known lacks {monitor!r}, which ReduceLROnPlateau monitors")
+
+
 def _check_schedule(kept: Any, own: Any, place: str) -> None:
     """A schedule takes over values that it has, of their kind; inside it too."""
     if kept is None:
@@ -191,9 +199,12 @@ def _check_layers(run: Run, state: State) -> None:
     for name in frozen:
         if name not in parameters:
             raise misfit("loop/frozen", name, "a parameter of the task")
+    grouped = {id(p) for group in run.made.optimizer.param_groups for p in group.parameters}
     for name, parameter in parameters.items():
-        if not parameter.is_floating_point() and name not in frozen:
+        if name not in frozen and not parameter.is_floating_point():
             raise Misfit(f"loop/frozen lacks {name!r}, which holds whole numbers")
+        if name not in frozen and id(parameter) not in grouped:
+            raise Misfit(f"loop/frozen lacks {name!r}, which is in no group of the optimizer")
 
 
 def _check_accumulation(run: Run, checkpoint: Checkpoint) -> None:
@@ -252,6 +263,5 @@ def _check_callback(run: Run, callback: Any, state: State, where: str) -> None:
         raise
     except Exception as error:
         raise CheckpointError(
-            f"{where}: {type(callback).__name__}.check_state_dict raised "
-            f"{type(error).__name__}: {error}."
+            f"{where}: {type(callback).__name__}.check_state_dict raised {said_by(error)}."
         ) from error

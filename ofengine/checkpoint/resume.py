@@ -16,13 +16,13 @@ from ofengine.checkpoint.check import check_run
 from ofengine.checkpoint.file import Checkpoint
 from ofengine.checkpoint.owners import Matches, describe_owner, in_words, match
 from ofengine.checkpoint.schema import check_state
-from ofengine.checkpoint.seen import tell_of_what_is_missing
+from ofengine.checkpoint.seen import split_by_data, tell_of_what_is_missing
 from ofengine.checkpoint.snapshot import MOMENTS, plain_options
 from ofengine.checkpoint.undo import Attributes, Undo
 from ofengine.checkpoint.weights import copy_weights
 from ofengine.data.batches import Batches, Resumption
 from ofengine.data.generators import global_states, set_global_states, set_states_in
-from ofengine.errors import CheckpointError, warn
+from ofengine.errors import CheckpointError, said_by, warn
 from ofengine.rates.resume import resume_plan
 from ofengine.run.progress import Point
 from ofengine.run.state import Run, State
@@ -125,10 +125,9 @@ class Resumed:
             self._leave_as_before()
             if isinstance(error, CheckpointError) or not isinstance(error, Exception):
                 raise
-            said = " ".join(str(error).split())
             raise CheckpointError(
-                f"{self._where}: {type(owner).__name__}.{method} raised {type(error).__name__}"
-                f"{f' ({said})' if said else ''}; nothing was changed."
+                f"{self._where}, and nothing was changed: {type(owner).__name__}.{method} raised "
+                f"{said_by(error)}."
             ) from error
 
     def restore_run(self, run: Run) -> None:
@@ -244,8 +243,13 @@ class Resumed:
             run.cut_short = None
             if entry.data is None and run.is_done() and not run.should_stop:
                 entry = None
-        seen, within = self.state.get("seen", {}), entry is not None
-        tell_of_what_is_missing(run, seen, lost, str(self.checkpoint.path), within)
+        seen, of_data = split_by_data(run, self.state.get("seen", {}))
+        path, begins_a_pass = (
+            str(self.checkpoint.path),
+            entry is not None and entry.data is not None,
+        )
+        seen = seen if begins_a_pass else {**seen, **of_data}
+        tell_of_what_is_missing(run, seen, lost, path, within_epoch=entry is not None)
         return entry
 
     def _other_states(self, run: Run) -> State:
@@ -281,6 +285,8 @@ class Resumed:
     def _reached(self, run: Run, train: Batches) -> None:
         """Behind the batches that were done: is it where the run before was?"""
         self._set_states(run, train, self.state["random"])
+        _, of_data = split_by_data(run, self.state.get("seen", {}))
+        tell_of_what_is_missing(run, of_data, [], str(self.checkpoint.path), within_epoch=True)
         kept, now = (
             self.state.get("order"),
             train.order.digest(self.state["loop"]["batches_done"] - 1),

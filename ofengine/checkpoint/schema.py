@@ -32,6 +32,8 @@ from ofengine.run.progress import Point
 
 _NEAR = 10_000
 """No noted rate is of a step or position that is further away than this (``rates.resume``)."""
+_EPOCHS = 10**7
+"""A calendar has an entry for each epoch: a forged number of them must not fill the memory."""
 _SEED = 2**64 - 1
 _YEAR_9999 = 253_000_000_000
 """In seconds since 1970."""
@@ -80,7 +82,7 @@ METRICS = record(
 _LOOP = record(
     {
         "point": one_of(*(point.value for point in Point if point is not Point.STEP)),
-        "epoch": whole(-1),
+        "epoch": whole(-1, _EPOCHS),
         "batches_done": whole(),
         "global_step": whole(),
         "batches_seen": whole(),
@@ -192,6 +194,10 @@ def _of_a_run(state: Any, place: str) -> None:
         most = f"no more than loop/epoch_length, {loop['epoch_length']},"
         if loop["point"] != Point.BEGIN.value:
             raise misfit("loop/batches_done", loop["batches_done"], most)
+    for key, least in (("epoch", 0), ("batches_done", 1), ("global_step", 0)):
+        if loop[key] > max(loop["batches_seen"], least):
+            most = f"no more than loop/batches_seen, {loop['batches_seen']},"
+            raise misfit(f"loop/{key}", loop[key], most)
     if rates["step"] != loop["global_step"]:
         raise misfit("rates/step", rates["step"], f"loop/global_step, {loop['global_step']},")
     if "logger_keys" in state and len(state["logger_keys"]) != len(state["loggers"]):
@@ -216,6 +222,7 @@ def _check_rates(state: Mapping[str, Any], rates: Mapping[str, Any]) -> None:
     for step, name, _ in rates["changes"]:
         if name not in names or step > rates["step"]:
             raise Misfit(f"rates/changes has a change of {name!r} at step {step}, which is none")
-    positions = sorted(map(int, rates.get("positions", {})))
-    if positions and positions[-1] - positions[0] > 2 * _NEAR:
-        raise misfit("a key of rates/positions", positions[-1], f"one near {positions[0]}")
+    last = rates["step"] + _NEAR  # a position is never beyond its step
+    for position in map(int, rates.get("positions", {})):
+        if position > last:
+            raise misfit("a key of rates/positions", position, f"a whole number to {last}")

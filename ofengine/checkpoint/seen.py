@@ -15,7 +15,9 @@ from typing import Any, Dict, Iterator, List, Mapping, Sequence, Set, Tuple
 import numpy as np
 import oneflow as flow
 from oneflow import nn
+from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 from oneflow.optim import Optimizer
+from oneflow.optim.lr_scheduler import ReduceLROnPlateau
 from oneflow.utils.data import DataLoader
 
 from ofengine.callback import Callback, overrides
@@ -33,6 +35,7 @@ _PASSED_BY = (
     type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType,
     Optimizer, DataLoader,
 )  # fmt: skip
+_SCHEDULERS = (LRScheduler, ReduceLROnPlateau)
 _OURS = ("ofengine.", "oneflow.")
 
 Seen = Dict[str, str]
@@ -65,17 +68,31 @@ def _of_tensors(run: Run, digests: Mapping[str, str]) -> Seen:
     return {f"{name}.{place}": digest for place, digest in digests.items()}
 
 
+def split_by_data(run: Run, kept: Seen) -> Tuple[Seen, Seen]:
+    """What is no part of the data, and what is: that may change where a pass is begun."""
+    *_, (_, names) = _ways(run)
+    others = {place: digest for place, digest in kept.items() if not place.startswith(names)}
+    return others, {place: kept[place] for place in kept if place not in others}
+
+
 def tell_of_what_is_missing(
     run: Run, kept: Seen, lost: Sequence[str], where: str, within_epoch: bool
 ) -> None:
     """Warn of the attributes that were changed in the run before, and are not so now.
 
-    ``lost`` are the places of tensors in the task that could not be taken back.
+    Args:
+        run: the run that goes on.
+        kept: digests of the attributes that had changed, by place.
+        lost: places of tensors in the task that could not be taken back.
+        where: the checkpoint, as the sentence calls it.
+        within_epoch: the run goes on in the middle of an epoch.
     """
     own = {place: digest_of(tensor) for place, tensor in tensors_beside(run.task).items()}
     now = {**attributes_seen(run), **_of_tensors(run, own)}
-    made_anew = set() if within_epoch else set(_made_by(run, "on_train_epoch_start"))
-    made_anew |= set(_made_by(run, "on_train_batch_start"))
+    hooks: Tuple[str, ...] = ("setup", "on_fit_start", "on_train_start", "on_train_batch_start")
+    if not within_epoch:
+        hooks += ("on_train_epoch_start",)
+    made_anew = {place for hook in hooks for place in _made_by(run, hook)}
     missing = [place for place in kept if now.get(place) != kept[place]]
     missing += [f"{type(run.task).__name__}.{place}" for place in lost]
     missing = [place for place in missing if place not in made_anew]
@@ -109,8 +126,9 @@ def _ways(run: Run) -> Iterator[Tuple[str, Tuple[str, ...]]]:
 def _digests(run: Run) -> Iterator[Tuple[str, str]]:
     for place, owner in _owners(run):
         for name, value in list(vars(owner).items()):
-            if not name.startswith("__"):
-                yield f"{place}.{name}", _digest(value)
+            if isinstance(value, _SCHEDULERS) and value.optimizer is run.made.optimizer:
+                continue  # the plan knows where it stands
+            yield f"{place}.{name}", _digest(value)
 
 
 def _owners(run: Run) -> Iterator[Tuple[str, Any]]:
@@ -179,6 +197,9 @@ def _take_in(value: Any, depth: int, parts: List[bytes], seen: Set[int]) -> bool
         children = sorted(value, key=repr)
     elif isinstance(value, nn.Module):
         children = [*value.state_dict().values()]
+    elif isinstance(value, _SCHEDULERS):
+        own = {**vars(value), "optimizer": None, "step": None}
+        children = [each for pair in sorted(own.items()) for each in pair]
     elif type(value).__module__.startswith(_OURS) or not hasattr(value, "__dict__"):
         return False
     else:

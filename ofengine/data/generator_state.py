@@ -16,7 +16,7 @@ import numpy as np
 import oneflow as flow
 
 from ofengine._oneflow.session import synchronize
-from ofengine.errors import CheckpointError
+from ofengine.errors import CheckpointError, said_by
 
 _Generator = type(flow.default_generator)
 _WORDS = 624
@@ -63,7 +63,8 @@ def set_state_of(generator: Any, state: Mapping[str, Any]) -> None:
         _set_state(generator, state)
     except (*_WRONG, RuntimeError) as error:
         raise CheckpointError(
-            f"the state of a random generator does not fit a {type(generator).__name__}: {error}."
+            "the state of a random generator does not fit a "
+            f"{type(generator).__name__}: {said_by(error)}."
         ) from error
 
 
@@ -88,10 +89,11 @@ def check_state_of(generator: Any, state: Mapping[str, Any]) -> None:
         another = _another(generator)
         _set_state(another, state)
         found = state_of(another)
-        good = _same(state, found)
+        unused = "oneflow" in state and _is_unused(np.array(state["oneflow"]))
+        good = unused or _same(state, found)
     except (*_WRONG, RuntimeError, CheckpointError) as error:
         raise CheckpointError(
-            f"the state of a random generator does not fit a {kind}: {error}."
+            f"the state of a random generator does not fit a {kind}: {said_by(error)}."
         ) from error
     if not good:
         raise CheckpointError(f"the state of a random generator is none that a {kind} can have.")
@@ -172,7 +174,8 @@ def _set_state(generator: Any, state: Mapping[str, Any]) -> None:
         words = tuple(int(word) for word in state["words"])
         generator.setstate((state.get("version", 3), words, state["gauss"]))
         return
-    raw = np.array(state["oneflow"], dtype=np.uint8)
+    raw = np.array(state["oneflow"])
+    _check_bytes(raw, generator.get_state().numel() == _CPU_BYTES)
     position = state.get("position", _WORDS)
     at = _cpu_part(raw)
     if at is not None and position < _WORDS:
@@ -180,6 +183,9 @@ def _set_state(generator: Any, state: Mapping[str, Any]) -> None:
         before = _words_before(raw[part].view(np.int64).astype(np.uint32))
         raw[part] = before.astype(np.int64).view(np.uint8)
     synchronize()
+    if _is_unused(raw):  # to which set_state would add the parts that are there now
+        generator.manual_seed(int(raw[:8].copy().view(np.int64)[0]))
+        return
     generator.set_state(flow.tensor(raw))
     if at is not None and position < _WORDS:
         if position:
@@ -189,6 +195,52 @@ def _set_state(generator: Any, state: Mapping[str, Any]) -> None:
             # drawing, and a position that no drawing leaves behind.
             raise ValueError("a twister that is made anew has no used word")
     synchronize()
+
+
+def _check_bytes(raw: np.ndarray, is_cpu: bool) -> None:
+    """Raise ValueError unless OneFlow can take ``raw``: of others it reads what lies behind them.
+
+    ``is_cpu``: for a CPU generator; else for an "auto" one.
+    """
+    if raw.dtype != np.uint8 or raw.ndim != 1 or (raw.size == _CPU_BYTES) is not is_cpu:
+        raise ValueError(f"an array of {raw.dtype} with the shape {raw.shape} is no state of it")
+    if not is_cpu:
+        _check_parts(raw)
+    at = _cpu_part(raw)
+    if at is not None and raw[at : at + 8 * _WORDS].view(np.uint64).max() >= 2**32:
+        raise ValueError("a word of the twister has more than 32 bits")
+
+
+def _is_unused(raw: np.ndarray) -> bool:
+    """True for an "auto" generator that nobody has drawn from: it has a seed and no parts."""
+    return raw.size == 32
+
+
+def _check_parts(raw: np.ndarray) -> None:
+    """The parts of an "auto" generator's state, one for each device, see :func:`_cpu_part`."""
+    header = raw[:32].copy().view(np.int64).tolist() if raw.size >= 32 else [0, -1, 0, 0]
+    _, devices, names_length, states_length = header
+    start = 32 + 8 * devices
+    inside = 0 <= devices < 100 and 0 <= names_length < 10_000 and 0 <= states_length < 2**31
+    if not inside or start + names_length + states_length != raw.size:
+        raise ValueError("its parts do not have the lengths that it tells")
+    lengths = raw[32:start].copy().view(np.int64).tolist()
+    names = bytes(raw[start : start + names_length]).decode(errors="replace")
+    known = {"cpu:0": _CPU_BYTES} if "cuda" not in names else _lengths_of_devices()
+    for name, length in zip(names.split(",") if names else [], lengths):
+        if name not in known:
+            raise ValueError(f"it has a part for the device {name!r}, which is not here")
+        if known[name] != length:
+            raise ValueError(f"its part for {name} has {length} bytes, and not {known[name]}")
+    if len(names.split(",") if names else []) != devices or sum(lengths) != states_length:
+        raise ValueError("it does not have a part for each of its devices")
+
+
+def _lengths_of_devices() -> Dict[str, int]:
+    """The length of the state of a generator of each device of this machine."""
+    names = [f"cuda:{index}" for index in range(flow.cuda.device_count())]
+    found = {name: int(flow.Generator(name).get_state().numel()) for name in names}
+    return {**found, "cpu:0": _CPU_BYTES}
 
 
 def numpy_state(state: Any) -> RandomState:

@@ -30,7 +30,7 @@ from ofengine.data.generator_state import (
     set_state_of,
     state_of,
 )
-from ofengine.errors import CheckpointError
+from ofengine.errors import CheckpointError, said_by
 
 __all__ = [
     "RandomState",
@@ -192,7 +192,7 @@ def _check_state_of(each: Any, state: RandomState) -> None:
         each.load_state_dict(state["state"])
     except Exception as error:
         raise CheckpointError(
-            f"{type(each).__name__}.load_state_dict raised {type(error).__name__}: {error}."
+            f"{type(each).__name__}.load_state_dict raised {said_by(error)}."
         ) from error
     finally:
         each.load_state_dict(own)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import weakref
 from math import isfinite
 from typing import Any, Callable, Dict, Hashable, Iterator, List, Sequence, Tuple
@@ -68,46 +69,87 @@ class _Loss:
 _Seen = Callable[[_Loss, Any], None]
 
 
-@contextlib.contextmanager
-def _telling(task: nn.Module, seen: _Seen) -> Iterator[None]:
-    """In the block, call ``seen(loss, labels)`` for each call of a loss over class indices.
+class _Teller:
+    """Stands where a loss over class indices was, and tells of each call."""
 
-    Whoever looks one up in OneFlow, in a user's module that has imported it, or on a layer finds
-    one that tells.
-    """
-    modules = {type(layer).__module__ for layer in task.modules()}
-    users = [sys.modules[n] for n in modules if n in sys.modules and not n.startswith("oneflow")]
-    places: List[Any] = [vars(each) for each in (*users, *task.modules())]
-    with contextlib.ExitStack() as stack:
-        for name in _LOSSES:
-            tell: Dict[int, Any] = {}
-            for holder, original in functions_by_name(name):
-                tell[id(original)] = _teller(name, original, seen)
-                setattr(holder, name, tell[id(original)])
-                stack.callback(setattr, holder, name, original)
-            for place in places:
-                for key, value in [(k, v) for k, v in place.items() if id(v) in tell]:
-                    place[key] = tell[id(value)]
-                    stack.callback(place.__setitem__, key, value)
-        yield
+    def __init__(self, name: str, original: Any) -> None:
+        self.name, self.original = name, original
+        self.users = 0
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the loss gives; whoever listens in this thread sees its labels before."""
+        listeners = getattr(_of_thread, "listeners", ())
+        if listeners:
+            self._tell(listeners[-1], {**dict(zip(_LOSSES[self.name], args)), **kwargs})
+        return self.original(*args, **kwargs)
 
-def _teller(name: str, original: Any, seen: _Seen) -> Any:
-    names = _LOSSES[name]
-
-    def telling(*args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(names, args)), **kwargs}
+    def _tell(self, seen: _Seen, given: Dict[str, Any]) -> None:
         labels: Any = given.get("target", given.get("labels"))
         scores: Any = given.get("input", given.get("logits"))
         both = isinstance(labels, flow.Tensor) and isinstance(scores, flow.Tensor)
         if both and labels.dtype in _INTEGERS and not labels.is_global:
-            last = name.startswith("sparse")
+            last = self.name.startswith("sparse")
             classes = scores.shape[-1 if last or scores.ndim == 1 else 1]
             ignored = None if last else given.get("ignore_index", -100)
-            seen(_Loss(name, int(classes), ignored, line_being_run()), labels)
-        return original(*args, **kwargs)
+            seen(_Loss(self.name, int(classes), ignored, line_being_run()), labels)
 
-    return telling
+
+_of_thread = threading.local()
+_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _telling(task: nn.Module, seen: _Seen) -> Iterator[None]:
+    """In the block, call ``seen(loss, labels)`` for each call of a loss over class indices.
+
+    Whoever looks one up in OneFlow, in a user's module that has imported it, on a layer or on its
+    class finds one that tells; it is there as long as a thread is in such a block.
+    """
+    tellers: List[Tuple[Any, str, _Teller]] = []
+    with _lock:
+        for holder, key, name in _places(task):
+            if not isinstance(vars(holder)[key], _Teller):
+                _put(holder, key, _Teller(name, vars(holder)[key]))
+            tellers.append((holder, key, vars(holder)[key]))
+            tellers[-1][2].users += 1
+    listeners = _of_thread.__dict__.setdefault("listeners", [])
+    listeners.append(seen)
+    try:
+        yield
+    finally:
+        listeners.pop()
+        with _lock:
+            for _, _, teller in tellers:
+                teller.users -= 1
+            for holder, key, teller in tellers:  # one may be in several places by now
+                if not teller.users and vars(holder).get(key) is teller:
+                    _put(holder, key, teller.original)
+
+
+def _places(task: nn.Module) -> List[Tuple[Any, str, str]]:
+    """(holder, name there, name of the loss) of all that hold one, each once."""
+    layers = list(task.modules())
+    classes = [cls for each in layers for cls in type(each).__mro__]
+    names = {cls.__module__ for cls in classes if not cls.__module__.startswith("oneflow")}
+    modules = [sys.modules[name] for name in sorted(names) if name in sys.modules]
+    holders = {id(h): h for h in (*modules, *layers, *classes)}
+    places: Dict[Tuple[int, str], Tuple[Any, str, str]] = {}
+    for name in _LOSSES:
+        known = functions_by_name(name)
+        functions = {id(f.original if isinstance(f, _Teller) else f) for _, f in known}
+        places.update({(id(holder), name): (holder, name, name) for holder, _ in known})
+        for holder in holders.values():
+            for key, value in list(vars(holder).items()):
+                if id(value.original if isinstance(value, _Teller) else value) in functions:
+                    places[id(holder), key] = (holder, key, name)
+    return list(places.values())
+
+
+def _put(holder: Any, key: str, value: Any) -> None:
+    if isinstance(holder, nn.Module):
+        vars(holder)[key] = value  # nobody is to be told of it
+    else:
+        setattr(holder, key, value)
 
 
 def checking(task: nn.Module, mode: str, step: Callable[..., Any]) -> Callable[..., Any]:

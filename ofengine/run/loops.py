@@ -43,6 +43,7 @@ def fit_loop(
     mode, progress, metrics = run.training_mode, run.progress, run.metrics
     validate = _Validation(run, hooks, eval_mode, validation)
     labels = LabelWatch(run.task, run.settings.mode, mode.train_step)
+    note_start(run)
     if resumed is None:
         _sanity_check(validate)
     metrics.begin(per_step=False)
@@ -54,7 +55,6 @@ def fit_loop(
     progress.epoch += is_over  # the epoch that is to come, as after every other resumption
     hooks.fire("on_train_start")
     progress.epoch -= is_over
-    note_start(run)
     entry = None
     if resumed is not None:
         train.set_epoch(resumed.state["loop"]["epoch"])  # it may draw, before generators are set

@@ -413,3 +413,17 @@ def test_a_crash_goes_on_from_its_own_last_checkpoint_whatever_the_dates(
     assert begins == ["0", "4", "8"]
     epochs = sorted(path.name for path in (tmp_path / "ck").iterdir() if path.name[0] == "e")
     assert epochs == [f"epoch={n}-step={2 * n + 2}.safetensors" for n in range(6)]
+
+
+def test_of_several_callbacks_the_first_that_has_a_best_counts(tmp_path: Path) -> None:
+    kept = [
+        ModelCheckpoint(tmp_path / "none", save_top_k=0),
+        ModelCheckpoint(tmp_path / "best", monitor="val"),
+        ModelCheckpoint(tmp_path / "newest"),
+    ]
+    trainer = quiet_trainer(max_epochs=3, callbacks=[Rates(), *kept], num_sanity_val_steps=0)
+    trainer.fit(Weighs(), BATCHES, BATCHES)
+    task = Weighs()
+    trainer.validate(task, BATCHES[:1], ckpt_path="best")
+    saved = read(tmp_path / "best" / "epoch=0-step=2.safetensors").weights
+    assert all(array.tobytes() == saved[name].tobytes() for name, array in weights_of(task).items())

@@ -192,7 +192,7 @@ def test_a_run_sees_the_batches_that_were_left(
 ) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", OFEngineWarning)
-        whole = check_stopping(tmp_path, "eager", LOADERS[name], seed=seed, max_epochs=2)
+        whole = check_stopping(tmp_path, "eager", LOADERS[name], every=2, seed=seed, max_epochs=2)
     orders = [whole.rows[: len(whole.rows) // 2], whole.rows[len(whole.rows) // 2 :]]
     assert orders[0] != orders[1]  # it did draw
 
@@ -335,3 +335,12 @@ def test_a_generator_that_is_gone_is_named(tmp_path: Path) -> None:
         return with_sampler(next(samplers))
 
     assert "sampler.rng" in resumed_warnings(train, tmp_path, "epoch_end")
+
+
+def test_a_count_of_passes_that_the_resumed_pass_makes_again_is_not_told(tmp_path: Path) -> None:
+    # The first pass is begun anew, by which the sampler counts it.
+    _, saved = run_once("eager", lambda: with_sampler(Counts()), save_to=tmp_path, max_epochs=1)
+    path = next(path for path, _ in saved if "batch_end" in path.name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", OFEngineWarning)
+        run_once("eager", lambda: with_sampler(Counts()), resume_from=path, max_epochs=1)

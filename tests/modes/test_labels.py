@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import threading
 from typing import Any, Callable, List
 
 import numpy as np
@@ -179,3 +180,47 @@ def test_a_partial_is_trained_on_all_the_same(mode: str) -> None:
     """It holds OneFlow's function where nobody can look; what is right is not refused."""
     task = Net(functools.partial(lambda f, task, z, y: f(z, y), F.cross_entropy))
     quiet_trainer(mode=mode, max_epochs=1).fit(task, [batch_of(0, 1, 2)])
+
+
+def test_a_loss_on_a_class_is_looked_at(mode: str) -> None:
+    class Own(Net):
+        kept = F.cross_entropy
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.kept(self.net(batch[0]), batch[1])
+
+    own = Own(WAYS["a function"])
+    refused(own, DataError, "no class: 5,", mode=mode, train=[batch_of(0, 5)])
+    assert Own.kept is F.cross_entropy
+
+
+def test_two_threads_look_each_at_its_own() -> None:
+    """They are both within a step when each has its labels looked at."""
+    original, told = F.cross_entropy, {}
+    within = threading.Barrier(2)
+
+    class Meets(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            within.wait(60)
+            try:
+                return self.loss(batch)
+            finally:
+                within.wait(60)
+
+    def fit(name: str, *labels: int) -> None:
+        try:
+            quiet_trainer(max_epochs=1).fit(Meets(WAYS["a function"]), [batch_of(*labels)])
+        except DataError as error:
+            told[name] = str(error)
+
+    threads = [
+        threading.Thread(target=fit, args=(name, *labels))
+        for name, labels in {"good": (0, 1), "bad": (0, 6)}.items()
+    ]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert list(told) == ["bad"]
+    assert "no class: 6," in told["bad"]
+    assert F.cross_entropy is original
