@@ -259,19 +259,23 @@ class RatePlan:
 
     def check_untouched(self) -> None:
         """Raise :class:`RateError` where somebody wrote a rate or a scale since :meth:`watch`."""
-        live = self._optimizer.param_groups
-        if live != self._live_groups:  # load_state_dict makes new ones
-            if len(live) != len(self._standing):
-                raise RateError(
-                    f"the optimizer has {len(live)} parameter groups instead of "
-                    f"{len(self._standing)} during training: declare all of them in "
-                    "param_groups(); trainer.set_lr(name, 0) keeps a group as it is."
-                )
+        if self._optimizer.param_groups != self._live_groups:  # load_state_dict makes new ones
+            self.check_number_of_groups()
             self._find_options()
         if [*map(_lr_of, self._options)] != self._standing:
             raise self._changed_by_hand()
         if [*map(_scale_of, self._options)] != self._standing_scales:
             raise self._changed_by_hand()
+
+    def check_number_of_groups(self) -> None:
+        """Raise :class:`RateError` where groups were added or taken away since :meth:`watch`."""
+        number = len(self._optimizer.param_groups)
+        if number != len(self._standing):
+            raise RateError(
+                f"the optimizer has {number} parameter groups instead of "
+                f"{len(self._standing)} during training: declare all of them in "
+                "param_groups(); trainer.set_lr(name, 0) keeps a group as it is."
+            )
 
     def _changed_by_hand(self) -> RateError:
         rows = zip(self.names, self._options, self._standing, self._standing_scales)

@@ -81,6 +81,7 @@ def check_all_train(run: Run) -> None:
     Such a layer is made in a hook or in the first step; or it was frozen, and so left out of the
     groups, and is unfrozen now.
     """
+    run.rates.check_number_of_groups()
     known = {id(p) for group in run.made.optimizer.param_groups for p in group.parameters}
     late = [n for n, p in run.task.named_parameters() if p.requires_grad and id(p) not in known]
     if late:
