@@ -43,6 +43,7 @@ from ofengine.rates.preview import Preview, epoch_length, preview
 from ofengine.rates.resume import POLICIES
 from ofengine.run import connect, course
 from ofengine.run.arguments import Limit, MaxTime, check_choice
+from ofengine.run.devices import move
 from ofengine.run.hooks import HookRunner
 from ofengine.run.loops import evaluation_loop, fit_loop
 from ofengine.run.mode import Mode
@@ -287,7 +288,7 @@ class Trainer(RunView):
     ) -> None:
         run, settings, task = self._run, self.settings, self._run.task
         train, validation = connect.take_data(run, train_dataloaders, val_dataloaders)
-        task.to(settings.device)
+        move(task, settings.device)
         if settings.seed is not None:
             seed_everything(settings.seed)
         run.optimization, run.plan = plan_run(settings, task, train.count, self._decays())
@@ -354,7 +355,7 @@ class Trainer(RunView):
             limit = self.settings.limit(stage)
             if limit is None or limit > 0:
                 connect.require_data(task, stage, loaders)
-            task.to(self.device)
+            move(task, self.device)
             if ckpt_path is not None:
                 load_weights(task, weights_file(self._run, ckpt_path))
             return evaluation_loop(self._run, hooks, mode, stage, loaders)

@@ -15,7 +15,7 @@ from ofengine._oneflow import graphs
 from ofengine._oneflow.lazy_names import forget_lazy_names
 from ofengine._oneflow.shapes import checking_shapes
 from ofengine._oneflow.tracing import checkpointing_nothing, has_forward_hooks
-from ofengine.errors import ConfigurationError, GraphModeError, OFEngineError
+from ofengine.errors import ConfigurationError, GraphModeError, OFEngineError, warn
 from ofengine.modes.draws import DrawsMet
 from ofengine.modes.explain import explain
 from ofengine.modes.guards import Guards
@@ -42,10 +42,15 @@ def refuse_what_graphs_ignore(task: TaskModule) -> None:
 
 
 def check_inputs(inputs: Any, what: str) -> None:
-    """Raise where a tensor is empty: OneFlow's compiler ends the process over it."""
+    """Raise where a tensor is empty (OneFlow's compiler ends the process over it) or global."""
     if isinstance(inputs, (list, tuple)):
         for each in inputs:
             check_inputs(each, what)
+    elif isinstance(inputs, flow.Tensor) and inputs.is_global:
+        raise GraphModeError(
+            f"the batch of {what} holds a global tensor, of shape {tuple(inputs.shape)}: a task "
+            "trains on local tensors of one device. Take it with to_local()."
+        )
     elif isinstance(inputs, flow.Tensor) and inputs.numel() == 0:
         raise GraphModeError(
             f"the batch of {what} holds an empty tensor, of shape {tuple(inputs.shape)}, which a "
@@ -117,6 +122,23 @@ def trace(
         raise explain(error, what, getattr(graph, "index", None)) from error
     finally:
         _forget_gradients(task)
+
+
+def warn_of_gradients(task: TaskModule, beside: Sequence[Any]) -> None:
+    """Tell of what trains among the tensors that a step reads and that are not its task's.
+
+    An eager ``backward`` of the step adds to their ``.grad``, which a graph cannot do.
+    """
+    training = [each for each in beside if each.is_leaf and each.requires_grad]
+    if training:
+        shapes = ", ".join(str(tuple(each.shape)) for each in training[:4])
+        warn(
+            f"the step of {type(task).__name__} reads {len(training)} tensor(s) that train and are "
+            f"in no module of the task (of shape {shapes}{', ...' if training[4:] else ''}): eager "
+            "mode adds the step's gradients to theirs, graph mode does not. Call zero_grad() of "
+            "their own optimizer before its backward(), and both modes are the same; and keep "
+            "what it has come to in on_save_checkpoint()."
+        )
 
 
 def _forget_gradients(task: TaskModule) -> None:

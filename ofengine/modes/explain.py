@@ -88,7 +88,7 @@ def _uses_index(error: BaseException) -> bool:
         return False
     line = linecache.getline(frame.f_code.co_filename, number)
     names = [name for name, value in frame.f_locals.items() if isinstance(value, TracedIndex)]
-    body = re.sub(r"lambda[^:]*:", "", line)
+    body = re.sub(r"lambda[^:]*:|^\s*def .*?\)[^:]*:", "", line)  # what follows its arguments
     return any(re.search(rf"\b{re.escape(name)}\b", body) for name in names)
 
 

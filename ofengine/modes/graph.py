@@ -26,6 +26,7 @@ from ofengine.modes.compiling import (
     check_inputs,
     refuse_what_graphs_ignore,
     trace,
+    warn_of_gradients,
 )
 from ofengine.modes.draws import Draws, DrawsMet, active_dropouts, warn_of_unfed
 from ofengine.modes.guards import Guards
@@ -284,9 +285,10 @@ class GraphMode:
         groups = self._run.made.optimizer.param_groups if updates else ()
         compiled.watch = self._guards.watch(self.task, groups)
         compiled.looks = compiled.watch.looks
-        graphs.depend_on(
-            compiled.graph, [*compiled.watch.tensors(self.task), *compiled.batch_norms.scratch]
-        )
+        beside = compiled.watch.tensors(self.task)
+        graphs.depend_on(compiled.graph, [*beside, *compiled.batch_norms.scratch])
+        if updates:
+            warn_of_gradients(self.task, beside)
 
     def _look_again(self) -> None:
         """Something was written that a trace may have read: see which graphs still stand."""

@@ -51,8 +51,8 @@ class Group:
 def check_groups(task: nn.Module, optimizer: Optimizer, scheduled: bool = False) -> List[Group]:
     """Check the groups of ``optimizer`` against ``task``; describe them, in order.
 
-    ``scheduled`` says that a scheduler has written into ``lr``: the base rate is then what
-    OneFlow keeps as ``initial_lr``.
+    ``scheduled`` says that the rates move: the base rate is then ``initial_lr`` where there is
+    one, which a scheduler keeps when it is made and writes its own first rate into ``lr``.
 
     Raises :class:`RateError` for: a trainable parameter in no group or in two, a parameter
     that is not the task's, a misspelt key, a rate or scale that is negative or not finite, a
@@ -81,7 +81,7 @@ def _describe(
     parameters = list(options.parameters)
     return Group(
         name=name,
-        lr=_number(name, "lr", given["initial_lr" if scheduled else "lr"]),
+        lr=_number(name, "lr", given.get("initial_lr" if scheduled else "lr", given["lr"])),
         lr_scale=_number(name, "lr_scale", given.get("lr_scale", 1.0)),
         lr_decay_scale=_number(name, "lr_decay_scale", given.get("lr_decay_scale", 1.0)),
         tensors=len(parameters),
@@ -193,7 +193,8 @@ def _check_membership(
         raise RateError(
             f"{len(orphans)} trainable parameter(s) are in no group and would never train: "
             f"{_some(orphans)}.{_twin_hint(task, orphans)} Add them to a group in param_groups(), "
-            "or freeze them with requires_grad_(False)."
+            "or freeze them with requires_grad_(False). (A net that a hook trains, with an "
+            "optimizer of its own, stays out of the task's modules: self.nets = (net,).)"
         )
 
 

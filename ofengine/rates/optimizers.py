@@ -12,6 +12,7 @@ from oneflow.optim.lr_scheduler import ReduceLROnPlateau
 
 from ofengine.data.structure import describe_returned
 from ofengine.errors import ConfigurationError, RateError
+from ofengine.rates.counted import CountedSchedule, interval_of, is_counted
 from ofengine.rates.schedule import (
     ConstantSchedule,
     FunctionSchedule,
@@ -29,8 +30,8 @@ class Optimization:
 
     optimizer: Optimizer
     scheduler: Any = None
-    """A OneFlow scheduler, a function of the position that returns a factor, a list of factors,
-    a dict of these by group name, or None."""
+    """A OneFlow or flowvision scheduler, a function of the position that returns a factor, a list
+    of factors, a dict of these by group name, or None."""
     interval: str = "step"
     frequency: int = 1
     monitor: Optional[str] = None
@@ -97,20 +98,37 @@ def _with_scheduler(
             f"{where} returned ReduceLROnPlateau without a metric: add 'monitor', for example "
             "{'scheduler': ..., 'monitor': 'val_loss'}."
         )
-    interval = options.get("interval", "epoch" if plateau else "step")
+    counts = sorted({interval_of(part) for part in parts if is_counted(part)})
+    if len(counts) > 1:
+        raise RateError(
+            f"{where} returned schedulers that count steps and others that count epochs: give all "
+            "of them the same t_in_epochs."
+        )
+    interval = options.get("interval", "epoch" if plateau else (counts or ["step"])[0])
     frequency = options.get("frequency", 1)
     if interval not in ("step", "epoch"):
         raise RateError(f"interval={interval!r} in {where}: use 'step' or 'epoch'.")
+    if counts and interval != counts[0]:
+        raise RateError(
+            f"interval={interval!r} in {where} does not fit a scheduler that counts "
+            f"{counts[0]}s: leave the interval out, or make the scheduler with "
+            f"t_in_epochs={interval == 'epoch'}."
+        )
     if isinstance(frequency, bool) or not isinstance(frequency, int) or frequency < 1:
         raise RateError(f"frequency={frequency!r} in {where}: use a whole number from 1 on.")
     return Optimization(optimizer, scheduler, interval, frequency, monitor if plateau else None)
 
 
 def _check_scheduler(optimizer: Optimizer, scheduler: Any, where: str) -> None:
-    if isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)):
+    if isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)) or is_counted(scheduler):
         if scheduler.optimizer is not optimizer:
             raise ConfigurationError(
                 f"the scheduler of {where} was made for another optimizer than the one beside it."
+            )
+        if getattr(scheduler, "param_group_field", "lr") != "lr":
+            raise RateError(
+                f"the scheduler of {where} moves {scheduler.param_group_field!r}: only rates are "
+                "scheduled, with param_group_field='lr'."
             )
     elif isinstance(scheduler, (list, tuple)):
         numbers = [isinstance(f, (int, float)) and math.isfinite(f) and f >= 0 for f in scheduler]
@@ -121,8 +139,8 @@ def _check_scheduler(optimizer: Optimizer, scheduler: Any, where: str) -> None:
     elif not callable(scheduler) or isinstance(scheduler, type):
         raise ConfigurationError(
             f"{where} returned {describe_returned(scheduler)} for the scheduler: return a "
-            "oneflow.optim.lr_scheduler object, a function of the step that returns a factor, a "
-            "list of factors, or a dict of these by group name."
+            "oneflow.optim.lr_scheduler or flowvision.scheduler object, a function of the step "
+            "that returns a factor, a list of factors, or a dict of these by group name."
         )
 
 
@@ -153,15 +171,11 @@ def _schedule_of(scheduler: Any, lrs: Sequence[float]) -> Schedule:
         return PlateauSchedule(scheduler)
     if isinstance(scheduler, LRScheduler):
         return RecordedSchedule(scheduler)
+    if is_counted(scheduler):
+        return CountedSchedule(scheduler)
     if isinstance(scheduler, (list, tuple)):
         return TableSchedule(lrs, scheduler)
     return FunctionSchedule(lrs, scheduler)
-
-
-def writes_initial_lr(scheduler: Any) -> bool:
-    """True where a OneFlow scheduler has written its own rate into ``lr`` already."""
-    parts = scheduler.values() if isinstance(scheduler, dict) else [scheduler]
-    return any(isinstance(part, LRScheduler) for part in parts)
 
 
 def _check_keys(given: Dict[str, Any], known: Any, where: str) -> None:

@@ -11,7 +11,6 @@ from ofengine.rates.optimizers import (
     Optimization,
     make_schedule,
     read_optimizers,
-    writes_initial_lr,
 )
 from ofengine.rates.plan import DecayEvents, RatePlan
 from ofengine.run.settings import Settings
@@ -36,7 +35,7 @@ def plan_run(
     """
     name = type(task).__name__
     made = read_optimizers(_configure_optimizers(task), name)
-    groups = check_groups(task, made.optimizer, writes_initial_lr(made.scheduler))
+    groups = check_groups(task, made.optimizer, scheduled=made.scheduler is not None)
     if not any(group.tensors for group in groups):
         raise RateError(f"{name} has no trainable parameter in any group.")
     plan = new_plan(settings, made, groups, batches)

@@ -126,7 +126,7 @@ class PlateauSchedule(Schedule):
     """Rates that ``ReduceLROnPlateau`` lowers when a metric stops getting better."""
 
     def __init__(self, scheduler: Any) -> None:
-        self._twin = _twin_of(scheduler)
+        self._twin = twin_of(scheduler)
 
     def observe(self, metric: float) -> bool:
         """Show the scheduler the metric's new value; True where a rate changed."""
@@ -171,7 +171,7 @@ class _StandInOptimizer:
         self.param_groups = [_StandInGroup(group.options) for group in optimizer.param_groups]
 
 
-def _twin_of(scheduler: Any) -> Any:
+def twin_of(scheduler: Any) -> Any:
     """A deep copy of ``scheduler`` over a stand-in of its optimizer."""
     stand_in = _StandInOptimizer(scheduler.optimizer)
     try:
@@ -199,7 +199,7 @@ class RecordedSchedule(Schedule):
 
     def __init__(self, scheduler: LRScheduler) -> None:
         self.scheduler = scheduler
-        self._start_over(_twin_of(scheduler), 0)
+        self._start_over(twin_of(scheduler), 0)
 
     def _start_over(self, twin: LRScheduler, position: int) -> None:
         self._first = position
@@ -245,8 +245,8 @@ class RecordedSchedule(Schedule):
 
     def adopt(self, kept: Any) -> None:
         """See :class:`Schedule`."""
-        twin = _twin_of(self.scheduler)
-        _write_values(twin, kept)
+        twin = twin_of(self.scheduler)
+        write_values(twin, kept)
         for group, lr in zip(twin.optimizer.param_groups, twin.base_lrs):
             group["lr"] = group["initial_lr"] = lr
         twin.last_step -= 1  # and forward again, now with these values
@@ -360,11 +360,12 @@ def same_kind(kept: Any, own: Any) -> bool:
     return all(len(a) == len(b) and all(map(same_kind, a, b)) for a, b in pairs)
 
 
-def _write_values(scheduler: Any, kept: Any) -> None:
+def write_values(scheduler: Any, kept: Any) -> None:
+    """Write the values of a description, as it is read from a file, into ``scheduler``."""
     for key, value in kept["values"].items():
         own = getattr(scheduler, key, None)
         setattr(scheduler, key, tuple(value) if isinstance(own, tuple) else value)
     for key, parts in kept["parts"].items():
         own = getattr(scheduler, key)
         for each, part in zip(own if isinstance(own, (list, tuple)) else [own], parts):
-            _write_values(each, part)
+            write_values(each, part)

@@ -15,6 +15,7 @@ from ofengine.data.batches import Batches
 from ofengine.data.seeding import seed_epoch
 from ofengine.data.sources import describe_once
 from ofengine.errors import DataError, RateError
+from ofengine.rates.counted import is_counted
 from ofengine.run.progress import Point
 from ofengine.run.state import Run
 
@@ -186,7 +187,8 @@ def _leave_rates_behind(run: Run) -> None:
         for _ in range(plan.position(step)):
             made.scheduler.step()
     # A function or a table need not know the step after the last one.
-    asked = made.scheduler is None or isinstance(made.scheduler, LRScheduler)
+    scheduler = made.scheduler
+    asked = scheduler is None or isinstance(scheduler, LRScheduler) or is_counted(scheduler)
     rates = plan.unscaled(step if asked else max(step - 1, 0))
     for group, lr in zip(made.optimizer.param_groups, rates):
         group["lr"] = lr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import oneflow as flow
+from oneflow import nn
 
 from ofengine.errors import DeviceError
 
@@ -32,3 +33,19 @@ def resolve_device(device: str) -> flow.device:
             f"device={device!r}, but this machine has {count} GPU(s): the last is {last!r}."
         )
     return flow.device("cuda", index)
+
+
+def move(task: nn.Module, device: flow.device) -> None:
+    """Move ``task`` to ``device``.
+
+    Raises :class:`DeviceError` where a parameter or buffer is a global tensor, which lies on
+    several devices.
+    """
+    for name, each in (*task.named_parameters(), *task.named_buffers()):
+        if each.is_global:
+            raise DeviceError(
+                f"{name!r} is a global tensor, on {each.placement}: a task trains local tensors on "
+                "one device. Make the model without to_global(), placement and sbp, or take its "
+                "own part with to_local()."
+            )
+    task.to(device)

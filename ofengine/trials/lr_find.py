@@ -15,6 +15,7 @@ from ofengine.rates.finder import SMOOTHING, LRFinder
 from ofengine.rates.groups import Group
 from ofengine.rates.optimizers import Optimization
 from ofengine.rates.plan import RatePlan
+from ofengine.run.devices import move
 from ofengine.run.settings import Settings
 from ofengine.run.view import RunView
 from ofengine.task import TaskModule
@@ -144,7 +145,7 @@ def lr_find(
             "lr_find would use it up; give a DataLoader or a list of batches."
         )
     if isinstance(task, nn.Module):  # else fit says what is wrong
-        task.to(settings.device)
+        move(task, settings.device)
     with Restorer(task, source):
         sweep = _Optimizers(plan, task, rates)
         task.__dict__["configure_optimizers"] = sweep.configure

@@ -21,6 +21,7 @@ from ofengine.callbacks import (
 )
 from ofengine.errors import ConfigurationError, DataError, OFEngineError
 from ofengine.rates.optimizers import read_optimizers
+from ofengine.run.devices import move
 from ofengine.run.settings import Settings
 from ofengine.task import TaskModule
 from ofengine.trials.proof import Difference, Report, Row
@@ -78,7 +79,7 @@ def prove(
             "and prove goes through it many times: give a DataLoader or a list of batches."
         )
     if isinstance(task, nn.Module):  # else fit says what is wrong
-        task.to(settings.device)
+        move(task, settings.device)
     with tempfile.TemporaryDirectory(prefix="ofengine-prove-") as folder:
         proof = _Proof(settings, callbacks, task, source, fit, steps, Path(folder))
         rows = list(proof.rows())

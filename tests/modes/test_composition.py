@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, List
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Dict, List
 
 import numpy as np
 import oneflow as flow
@@ -11,7 +14,7 @@ from helpers import assert_same_weights, fill_deterministically, quiet_trainer
 from oneflow import nn
 from oneflow.utils.checkpoint import checkpoint
 
-from ofengine import GraphModeError, OFEngineError, OFEngineWarning, TaskModule
+from ofengine import Callback, GraphModeError, OFEngineError, OFEngineWarning, TaskModule
 
 
 class Stepped(TaskModule):
@@ -124,6 +127,11 @@ class Adversary(TaskModule):
         return flow.optim.SGD(self.param_groups(), lr=0.1)
 
 
+def told_of_gradients(mode: str) -> Any:
+    match = r"Adversary reads 2 tensor\(s\) that train .*zero_grad\(\) .*on_save_checkpoint"
+    return pytest.warns(OFEngineWarning, match=match) if mode == "graph" else nullcontext()
+
+
 @pytest.mark.filterwarnings("ignore::ofengine.OFEngineWarning")
 def test_a_net_beside_the_task_that_a_hook_updates(mode: str) -> None:
     generator = np.random.RandomState(0)
@@ -139,12 +147,85 @@ def test_a_net_beside_the_task_that_a_hook_updates(mode: str) -> None:
         expected.append(float(loss.numpy()))
         hand.improve(batch)
     task = Adversary()
-    quiet_trainer(mode=mode, max_epochs=1).fit(task, batches)
+    with told_of_gradients(mode):
+        quiet_trainer(mode=mode, max_epochs=1).fit(task, batches)
     if mode == "graph":  # eager mode leaves the step's gradients in the other net, as OneFlow does
         assert task.losses == expected
         assert_same_weights(task, hand)
     quiet_trainer(mode=mode, max_epochs=1).fit(task, batches)  # nothing lazy was left behind
     task.others[0].to("cpu")
+
+
+class Careful(Adversary):
+    """As the warning says: the step's gradients are dropped first, and the rest is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = flow.optim.Adam(self.others[0].parameters(), lr=0.01)
+
+    def improve(self, batch: Any) -> None:
+        for _ in range(2):
+            self.second.zero_grad(set_to_none=True)
+            ((self.others[0](batch) - 1) ** 2).mean().backward()
+            self.second.step()
+
+    def on_save_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
+        checkpoint["net"] = self.others[0].state_dict()
+        moments = self.second.state_dict()["state"]
+        checkpoint["steps"] = moments.pop("step")
+        checkpoint["moments"] = {str(number): each for number, each in moments.items()}
+
+    def on_load_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
+        given = {name: flow.tensor(each) for name, each in checkpoint["net"].items()}
+        self.others[0].load_state_dict(given)
+        state = self.second.state_dict()
+        for number, each in checkpoint["moments"].items():
+            state["state"][int(number)] = {key: flow.tensor(value) for key, value in each.items()}
+        state["state"]["step"] = checkpoint["steps"]
+        self.second.load_state_dict(state)
+
+
+@pytest.mark.filterwarnings("ignore::ofengine.OFEngineWarning")
+def test_a_net_beside_the_task_resumed_as_the_warnings_say(tmp_path: Path, mode: str) -> None:
+    """Both modes are the loop by hand, and so is a run that was stopped, to the bit."""
+    batches = rows(6, 8)
+    batches = [flow.tensor(np.tile(each.numpy(), (1, 50))) for each in batches]
+    hand = Careful()
+    optimizer = hand.configure_optimizers()
+    for batch in batches:
+        hand.training_step(batch, 0).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        hand.improve(batch)
+
+    class Saves(Callback):
+        fires_last = True
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(tmp_path / "x.safetensors")
+
+    whole, rest = Careful(), Careful()
+    quiet_trainer(mode=mode, max_epochs=1, callbacks=[Saves()]).fit(whole, batches)
+    quiet_trainer(mode=mode, max_epochs=1).fit(rest, batches, ckpt_path=tmp_path / "x.safetensors")
+    for task in (whole, rest):
+        assert_same_weights(task, hand)
+        assert_same_weights(task.others[0], hand.others[0])
+
+
+def test_what_a_net_beside_the_task_had_come_to_is_told_where_nobody_keeps_it(
+    tmp_path: Path, mode: str
+) -> None:
+    batches = [flow.tensor(np.tile(each.numpy(), (1, 50))) for each in rows(2, 8)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = quiet_trainer(mode=mode, max_epochs=1)
+        trainer.fit(Adversary(), batches)
+    trainer.save_checkpoint(tmp_path / "x.safetensors")
+    with pytest.warns(OFEngineWarning, match=r"Adversary\.(others|second).*on_save_checkpoint"):
+        quiet_trainer(mode=mode, max_epochs=2).fit(
+            Adversary(), batches, ckpt_path=tmp_path / "x.safetensors"
+        )
 
 
 def test_numbers_that_depend_on_what_is_computed_are_told() -> None:

@@ -514,3 +514,28 @@ def test_the_device_that_is_chosen(
     chosen = quiet_trainer(device=device).device
     kind, _, index = expected.partition(":")
     assert (chosen.type, chosen.index) == (kind, int(index or 0))
+
+
+class Global(TaskModule):
+    """Its layer's weight, or else a buffer, lies on several devices as OneFlow sees it."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__()
+        self.net = nn.Linear(2, 2)
+        everywhere = {"placement": flow.placement("cpu", [0]), "sbp": flow.sbp.broadcast}
+        if part == "net.weight":
+            self.net.to_global(**everywhere)
+        else:
+            self.register_buffer(part, flow.ones(2, **everywhere))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.net(batch).mean()
+
+    def configure_optimizers(self) -> Any:
+        return flow.optim.SGD(self.param_groups(), lr=0.1)
+
+
+@pytest.mark.parametrize("part", ["net.weight", "mean"])
+def test_a_model_of_global_tensors_is_refused(mode: str, part: str) -> None:
+    with pytest.raises(DeviceError, match=rf"'{part}' is a global tensor.*to_local\(\)"):
+        quiet_trainer(mode=mode, max_epochs=1).fit(Global(part), [flow.ones(2, 2)])
