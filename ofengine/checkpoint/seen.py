@@ -36,6 +36,14 @@ _PASSED_BY = (
     Optimizer, DataLoader,
 )  # fmt: skip
 _SCHEDULERS = (LRScheduler, ReduceLROnPlateau)
+_READERS = (
+    nn.OFRecordReader,
+    nn.OFRecordImageDecoderRandomCrop,
+    nn.COCOReader,
+    nn.CoinFlip,
+    nn.GPTIndexedBinDataReader,
+    nn.RawReader,
+)
 _OURS = ("ofengine.", "oneflow.")
 
 Seen = Dict[str, str]
@@ -87,6 +95,7 @@ def tell_of_what_is_missing(
         where: the checkpoint, as the sentence calls it.
         within_epoch: the run goes on in the middle of an epoch.
     """
+    _tell_of_readers(run, where)
     own = {place: digest_of(tensor) for place, tensor in tensors_beside(run.task).items()}
     now = {**attributes_seen(run), **_of_tensors(run, own)}
     hooks: Tuple[str, ...] = ("setup", "on_fit_start", "on_train_start", "on_train_batch_start")
@@ -105,6 +114,23 @@ def tell_of_what_is_missing(
         f"{where} does not keep what training had made of {few}{hook}: put it into the checkpoint "
         f"in {'; or '.join(ways) or _WAY_OF_CALLBACKS}."
     )
+
+
+def _tell_of_readers(run: Run, where: str) -> None:
+    """Warn of OneFlow's readers, whose place in their files nobody can tell or set."""
+    name = type(run.task).__name__
+    held = [(f"{name}.{place}", module) for place, module in run.task.named_modules()]
+    loaders = [run.train] if run.train is not None else []
+    for each in (*loaders, *run.validation):
+        for _, owner in data_parts(each.source):
+            held += [(f"{each.what}.{key}", value) for key, value in vars(owner).items()]
+    readers = [place for place, module in held if isinstance(module, _READERS)]
+    if readers:
+        warn(
+            f"{where} does not tell how far {', '.join(readers)} had read: this run reads its files "
+            "from their beginning. Make the reader in __iter__ of an iterable of batches, anew for "
+            "each pass, and a resumed run is exact."
+        )
 
 
 _WAY_OF_CALLBACKS = "state_dict of the callback, and take it back in load_state_dict"
