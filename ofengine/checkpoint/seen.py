@@ -127,8 +127,8 @@ def _tell_of_readers(run: Run, where: str) -> None:
     readers = [place for place, module in held if isinstance(module, _READERS)]
     if readers:
         warn(
-            f"{where} does not tell how far {', '.join(readers)} had read: this run begins its files "
-            "anew. Make the reader in __iter__ of an iterable of batches, anew for "
+            f"{where} does not tell how far {', '.join(readers)} had read: this run begins its "
+            "files anew. Make the reader in __iter__ of an iterable of batches, anew for "
             "each pass, and a resumed run is exact."
         )
 
