@@ -375,3 +375,13 @@ def test_every_file_that_contributing_names_exists() -> None:
     assert len(named) > 10
     folders = (ROOT, ROOT / "ofengine")
     assert [name for name in named if not any((each / name).exists() for each in folders)] == []
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_every_promise_names_a_test_that_is_there(language: str) -> None:
+    rows = re.findall(r"^\| (?!---).*\| (.*) \|$", read(DOCS / language / "reliability.md"), re.M)
+    named = [re.findall(r"`(tests/[^`]+)`", row) for row in rows if "`" in row]
+    assert len(named) > 10
+    for paths in named:
+        assert paths
+        assert [path for path in paths if not (ROOT / path).exists()] == []

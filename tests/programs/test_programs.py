@@ -14,8 +14,8 @@ from ofengine import Callback
 PROGRAMS = [Classifier, WideAndDeep, Seq2Seq, DCGAN, GPT2]
 TOLERANCE = {GPT2: 1e-6}
 """OneFlow's own AdamW rounds otherwise in eager mode than in a graph; both of our modes do as the
-graph. Left out is the bias of an attention's keys: its true gradient is 0 (softmax does not see it),
-and Adam makes steps of full size of the noise that is there instead."""
+graph. Left out is the bias of an attention's keys: its true gradient is 0 (softmax hides it), and
+Adam makes steps of full size of the noise that is there instead."""
 
 
 class Losses(Callback):
