@@ -257,15 +257,15 @@ def _generators_as_they_were() -> Iterator[None]:
 def test_a_change_of_the_state_is_refused_whole_or_taken_whole(name: str, tmp_path: Path) -> None:
     tried = trial(name, "eager", tmp_path)
     start = 100_000 * list(MOMENTS).index(name)
-    tried.run(range(start, start + 120))
+    tried.run(range(start, start + 40))
     assert not tried.wrong, "\n".join(tried.wrong[:10])
-    assert tried.refused > 60
-    assert tried.taken > 5  # some changes are as good as what was there
+    assert tried.refused > 20
+    assert tried.taken > 1  # some changes are as good as what was there
 
 
 def test_in_graph_mode(tmp_path: Path) -> None:
     tried = trial("in a window", "graph", tmp_path)
-    tried.run(range(900_000, 900_060))
+    tried.run(range(900_000, 900_020))
     assert not tried.wrong, "\n".join(tried.wrong[:10])
 
 

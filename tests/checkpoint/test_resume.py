@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
-from helpers import MODES
+from helpers import MODES, resuming
 from helpers.resuming import (
     Augmented,
     Endless,
@@ -25,6 +25,16 @@ from oneflow.utils.data import DataLoader
 from ofengine import Callback
 from ofengine.callbacks import EarlyStopping, EMAWeightAveraging, GradualUnfreezing
 
+FEW = pytest.mark.usefixtures("points")
+
+
+@pytest.fixture(params=["few", pytest.param("of_each_kind", marks=pytest.mark.slow)])
+def points(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a batch and the end of an epoch, or, in the slow tests, from a point of each kind."""
+    if request.param == "few":
+        monkeypatch.setattr(resuming, "KINDS", ("batch", "epoch_end"))
+
+
 EVERY = pytest.param(None, marks=pytest.mark.slow, id="every_point")
 
 
@@ -40,6 +50,7 @@ def test_from_every_point_in_and_across_the_modes(
 # ---------------------------------------------------------------------- how batches are made
 
 
+@FEW
 @pytest.mark.parametrize("other", MODES)
 @pytest.mark.parametrize("accumulate", some_slow([2, 3], 3))
 def test_from_within_an_accumulation_window(
@@ -58,6 +69,7 @@ def test_from_everywhere_with_accumulation(
     check_exact(tmp_path, mode, other, None, accumulate_grad_batches=2, seed=seed)
 
 
+@FEW
 @pytest.mark.parametrize("accumulate", some_slow([1, 2], 2))
 def test_data_of_unknown_length(mode: str, accumulate: int, tmp_path: Path) -> None:
     check_exact(tmp_path, mode, data=Endless, accumulate_grad_batches=accumulate)
@@ -97,6 +109,7 @@ DATA_ARGUMENTS: Dict[str, Dict[str, Any]] = {
 }
 
 
+@FEW
 @pytest.mark.parametrize(
     "name", some_slow(DATA_ARGUMENTS, "the same batches again and again", "validation in between")
 )
@@ -131,6 +144,7 @@ def test_batches_that_were_done_are_not_loaded_again(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- optimizers and rates
 
 
+@FEW
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_gradient_clipping(mode: str, algorithm: str, tmp_path: Path) -> None:
     check_exact(tmp_path, mode, gradient_clip_val=0.05, gradient_clip_algorithm=algorithm)
@@ -146,6 +160,7 @@ def plateau_by_step(optimizer: Any) -> Any:
     return {"scheduler": scheduler, "monitor": "train_step", "interval": "step", "frequency": 2}
 
 
+@FEW
 @pytest.mark.parametrize("scheduler", some_slow([plateau, plateau_by_step], plateau))
 def test_reduce_lr_on_plateau(mode: str, scheduler: Any, tmp_path: Path) -> None:
     whole = check_exact(
@@ -159,6 +174,7 @@ def by_epoch(optimizer: Any) -> Any:
     return {"scheduler": CosineAnnealingLR(optimizer, 3), "interval": "epoch"}
 
 
+@FEW
 @pytest.mark.parametrize("data", some_slow([shuffled(), Endless], Endless))
 def test_a_schedule_by_epochs(mode: str, data: Any, tmp_path: Path) -> None:
     check_exact(tmp_path, mode, task=lambda: Net(scheduler=by_epoch), data=data, max_epochs=3)
@@ -170,6 +186,7 @@ class SetsRates(Callback):
             trainer.set_lr("head", 0.3 / trainer.global_step)
 
 
+@FEW
 def test_rates_that_hooks_set(mode: str, tmp_path: Path) -> None:
     check_exact(tmp_path, mode, callbacks=lambda: [SetsRates()])
 
@@ -177,6 +194,7 @@ def test_rates_that_hooks_set(mode: str, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- callbacks
 
 
+@FEW
 def test_gradual_unfreezing(mode: str, tmp_path: Path) -> None:
     check_exact(
         tmp_path, mode, callbacks=lambda: [GradualUnfreezing({0: ["head"], 1: ["body"]})],
@@ -184,6 +202,7 @@ def test_gradual_unfreezing(mode: str, tmp_path: Path) -> None:
     )  # fmt: skip
 
 
+@FEW
 def test_averaged_weights(mode: str, tmp_path: Path) -> None:
     whole = check_exact(
         tmp_path, mode, callbacks=lambda: [EMAWeightAveraging(decay=0.8, every_n_steps=2)]
@@ -191,6 +210,7 @@ def test_averaged_weights(mode: str, tmp_path: Path) -> None:
     assert whole.states[0]["count"] > 0
 
 
+@FEW
 @pytest.mark.parametrize("on_train", some_slow([False, True], True))
 def test_early_stopping(mode: str, on_train: bool, tmp_path: Path) -> None:
     def callbacks() -> List[Callback]:
@@ -203,6 +223,7 @@ def test_early_stopping(mode: str, on_train: bool, tmp_path: Path) -> None:
     assert 1 < whole.trainer.current_epoch < 9  # it did stop, and not at once
 
 
+@FEW
 def test_layers_that_hooks_froze_or_put_into_eval_mode(mode: str, tmp_path: Path) -> None:
     class Freezes(Callback):
         def on_train_epoch_start(self, trainer: Any, task: Any) -> None:

@@ -8,7 +8,7 @@ import pytest
 from helpers.resuming import OPTIMIZERS, Net, assert_same_run, check_exact, run, some_slow
 
 
-@pytest.mark.parametrize("optimizer", some_slow(OPTIMIZERS, "momentum", "amsgrad"))
+@pytest.mark.parametrize("optimizer", some_slow(OPTIMIZERS, "amsgrad"))
 def test_every_optimizer(mode: str, optimizer: str, tmp_path: Path) -> None:
     whole = run(mode, task=lambda: Net(optimizer))
     saved = run(mode, task=lambda: Net(optimizer), save_to=tmp_path).saves
@@ -28,7 +28,7 @@ def test_every_optimizer_from_every_point(
     check_exact(tmp_path, mode, "", None, task=task, accumulate_grad_batches=accumulate)
 
 
-@pytest.mark.parametrize("optimizer", some_slow(OPTIMIZERS, "amsgrad", "lamb"))
+@pytest.mark.parametrize("optimizer", some_slow(OPTIMIZERS, "lamb"))
 def test_every_optimizer_across_the_modes(mode: str, optimizer: str, tmp_path: Path) -> None:
     """Also with a bias in front of a batch norm, whose gradient is zero but for rounding."""
     other = "graph" if mode == "eager" else "eager"

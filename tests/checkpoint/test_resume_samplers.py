@@ -11,6 +11,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 import numpy as np
 import oneflow as flow
 import pytest
+from helpers.resuming import some_slow
 from helpers.stopping import check_stopping, run_once
 from oneflow.utils.data import (
     BatchSampler,
@@ -186,7 +187,7 @@ LOADERS: Dict[str, Callable[[], DataLoader]] = {
 
 
 @pytest.mark.parametrize("name", LOADERS)
-@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("seed", some_slow([None, 3], 3))
 def test_a_run_sees_the_batches_that_were_left(
     name: str, seed: Optional[int], tmp_path: Path
 ) -> None:
@@ -233,7 +234,7 @@ IN_WORKERS: Dict[str, Callable[[], DataLoader]] = {
 
 
 @pytest.mark.parametrize("name", IN_WORKERS)
-@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("seed", some_slow([None, 3], 3))
 def test_with_workers_in_mid_epoch_and_at_epoch_ends(
     name: str, seed: Optional[int], tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Callable, Dict, List, Optional
 import numpy as np
 import oneflow as flow
 import pytest
+from helpers.resuming import some_slow
 from helpers.stopping import Mean, check_stopping, run_once
 from oneflow import nn
 from oneflow.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
@@ -79,7 +80,7 @@ class Logs(Mean):
 
 
 @pytest.mark.parametrize("name", LOADERS)
-@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("seed", some_slow([None, 3], 3))
 def test_it_goes_on_before_in_and_after_a_validation(
     name: str, seed: Optional[int], tmp_path: Path
 ) -> None:

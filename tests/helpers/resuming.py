@@ -241,13 +241,18 @@ def assert_same_run(ours: Outcome, theirs: Outcome, skipped: int, where: str) ->
     assert ours.trainer.current_epoch == theirs.trainer.current_epoch, where
 
 
+KINDS: Tuple[str, ...] = ()
+"""Points of these kinds alone are resumed from; all kinds where it is empty."""
+
+
 def choose(files: Sequence[Path], most: Optional[int]) -> List[Path]:
     """At most ``most`` of each kind, the last ones, and one in the middle of an epoch."""
     if most is None:
         return list(files)
     kinds: Dict[str, List[Path]] = {}
     for path in files:
-        kinds.setdefault(path.stem[4:], []).append(path)
+        if not KINDS or path.stem[4:] in KINDS:
+            kinds.setdefault(path.stem[4:], []).append(path)
     return [path for each in kinds.values() for path in each[len(each) // 2 :][:most]]
 
 
