@@ -29,6 +29,7 @@ SCRIPTS = (
     "startup",
     "growth",
     "threads",
+    "blas",
 )
 RESULTS = FOLDER / "RESULTS.md"
 BEGIN, END = "<!-- findings -->", "<!-- /findings -->"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import glob
 import logging
 import mmap
 import os
@@ -16,6 +15,7 @@ from typing import Dict, Optional, Tuple
 
 import oneflow as flow
 
+from ofengine._oneflow.library import liboneflow
 from ofengine._oneflow.session import synchronize
 
 log = logging.getLogger("ofengine")
@@ -79,11 +79,7 @@ def mend_or_tell() -> None:
 
 
 def _mend_launch_race() -> str:
-    folder = os.path.join(os.path.dirname(flow.__file__), os.pardir, "oneflow.libs")
-    paths = glob.glob(os.path.join(glob.escape(folder), "liboneflow-*.so"))
-    if len(paths) != 1:
-        return "not possible here: liboneflow was not found"
-    library = ctypes.CDLL(paths[0])
+    library = ctypes.CDLL(liboneflow())
     at: Dict[str, int] = {}
     for name, expected in _EXPECTED.items():
         at[name] = ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0

@@ -10,6 +10,7 @@ import attrs
 import numpy as np
 import oneflow as flow
 
+from ofengine._oneflow.blas import kernels
 from ofengine._oneflow.optimizer_state import own_options
 from ofengine.checkpoint.beside import check_others, other_optimizers, put_others, put_tensors
 from ofengine.checkpoint.check import check_run
@@ -176,6 +177,8 @@ class Resumed:
                 )
 
     def _tell_differences(self, run: Run) -> None:
+        if run.settings.device.type == "cpu":
+            self._tell_kernels()
         if run.seed is not None and run.seed != self.state["run"]["seed"]:
             warn(
                 f"the run was begun with seed={self.state['run']['seed']} and goes on with "
@@ -199,6 +202,17 @@ class Resumed:
                         "resume: %s of group %r was %s in the checkpoint and is %s by the code, "
                         "which counts.", key, group, before, now,
                     )  # fmt: skip
+
+    def _tell_kernels(self) -> None:
+        now = kernels()
+        before = self.state["versions"].get("blas", now.by_oneflow)  # earlier versions took that
+        if before and now.core and before != now.core:
+            as_before = before == now.by_oneflow
+            log.warning(
+                "resume: OneFlow's BLAS computes with kernels for %s now, and did with those for "
+                "%s: last bits can differ from those of a run that never stopped%s.",
+                now.core, before, " (OFENGINE_BLAS=as-is takes the same)" if as_before else "",
+            )  # fmt: skip
 
     # -------------------------------------------------- after on_fit_start
 

@@ -10,6 +10,7 @@ import numpy as np
 import oneflow as flow
 
 from ofengine import __version__
+from ofengine._oneflow.blas import kernels
 from ofengine._oneflow.optimizer_state import own_options
 from ofengine._oneflow.session import synchronize
 from ofengine.checkpoint.beside import (
@@ -138,6 +139,7 @@ def state_of_run(run: Run, copies: Mapping[int, Any]) -> State:
             "oneflow": flow.__version__,
             "numpy": np.__version__,
             "python": ".".join(map(str, sys.version_info[:3])),
+            "blas": kernels().core,
         },
     }
 

@@ -52,7 +52,9 @@ def passed(check, found=None):
 import oneflow as flow
 passed("import", flow.__version__)
 from ofengine._oneflow.launch_race import mend_launch_race
+from ofengine._oneflow.blas import kernels
 passed("race", mend_launch_race())
+passed("blas", kernels())
 weight = flow.ones(2, requires_grad=True)
 (weight * weight).sum().backward()
 flow.optim.SGD([weight], lr=0.25).step()
@@ -180,6 +182,7 @@ def report(facts: Facts, problems: List[Problem]) -> str:
         else:
             lines.append(_row(title, "not reached" if failed else "FAILED"))
             failed = failed or check
+    lines += _blas_rows(facts)
     race = facts.passed.get("race", "mended")
     if race != "mended":
         lines.append(_row("short graph steps", "may crash on a busy machine:"))
@@ -305,6 +308,15 @@ def _gpu_rows(gpus: List[str], facts: Facts) -> List[str]:
     else:
         text = "none, and none is needed"
     return [_row("GPU", text)]
+
+
+def _blas_rows(facts: Facts) -> List[str]:
+    """Which kernels OneFlow multiplies matrices with on a CPU, which is most of a step's time."""
+    found = facts.passed.get("blas")
+    if not isinstance(found, list):
+        return []
+    core, _, why = found
+    return [_row("BLAS kernels", f"for {core}, {why}" if core else why)]
 
 
 def _has_nvidia_card() -> bool:

@@ -239,3 +239,11 @@ def test_without_a_command_the_usage_is_shown(capsys: pytest.CaptureFixture[str]
         cli.main([])
     assert exit_.value.code == 2
     assert "usage: ofengine" in capsys.readouterr().err
+
+
+def test_the_blas_kernels_are_told() -> None:
+    assert "BLAS" not in report(facts(PASSED), [])
+    found = {**PASSED, "blas": ["Haswell", "Barcelona", "chosen for a test"]}
+    assert "  BLAS kernels         for Haswell, chosen for a test\n" in report(facts(found), [])
+    found["blas"] = ["", "", "not known here"]
+    assert "  BLAS kernels         not known here\n" in report(facts(found), [])

@@ -1,0 +1,114 @@
+"""What the kernels that ofengine lets OneFlow's OpenBLAS take do on this machine.
+
+Processes take turns: one with ``OFENGINE_BLAS=as-is``, which leaves OneFlow's own choice, one
+without::
+
+    python benchmarks/blas.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from functools import partial
+from typing import Any, Callable, Dict, List, Tuple
+
+from _measure import Report, alternate, child, parser, show, tell
+
+PRODUCTS: Dict[str, Tuple[int, int, int]] = {
+    "1024 x 1024 x 1024": (1024, 1024, 1024),
+    "64 x 256 x 256, an MLP's": (64, 256, 256),
+    "64 x 1024 x 576, a 3x3 convolution's": (64, 1024, 576),
+    "197 x 192 x 192, a ViT-tiny's": (197, 192, 192),
+}
+STEPS: Dict[str, Tuple[str, int, int]] = {
+    "ResNet-18, batch 8 of 3x32x32": ("resnet18", 8, 32),
+    "ViT-tiny, batch 2 of 3x224x224": ("vit_tiny", 2, 224),
+    "MobileNetV2, batch 8 of 3x32x32": ("mobilenet_v2", 8, 32),
+    "MLP, batch 32 of 3x32x32": ("mlp", 32, 32),
+}
+
+
+def _vit_tiny() -> Any:
+    from flowvision.models import vit_tiny_patch16_224
+
+    return vit_tiny_patch16_224(num_classes=10)
+
+
+def _median(call: Callable[[], Any], blocks: int, seconds: float) -> float:
+    """Microseconds a call: the median of so many blocks, each of about so many seconds."""
+    from ofengine._oneflow.session import synchronize
+
+    def block(calls: int) -> float:
+        synchronize()
+        began = time.perf_counter()
+        for _ in range(calls):
+            call()
+        synchronize()
+        return (time.perf_counter() - began) / calls
+
+    block(2)
+    calls = max(1, int(seconds / block(1)))
+    return statistics.median(block(calls) for _ in range(blocks)) * 1e6
+
+
+def kernels_child(blocks: int) -> Dict[str, Any]:
+    """Microseconds of each product and step in this process, and whose kernels it had."""
+    from ofengine._oneflow.blas import kernels
+    from ofengine._oneflow.launch_race import mend_launch_race
+
+    mend_launch_race()  # or a process with small graphs may die of OneFlow's race
+    import _cases
+    import oneflow as flow
+    from oneflow import nn
+
+    found: Dict[str, Any] = {"core": kernels().core}
+    for name, (m, n, k) in PRODUCTS.items():
+        product = partial(flow.matmul, flow.randn(m, k), flow.randn(k, n))
+        found[name] = _median(product, blocks, 0.1)
+    for name, (network, images, size) in STEPS.items():
+        for mode in ("eager", "graph"):
+            flow.manual_seed(0)
+            model = _vit_tiny() if network == "vit_tiny" else getattr(_cases, network)()
+            batch = flow.randn(images, 3, size, size), flow.randint(0, 10, (images,))
+            step = _cases.hand_step(mode, model, nn.CrossEntropyLoss(), batch)
+            found[f"{name}, {mode}"] = _median(step, blocks, 0.5)
+    return found
+
+
+def main() -> None:
+    """Run the processes and report."""
+    options = parser(__doc__).parse_args()
+    if options.child:
+        print(json.dumps(kernels_child(int(options.child))))
+        return
+    os.environ.pop("OPENBLAS_CORETYPE", None)  # ofengine would leave what it names
+    rounds, blocks = (1, 1) if options.quick else (5, 5)
+    runs = {
+        kind: partial(child, [__file__, "--child", str(blocks)], {"OFENGINE_BLAS": value})
+        for kind, value in (("as it is", "as-is"), ("with ofengine", ""))
+    }
+    seen = alternate(runs, rounds, tell)
+    before, after = seen["as it is"], seen["with ofengine"]
+    report = Report("blas", "BLAS kernels")
+    report.raw = seen
+    report.note(
+        f"""OneFlow's own OpenBLAS took the kernels for {before[0]["core"]} on this processor, and
+        computes with those for {after[0]["core"]} once ofengine was imported. {rounds} process(es)
+        of each kind, in turns; in each the median of {blocks} blocks. Loops by hand, SGD with
+        momentum. Median and quartiles; ratios round by round."""
+    )
+    rows: List[List[str]] = []
+    for name in [key for key in before[0] if key != "core"]:
+        old, new = [each[name] / 1000 for each in before], [each[name] / 1000 for each in after]
+        digits = 3 if name in PRODUCTS else 1
+        ratios = [b / a for a, b in zip(old, new)]
+        rows.append([name, show(old, digits), show(new, digits), show(ratios, 2)])
+    report.table(["what", f"{before[0]['core']}, ms", f"{after[0]['core']}, ms", "ratio"], rows)
+    report.save(options.json)
+
+
+if __name__ == "__main__":
+    main()
