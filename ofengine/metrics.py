@@ -293,13 +293,14 @@ def _check_spec(spec: LogSpec) -> None:
 def _scalar(name: str, value: Any) -> Any:
     """``value`` as a detached tensor of no dimension, or as a float."""
     if isinstance(value, flow.Tensor):
+        if not value.dim():
+            return value.detach()
         if value.numel() != 1:
             raise ConfigurationError(
                 f"log({name!r}, ...) got a tensor of shape {tuple(value.shape)}: log one number, "
                 "for example its .mean()."
             )
-        value = value.detach()
-        return value.reshape(()) if value.ndim else value
+        return value.detach().reshape(())
     try:
         return float(value)
     except (TypeError, ValueError):

@@ -11,10 +11,10 @@ from ofengine._oneflow import optimizer_state
 from ofengine._oneflow.bias_correction import STEPPING, let_optimizers_ask
 from ofengine._oneflow.operators import backward_of
 from ofengine._oneflow.optimizer_copies import replace_state
+from ofengine._oneflow.optimizer_state import in_some_group
 from ofengine.errors import ConfigurationError
 from ofengine.modes.steps import (
     clip,
-    clips_in_groups,
     drop_gradients_of_frozen,
     split_outputs,
     step_arity,
@@ -63,7 +63,7 @@ class EagerMode:
                 drop_gradients_of_frozen(optimizer)
             for call in self._before_update:
                 call(optimizer)
-            if self._clips or clips_in_groups(optimizer):
+            if self._clips or in_some_group(optimizer, "clip_grad_max_norm"):
                 clip(self._run)
             STEPPING.on = True  # Adam and its like correct their bias as graphs do
             try:

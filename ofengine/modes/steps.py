@@ -83,14 +83,6 @@ def clip(run: Run) -> None:
     clip_in_groups(run.made.optimizer)
 
 
-def clips_in_groups(optimizer: Optimizer) -> bool:
-    """True where a group of ``optimizer`` asks for clipping."""
-    for group in optimizer.param_groups:  # noqa: SIM110, any() takes twice as long
-        if "clip_grad_max_norm" in group:
-            return True
-    return False
-
-
 def clip_in_groups(optimizer: Optimizer) -> None:
     """Clip each group alone that asks for it by ``clip_grad_max_norm``.
 

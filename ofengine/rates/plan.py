@@ -23,7 +23,6 @@ from ofengine.rates.schedule import PlateauSchedule, Schedule
 _MOST_ENTRIES = 1_000_000
 """Rates that are compiled into a graph at most; more are compiled in when these are used up."""
 _lr_of = operator.itemgetter("lr")
-_scale_of = operator.methodcaller("get", "lr_scale", 1.0)
 
 
 @attrs.frozen
@@ -251,7 +250,7 @@ class RatePlan:
         self._optimizer = optimizer
         self._find_options()
         self._standing = [*map(_lr_of, self._options)]
-        self._standing_scales = [*map(_scale_of, self._options)]
+        self._standing_scales = _scales_of(self._options)
 
     def _find_options(self) -> None:
         self._live_groups = list(self._optimizer.param_groups)
@@ -264,7 +263,7 @@ class RatePlan:
             self._find_options()
         if [*map(_lr_of, self._options)] != self._standing:
             raise self._changed_by_hand()
-        if [*map(_scale_of, self._options)] != self._standing_scales:
+        if _scales_of(self._options) != self._standing_scales:
             raise self._changed_by_hand()
 
     def check_number_of_groups(self) -> None:
@@ -368,3 +367,7 @@ class RatePlan:
         counted = [([step + before for step in starts], values) for starts, values in tables]
         lower_rates(graph, counted, scales)
         return None if constant else end
+
+
+def _scales_of(options: Sequence[Dict[str, Any]]) -> List[float]:
+    return [each.get("lr_scale", 1.0) for each in options]
