@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any, ContextManager, Dict, Iterator, List
+from typing import Any, ContextManager, Dict, Iterator, List, Optional, Set, Tuple
 
+import attrs
 import oneflow as flow
 from oneflow import nn
 from oneflow.framework import graph_build_util
+from oneflow.nn.graph.graph_block import GraphTensor
 from oneflow.nn.graph.proxy import Proxy, ProxyParameterList
 from oneflow.utils import checkpoint
 
@@ -30,6 +32,49 @@ def build_parameters(proxy: Any) -> List[Any]:
     ]
 
 
+@attrs.define
+class TracedState:
+    """A parameter or buffer, and the lazy tensor that stands for it in the trace."""
+
+    tensor: Any
+    proxies: List[Any]
+    """Its own, one for each place that it is held at."""
+    places: List[Tuple[nn.Module, str]]
+    """The modules that hold it, and under which name."""
+    path: str
+    """As in ``layer.weight``."""
+    names: Set[str]
+    """Those that it may have where a graph begins."""
+
+    def built(self) -> Optional[Any]:
+        """The lazy tensor, where the trace has read it."""
+        return next((each.lazy_origin for each in self.proxies if each.build_finished), None)
+
+    def lazy(self) -> Any:
+        """The lazy tensor."""
+        self.proxies[0].try_build()
+        return self.proxies[0].lazy_origin
+
+
+def states_of(proxy: Any) -> List[TracedState]:
+    """The parameters and buffers of the module behind ``proxy``, each once."""
+    paths = {id(module): path for path, module in module_of(proxy).named_modules()}
+    found: Dict[int, TracedState] = {}
+    for each in proxy.modules():
+        module = module_of(each)
+        for name, state in (*each._parameters.items(), *each._buffers.items()):
+            tensor = state.to(flow.Tensor)
+            if tensor is None:
+                continue
+            path = ".".join(filter(None, [paths[id(module)], name]))
+            known = found.setdefault(id(tensor), TracedState(tensor, [], [], path, set()))
+            block = state.to(GraphTensor)
+            known.proxies.append(state)
+            known.places.append((module, name))
+            known.names.add(f"{block._name_prefix}{block._name}/out")
+    return list(found.values())
+
+
 class _LazyStates(Dict[str, Any]):
     """A module's own parameters or buffers, by name; in a trace their lazy tensors."""
 
@@ -39,7 +84,8 @@ class _LazyStates(Dict[str, Any]):
         self.written: List[str] = []
 
     def __getitem__(self, name: str) -> Any:
-        return None if super().__getitem__(name) is None else getattr(self._proxy, name)
+        own = super().__getitem__(name)
+        return own if own is None or name in self.written else getattr(self._proxy, name)
 
     def __setitem__(self, name: str, value: Any) -> None:
         super().__setitem__(name, value)
@@ -138,15 +184,26 @@ def stands_for(module: Any) -> Any:
 
 
 def assignments_in_trace(traced: Any) -> List[str]:
-    """The attributes that were set on what :func:`instance_in_trace` returned."""
-    origin = traced.__dict__["_origin"].__dict__
+    """The attributes set on what :func:`instance_in_trace` returned that are not written back."""
+    module = traced.__dict__["_origin"]
+    origin = module.__dict__
     apart = ("_origin", "_proxy", "_parameters", "_buffers", "_modules")
     changed = [
         name
         for name, value in traced.__dict__.items()
         if name not in apart and (name not in origin or origin[name] is not value)
     ]
-    return [*changed, *traced._parameters.written, *traced._buffers.written]
+    buffers = dict.fromkeys(traced._buffers.written)
+    changed += [n for n in buffers if not replaces_buffer(module, n, traced._buffers.get(n))]
+    return [*changed, *traced._parameters.written]
+
+
+def replaces_buffer(module: nn.Module, name: str, value: Any) -> bool:
+    """True where ``value`` can be written into the buffer of ``module`` that it is set as."""
+    buffer = module._buffers.get(name)
+    if buffer is None or not isinstance(value, flow.Tensor):
+        return False
+    return bool(value.shape == buffer.shape and value.dtype == buffer.dtype)
 
 
 @contextlib.contextmanager

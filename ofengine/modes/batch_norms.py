@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import types
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List, Sequence
 
 import attrs
 import oneflow as flow
 from oneflow import nn
 
 from ofengine._oneflow.tracing import module_of, outside_the_trace
+from ofengine.errors import GraphModeError
+from ofengine.modes.in_place import Written
 
 _UNCOUNTED = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 """They have the counter of batch norm, and leave it alone."""
@@ -58,6 +60,17 @@ class BatchNorms:
         """Add what the last run's further calls left to the running statistics."""
         for each in self.again:
             each.take_over()
+
+    def refuse(self, written: Sequence[Written]) -> None:
+        """Raise where a step writes into running statistics that a layer of it updates too."""
+        for each in written:
+            for module, name in each.places:
+                if name in _RUNNING and module in self._calls:
+                    raise GraphModeError(
+                        f"the step writes into {name} of a {type(module).__name__} that it also "
+                        "calls in training mode: call eval() of the layer in __init__, or write "
+                        "into it in on_train_batch_end"
+                    )
 
     def settle(self) -> None:
         """Bring ``num_batches_tracked`` up to date."""

@@ -30,6 +30,7 @@ from ofengine.modes.compiling import (
 )
 from ofengine.modes.draws import Draws, DrawsMet, active_dropouts, warn_of_unfed
 from ofengine.modes.guards import Guards
+from ofengine.modes.in_place import Written, write_back
 from ofengine.modes.own_graphs import check_own_graph, has_own_graph, loss_of
 from ofengine.modes.shared_state import SharedState
 from ofengine.modes.step_graphs import (
@@ -163,6 +164,8 @@ class GraphMode:
         metrics = self._run.metrics
         if logged:
             metrics.record_traced(graph.specs, outputs[:logged])
+        if graph.written:
+            write_back(graph.written, outputs[-len(graph.written) :])
         if graph.constants:
             metrics.record_traced(*zip(*graph.constants))
         return unflatten(graph.rest, iter(outputs[logged:]))
@@ -285,10 +288,14 @@ class GraphMode:
         groups = self._run.made.optimizer.param_groups if updates else ()
         compiled.watch = self._guards.watch(self.task, groups)
         compiled.looks = compiled.watch.looks
-        beside = compiled.watch.tensors(self.task)
-        graphs.depend_on(compiled.graph, [*beside, *compiled.batch_norms.scratch])
+        written: List[Written] = getattr(compiled.graph, "written", [])  # not of the user's own
+        beside = [each.tensor for each in written if not each.places]
+        compiled.batch_norms.refuse(written)
+        read = compiled.watch.tensors(self.task)
+        tensors = [*read, *compiled.batch_norms.scratch, *beside]
+        graphs.depend_on(compiled.graph, list({id(each): each for each in tensors}.values()))
         if updates:
-            warn_of_gradients(self.task, beside)
+            warn_of_gradients(self.task, read)
 
     def _look_again(self) -> None:
         """Something was written that a trace may have read: see which graphs still stand."""

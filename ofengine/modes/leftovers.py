@@ -20,6 +20,7 @@ from oneflow import nn
 from oneflow.optim import Optimizer
 
 from ofengine._oneflow.assignments import telling_assignments
+from ofengine._oneflow.tracing import replaces_buffer
 from ofengine.errors import GraphModeError, warn
 from ofengine.task import TaskModule
 
@@ -56,6 +57,8 @@ def nothing_left_behind(task: TaskModule, what: str) -> Iterator[None]:
                 f"{path} is a layer that is made, or set, in a compiled step, where it would never "
                 "train: make it in __init__ or in setup()"
             )
+        if replaces_buffer(module, name, value):
+            return  # it is written back
         # Of the task's own another warning tells; of OneFlow's own layers nobody needs to know.
         if module is not task and _is_users(type(module)) and _holds_lazy(value):
             tensors_set.append(path)

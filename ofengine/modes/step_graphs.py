@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, List, Sequence, Tuple
 
 import oneflow as flow
@@ -19,6 +20,7 @@ from ofengine.data.structure import Structure, flatten, unflatten
 from ofengine.errors import DataError, GraphModeError
 from ofengine.metrics import LogSpec
 from ofengine.modes.draws import DrawsMet, Feed, no_numbers_frozen
+from ofengine.modes.in_place import InPlace, Written
 from ofengine.modes.steps import clip, split_outputs, step_arity
 from ofengine.run.state import Run
 from ofengine.task import TaskModule
@@ -27,6 +29,9 @@ from ofengine.tracing import Trace, TracedIndex, warn_of_assignments
 
 class StepGraph(nn.Graph):
     """A step of the task over the tensors of one batch; what comes out besides the loss."""
+
+    trains = False
+    """True where parameters are updated with the gradients of the step."""
 
     def __init__(
         self, task: TaskModule, step: str, structure: Structure, extra: Sequence[Any]
@@ -42,6 +47,8 @@ class StepGraph(nn.Graph):
         self.specs: List[LogSpec] = []
         self.constants: List[Tuple[LogSpec, float]] = []
         self.assigned: List[str] = []
+        self.written: List[Written] = []
+        """What the last outputs are written back into after each run."""
         self.rest: Structure = flatten(None, [])
 
     def call_step(self, tensors: Sequence[Any], drawn: Sequence[Any]) -> Any:
@@ -57,7 +64,11 @@ class StepGraph(nn.Graph):
         task = instance_in_trace(self.task)
         feeding = Feed(drawn).replacing_calls()
         answering = answering_as_modules(self.task)
-        with Trace() as trace, feeding as feed, no_numbers_frozen(self.step), answering:
+        self.in_place = InPlace(self.task, self.step, tensors, self.trains)
+        with contextlib.ExitStack() as stack:
+            trace, feed = stack.enter_context(Trace()), stack.enter_context(feeding)
+            for each in (no_numbers_frozen(self.step), answering, self.in_place.noting()):
+                stack.enter_context(each)
             outputs = getattr(task, self.step)(*arguments)
         feed.stop_if_met()
         self.assigned = assignments_in_trace(task)
@@ -75,15 +86,22 @@ class StepGraph(nn.Graph):
         except DataError as error:
             raise GraphModeError(str(error)) from None
         # One tensor may not be put out twice.
-        return [*first, *(identity(tensor) for tensor in [*logged, *rest])]
+        put_out = [*first, *(identity(tensor) for tensor in [*logged, *rest])]
+        written = self.in_place.written()
+        self.written = [each for each, _ in written]
+        return [*put_out, *(identity(value) for _, value in written)]
 
 
 class _TrainStepGraph(StepGraph):
+    trains = True
+
     def trained_loss(self, tensors: Sequence[Any], drawn: Sequence[Any], scale: Any) -> Any:
         """Forward and backward; (loss, outputs besides it, logged)."""
         outputs, logged = self.call_step(tensors, drawn)
         loss, rest = split_outputs(outputs, type(self.origin[0]).__name__)
-        (loss if scale is None else loss * scale).backward()
+        scaled = loss if scale is None else loss * scale
+        with self.in_place.in_backward():
+            scaled.backward()
         return loss, rest, logged
 
 
