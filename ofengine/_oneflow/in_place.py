@@ -127,6 +127,8 @@ class WritesInPlace:
             result = function(tensor, *args, **kwargs)
             outside = not tensor.is_lazy and not result.is_lazy
             if result is not tensor and (outside or name_of(result) == name_of(tensor)):
+                if outside and name_of(tensor):
+                    rename(result, like=tensor)
                 group = self._of_one_memory.setdefault(id(tensor), [tensor])
                 group.append(result)
                 self._of_one_memory[id(result)] = group

@@ -85,11 +85,22 @@ class _LazyStates(Dict[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         own = super().__getitem__(name)
-        return own if own is None or name in self.written else getattr(self._proxy, name)
+        if own is None or name in self.written:
+            return own
+        return getattr(self._proxy, _first_name(module_of(self._proxy), name))
 
     def __setitem__(self, name: str, value: Any) -> None:
         super().__setitem__(name, value)
         self.written.append(name)
+
+
+def _first_name(module: nn.Module, name: str) -> str:
+    """The name under which a proxy knows the parameter or buffer that is called ``name`` too."""
+    for states in (module._parameters, module._buffers):
+        tensor = states.get(name)
+        if tensor is not None:
+            return next(first for first, each in states.items() if each is tensor)
+    return name
 
 
 class _Traced:
@@ -107,9 +118,19 @@ class _Traced:
     def parameters(self, recurse: bool = True) -> Iterator[Any]:
         return (lazy for _, lazy in _lazy_parameters(self._proxy, "", recurse))
 
+    def named_buffers(self, prefix: str = "", recurse: bool = True) -> Iterator[Any]:
+        return _lazy_buffers(self._proxy, prefix, recurse)
+
+    def buffers(self, recurse: bool = True) -> Iterator[Any]:
+        return (lazy for _, lazy in _lazy_buffers(self._proxy, "", recurse))
+
 
 class _Answers:
-    """What the proxy of a module answers as the module does; its parameters are lazy tensors."""
+    """What the proxy of a module answers as the module does; its tensors are lazy."""
+
+    def __getattr__(self, name: str) -> Any:
+        proxys: Any = super()
+        return proxys.__getattr__(_first_name(module_of(self), name))
 
     def named_parameters(self, prefix: str = "", recurse: bool = True) -> Iterator[Any]:
         return _lazy_parameters(self, prefix, recurse)
@@ -117,10 +138,24 @@ class _Answers:
     def parameters(self, recurse: bool = True) -> Iterator[Any]:
         return (lazy for _, lazy in _lazy_parameters(self, "", recurse))
 
+    def named_buffers(self, prefix: str = "", recurse: bool = True) -> Iterator[Any]:
+        return _lazy_buffers(self, prefix, recurse)
+
+    def buffers(self, recurse: bool = True) -> Iterator[Any]:
+        return (lazy for _, lazy in _lazy_buffers(self, "", recurse))
+
 
 def _lazy_parameters(proxy: Any, prefix: str, recurse: bool) -> Iterator[Any]:
     """``named_parameters`` of the module behind ``proxy``, each with its lazy tensor."""
-    for name, _ in module_of(proxy).named_parameters(prefix="", recurse=recurse):
+    return _lazily(proxy, prefix, module_of(proxy).named_parameters(prefix="", recurse=recurse))
+
+
+def _lazy_buffers(proxy: Any, prefix: str, recurse: bool) -> Iterator[Any]:
+    return _lazily(proxy, prefix, module_of(proxy).named_buffers(prefix="", recurse=recurse))
+
+
+def _lazily(proxy: Any, prefix: str, named: Iterator[Any]) -> Iterator[Any]:
+    for name, _ in named:
         lazy = functools.reduce(getattr, name.split("."), proxy)
         yield (f"{prefix}.{name}" if prefix else name), lazy
 

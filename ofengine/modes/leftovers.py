@@ -26,6 +26,7 @@ from ofengine.task import TaskModule
 
 _DEEPEST = 4
 _MOST_ENTRIES, _MOST_HOLDERS = 1_000, 10_000
+_NUMBERS = (bool, int, float, complex, np.generic)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _PASSED_BY = (
     flow.Tensor, np.ndarray, nn.Module, nn.Graph, Optimizer, type, str, bytes, types.ModuleType,
@@ -44,11 +45,14 @@ def nothing_left_behind(task: TaskModule, what: str) -> Iterator[None]:
     what it held before where the trace has put tensors into it, and a warning tells so: an entry
     or attribute may be a table that is made once and kept.
 
+    Another warning tells of numbers that it changes there, which stay as the trace has left them.
+
     Raises :class:`GraphModeError` where tensors are collected in a list, set or deque, and where a
     layer is set on a module.
     """
     names = {id(module): name for name, module in task.named_modules()}
     tensors_set: List[str] = []
+    numbers_set: List[str] = []
 
     def assigned(module: nn.Module, name: str, value: Any) -> None:
         path = ".".join(filter(None, ["self", names.get(id(module), "?"), name]))
@@ -60,8 +64,8 @@ def nothing_left_behind(task: TaskModule, what: str) -> Iterator[None]:
         if replaces_buffer(module, name, value):
             return  # it is written back
         # Of the task's own another warning tells; of OneFlow's own layers nobody needs to know.
-        if module is not task and _is_users(type(module)) and _holds_lazy(value):
-            tensors_set.append(path)
+        if module is not task and _is_users(type(module)):
+            (tensors_set if _holds_lazy(value) else numbers_set).append(path)
 
     holders = _Holders(task)
     try:
@@ -85,6 +89,13 @@ def nothing_left_behind(task: TaskModule, what: str) -> Iterator[None]:
             f"{what} puts tensors into {', '.join(kept)} in a compiled step, which is traced once, "
             "over tensors without values: they are taken out again. Return or log what is to be "
             "looked at after the step."
+        )
+    changed = sorted({*numbers_set, *holders.changed()})
+    if changed:
+        warn(
+            f"{what} changes {', '.join(changed[:5])} in a compiled step, whose Python runs once, "
+            "at the trace, and not for each batch: do it in on_train_batch_end "
+            "(on_validation_batch_end, ...), or make it a buffer, which a compiled step may change."
         )
 
 
@@ -110,12 +121,16 @@ class _Holders:
 
     def __init__(self, task: TaskModule) -> None:
         self._held: List[Tuple[str, Any, Any]] = []
+        self._arrays: List[Tuple[str, np.ndarray, np.ndarray]] = []
+        self._attributes: Set[int] = set()
+        """The ``id`` of each dict that holds the attributes of an object."""
         self._seen: Set[int] = set()
         for path, module in task.named_modules():
             own = {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE}
             place = f"self.{path}" if path else "self"
             if path:  # a property of a submodule may keep something there
                 self._held.append((place, vars(module), own))
+                self._attributes.add(id(vars(module)))
             for name, value in own.items():
                 self._walk(f"{place}.{name}", value, _DEEPEST)
         for name, value in _free_values(task):
@@ -136,7 +151,11 @@ class _Holders:
             and _attributes(value) is not None
         ):
             value = _attributes(value)
+            self._attributes.add(id(value))
             children = ((f"{place}.{name}", each) for name, each in value.items())
+        elif isinstance(value, np.ndarray) and value.size <= _MOST_ENTRIES:
+            self._arrays.append((place, value, value.copy()))
+            return
         else:
             return
         if not isinstance(value, tuple):
@@ -144,6 +163,23 @@ class _Holders:
             self._held.append((place, value, kind(value)))
         for name, each in list(itertools.islice(children, _MOST_ENTRIES)) if depth else ():
             self._walk(name, each, depth - 1)
+
+    def changed(self) -> List[str]:
+        """Where numbers are others than before, or entries of a list, a set or a deque."""
+        found = [place for place, now, before in self._arrays if not np.array_equal(now, before)]
+        for place, holder, before in self._held:
+            if not isinstance(holder, dict):
+                same = len(holder) == len(before) and not _new_entries(holder, before)
+                found += [] if same else [place]
+                continue
+            of_object = id(holder) in self._attributes
+            for key, value in holder.items():  # what is new and no number may be a table
+                if of_object and key in _OF_EVERY_MODULE:
+                    continue
+                if isinstance(value, _NUMBERS) and value is not before.get(key, ...):
+                    within = f".{key}" if of_object else f"[{key!r}]"
+                    found.append(place + within)
+        return found
 
     def undo(self) -> List[Tuple[str, Any]]:
         """Take tensors of the trace out again; what they were found in, and how it is called."""
