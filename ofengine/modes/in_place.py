@@ -22,6 +22,8 @@ from ofengine.errors import GraphModeError, warn
 
 _OUTSIDE = "FreeEagerTensor"
 """How OneFlow begins the names of tensors that are neither of the batch nor of a module."""
+_COUNTED = "num_batches_tracked"
+"""The buffer in which batch norm counts its calls: these are added up without a run's outputs."""
 _MEND = "write x = x * 2 in the place of x.mul_(2)"
 
 
@@ -85,7 +87,8 @@ class InPlace:
         for state in self._states:
             keys = [(id(module), name) for module, name in state.places]
             value = next((self._assigned[k] for k in keys if k in self._assigned), state.built())
-            if value is None or name_of(value) in state.names:
+            counted = any(name == _COUNTED for _, name in state.places)
+            if counted or value is None or name_of(value) in state.names:
                 continue
             if state.tensor.requires_grad and self._updates:
                 raise GraphModeError(
