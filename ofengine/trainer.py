@@ -49,7 +49,7 @@ from ofengine.run.loops import evaluation_loop, fit_loop
 from ofengine.run.mode import Mode
 from ofengine.run.settings import CHECKS, Settings, refuse_arguments
 from ofengine.run.state import Run
-from ofengine.run.verb import carry_out
+from ofengine.run.verb import alone_in_training, carry_out
 from ofengine.run.view import RunView
 from ofengine.task import TaskModule
 from ofengine.trials.lr_find import lr_find
@@ -145,6 +145,7 @@ class Trainer(RunView):
 
     # ------------------------------------------------------------------ verbs
 
+    @alone_in_training()
     def fit(
         self,
         task: TaskModule,

@@ -201,6 +201,8 @@ def aliases(writes: WritesInPlace) -> List[Alias]:
         at = made_at.get(write.after, len(operations))
         memory = _memory(write.before, operations[:at])
         readers = [n for n in range(at + 1, len(operations)) if memory & {*operations[n].inputs}]
+        if readers and _puts_back(write.after, operations, readers[0]):
+            continue  # x[:, 0] += 1 is x[:, 0].__iadd__(1), and then x[:, 0] = what it returns
         in_backward = [n for n in readers if begin <= n < end]
         keeps = at < len(operations) and operations[at].kind in _KEEP_THEIRS
         found.append(
@@ -224,6 +226,12 @@ class _Operation:
         conf = operation.user_conf
         inputs = [n for key, each in conf.input.items() if key != "like" for n in each.s]
         return cls(conf.op_type_name, inputs, [n for each in conf.output.values() for n in each.s])
+
+
+def _puts_back(name: str, operations: Sequence[_Operation], at: int) -> bool:
+    if operations[at].kind != "slice_update":
+        return False
+    return bool(_memory(name, operations[:at]) & {*operations[at].inputs})
 
 
 def _memory(name: str, operations: Sequence[_Operation]) -> Set[str]:

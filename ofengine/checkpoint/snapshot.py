@@ -13,6 +13,7 @@ from ofengine import __version__
 from ofengine._oneflow.blas import kernels
 from ofengine._oneflow.optimizer_state import own_options
 from ofengine._oneflow.session import synchronize
+from ofengine.callback import overrides
 from ofengine.checkpoint.beside import (
     changed_tensors,
     digest_of,
@@ -32,6 +33,7 @@ from ofengine.processes.supervisor import supervised_by
 from ofengine.rates.resume import plan_state
 from ofengine.run.progress import BETWEEN_EPOCHS, Point
 from ofengine.run.state import Run, State
+from ofengine.task import TaskModule
 
 
 def content_of(run: Run) -> Tuple[State, Optional[State], State]:
@@ -82,7 +84,56 @@ def before_validation(run: Run, validation: List[Batches]) -> State:
         "task": states_in(run.task, None),
         "callbacks": [states_in(None, None, callback) for callback in run.callbacks],
         "tensors": [(tensor, tensor.detach().clone()) for tensor in tensors],
+        "owners": _copied(_states_of_owners(run, users_only=True)),
     }
+
+
+def _states_of_owners(run: Run, users_only: bool = False) -> State:
+    """What callbacks, loggers and the task say is to be kept of them.
+
+    ``users_only``: of those alone that may be others after a part of a validation. The callbacks
+    that ship have changed nothing by then, and some hold a copy of all weights.
+    """
+    extra: State = {}
+    if not users_only or overrides(run.task, "on_save_checkpoint", TaskModule):
+        run.task.on_save_checkpoint(extra)
+    callbacks = [
+        {} if users_only and _ships(callback) else callback.state_dict()
+        for callback in run.callbacks
+    ]
+    return {
+        "callbacks": callbacks,
+        "loggers": [each.state_dict() for each in run.loggers],
+        "task": extra,
+    }
+
+
+def _owners_now(run: Run) -> State:
+    """The same of this moment; within a validation, which begins anew, of before it."""
+    now, before = _states_of_owners(run), run.states_before_validation
+    if run.progress.point is not Point.VALIDATING or before is None:
+        return now
+    kept = before["owners"]
+    callbacks = [
+        state if _ships(callback) else old
+        for callback, state, old in zip(run.callbacks, now["callbacks"], kept["callbacks"])
+    ]
+    return {**now, **kept, "callbacks": callbacks}
+
+
+def _ships(callback: Any) -> bool:
+    return type(callback).__module__.startswith("ofengine.")
+
+
+def _copied(value: Any) -> Any:
+    """A copy that what goes on does not change."""
+    if isinstance(value, dict):
+        return {key: _copied(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_copied(each) for each in value]
+    if isinstance(value, flow.Tensor):
+        return array_of(value)
+    return value.copy() if isinstance(value, np.ndarray) else value
 
 
 def note_start(run: Run) -> None:
@@ -107,8 +158,7 @@ def state_of_run(run: Run, copies: Mapping[int, Any]) -> State:
             "where a batch is half done: call it in on_train_batch_end or later."
         )
     synchronize()  # a graph's run is not waited for by reading what it writes
-    extra: State = {}
-    run.task.on_save_checkpoint(extra)
+    owners = _owners_now(run)
     steps, optimizer = run.training_mode.optimizer_state()
     moments = run.moments_resumed
     return {
@@ -120,10 +170,13 @@ def state_of_run(run: Run, copies: Mapping[int, Any]) -> State:
             "states": {name: _arrays(kept) for name, kept in optimizer.items()},
         },
         "rates": plan_state(run.rates, run.made, run.progress.global_step),
-        "callbacks": _callback_states(run),
-        "loggers": [each.state_dict() for each in run.loggers],
+        "callbacks": [
+            {**describe_owner(callback), "state": state}
+            for callback, state in zip(run.callbacks, owners["callbacks"])
+        ],
+        "loggers": owners["loggers"],
         "logger_keys": [describe_owner(each) for each in run.loggers],
-        "task": extra,
+        "task": owners["task"],
         "hparams": _plain_hparams(run.task),
         "run": {
             "id": run.id,
@@ -229,9 +282,3 @@ def _is_plain(value: Any) -> bool:
 
 def _plain_hparams(task: Any) -> State:
     return kept_hparams(task.hparams, defaults_of(type(task)))
-
-
-def _callback_states(run: Run) -> List[State]:
-    return [
-        {**describe_owner(callback), "state": callback.state_dict()} for callback in run.callbacks
-    ]

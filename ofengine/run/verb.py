@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from typing import Callable, Dict, TypeVar
+from typing import Callable, Dict, Iterator, List, TypeVar
 
-from ofengine.errors import GraphModeError
+from ofengine.errors import ConfigurationError, GraphModeError
 from ofengine.modes.eager import EagerMode
 from ofengine.modes.graph import GraphMode
 from ofengine.processes.crash_report import CrashReport
@@ -21,6 +21,35 @@ from ofengine.run.view import RunView
 log = logging.getLogger("ofengine")
 
 T = TypeVar("T")
+
+
+_fitting: List[int] = []
+"""The thread of each ``fit`` that is running, one within another included."""
+_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def alone_in_training() -> Iterator[None]:
+    """In the block, no other thread can begin a ``fit``.
+
+    The random generators of OneFlow, numpy and Python are one for the whole process: of two runs
+    each would draw, seed and save the other's numbers.
+
+    Raises :class:`ConfigurationError` where one is running.
+    """
+    own = threading.get_ident()
+    with _lock:
+        if any(thread != own for thread in _fitting):
+            raise ConfigurationError(
+                "fit() is running in another thread, and both would draw from the same random "
+                "generators: call one after the other, or each in a process of its own."
+            )
+        _fitting.append(own)
+    try:
+        yield
+    finally:
+        with _lock:
+            _fitting.remove(own)
 
 
 def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner, Mode], T]) -> T:

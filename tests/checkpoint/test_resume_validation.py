@@ -188,3 +188,81 @@ def test_a_validation_loader_that_is_left_out_is_told(tmp_path: Path) -> None:
     _, saved = run_once("eager", train, LOADERS["shuffle, generator"], save_to=tmp_path)
     with pytest.warns(UserWarning, match="state of a random generator that is gone: data.sampler"):
         run_once("eager", train, resume_from=saved[-3][0])
+
+
+class CountsKept(Mean):
+    """Counts what it sees in validation, and keeps the count in checkpoints."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = {"batches": 0}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.counts["batches"] += 1
+        self.log("val", batch.mean() + self.counts["batches"])
+
+    def on_save_checkpoint(self, checkpoint: Any) -> None:
+        checkpoint["counts"] = self.counts  # the dict itself, which goes on changing
+
+    def on_load_checkpoint(self, checkpoint: Any) -> None:
+        self.counts = checkpoint["counts"]
+
+
+class Sums(Callback):
+    """Adds up in validation, in a tensor and in a list; shifts the batches by the sum."""
+
+    def __init__(self) -> None:
+        self.total, self.seen = flow.zeros(1), [0.0]
+
+    def on_validation_batch_start(self, trainer: Any, task: Any, batch: Any, *_: int) -> None:
+        self.total.add_(batch)
+        self.seen.append(float(batch.numpy()[0]))
+        batch.add_(self.total + len(self.seen))
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {"total": self.total, "seen": self.seen}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        self.total, self.seen = flow.tensor(state["total"]), list(state["seen"])
+
+
+@pytest.mark.parametrize("eval_mode", ["eager", "graph"])
+def test_what_validation_counts_counts_once(eval_mode: str, tmp_path: Path) -> None:
+    """A run that is cut off in a validation begins it anew, with the counts of before it."""
+    task = CountsKept if eval_mode == "eager" else CountsInBuffer  # a trace would freeze a number
+
+    def validation() -> Any:
+        return Again([1.0, 2.0])
+
+    whole = check_stopping(
+        tmp_path, "eager", train, validation, task=task, callbacks=lambda: [Sums()],
+        eval_mode=eval_mode, max_epochs=2, num_sanity_val_steps=0,
+        every=1 if eval_mode == "eager" else 4,
+    )  # fmt: skip
+    values = [row[1] for row in whole.rows if row[0] == "metric"]
+    assert len(set(values)) == 2
+
+
+class CountsInBuffer(CountsKept):
+    """The same in a buffer that is no part of the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", flow.zeros(1), persistent=False)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.count += 1
+        self.log("val", (batch + self.count).mean())
+
+
+class Again:
+    """Batches that each pass makes anew."""
+
+    def __init__(self, numbers: List[float]) -> None:
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Any:
+        return (flow.ones(1) * number for number in self.numbers)
