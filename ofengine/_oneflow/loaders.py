@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Callable, Iterator, List
 
 import numpy as np
 import oneflow as flow
+from oneflow.utils.data import DataLoader
+
+SHARED_GENERATOR = inspect.signature(DataLoader.__init__).parameters["generator"].default
+"""The one that all DataLoaders shuffle with that are given none."""
 
 
 def open_with_indices(loader: Any, wrap: Callable[[Any], Any]) -> Iterator[Any]:

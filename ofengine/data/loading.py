@@ -16,7 +16,7 @@ import numpy as np
 import oneflow as flow
 from oneflow.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ofengine._oneflow.loaders import forget_workers, open_with_indices
+from ofengine._oneflow.loaders import SHARED_GENERATOR, forget_workers, open_with_indices
 from ofengine.data.generator_state import seed_generator
 from ofengine.data.generators import find_generators
 from ofengine.data.sources import is_sequence
@@ -28,10 +28,14 @@ def derive_seed(*parts: int) -> int:
 
 
 def seed_everything(seed: int) -> int:
-    """Seed Python's, numpy's and OneFlow's global generators; return ``seed``."""
+    """Seed Python's, numpy's and OneFlow's global generators; return ``seed``.
+
+    That of all DataLoaders which were given none is among them.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)
     flow.manual_seed(seed)
+    SHARED_GENERATOR.manual_seed(seed)
     return seed
 
 

@@ -12,7 +12,7 @@ import oneflow as flow
 from oneflow import nn
 from oneflow.optim import Optimizer
 
-from ofengine._oneflow.loaders import forget_workers
+from ofengine._oneflow.loaders import SHARED_GENERATOR, forget_workers
 from ofengine._oneflow.session import synchronize
 from ofengine.data.generator_state import set_state_of, state_of
 
@@ -47,6 +47,7 @@ class Restorer:
         self._numpy: Any = np.random.get_state()
         self._default_seed = flow.default_generator.initial_seed()
         self._default_state = state_of(flow.default_generator)
+        self._shared_state = state_of(SHARED_GENERATOR)
         self._attributes: List[Tuple[Dict[str, Any], Dict[str, Any]]] = []
         self._contents: List[Tuple[Any, Any]] = []
         self._tensors: Dict[int, Tuple[Any, Any, bool, Any]] = {}
@@ -80,6 +81,7 @@ class Restorer:
             _set_state(generator, state)
         flow.manual_seed(self._default_seed)  # on all devices
         set_state_of(flow.default_generator, self._default_state)
+        set_state_of(SHARED_GENERATOR, self._shared_state)
         np.random.set_state(self._numpy)
         random.setstate(self._random)
         synchronize()

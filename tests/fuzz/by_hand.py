@@ -10,7 +10,7 @@ from typing import Any, Dict, Iterator, List, Sequence
 import numpy as np
 import oneflow as flow
 from oneflow.nn.optimizer import adam, adamw, lamb
-from subject import Configuration, Subject, change
+from subject import Configuration, Subject, change, subject_of
 
 NEW_LR = 0.015
 """To what the hook ``set_lr`` sets the rate of the last group."""
@@ -40,13 +40,13 @@ def correcting_as_graphs() -> Iterator[None]:
 
 
 def can_be_done(drawn: Configuration) -> bool:
-    """True where nothing is drawn that the engine alone decides: dropout's masks."""
-    return "dropout" not in drawn.blocks
+    """True where nothing is the engine's alone: dropout's masks, what a plateau has seen."""
+    return "dropout" not in drawn.blocks and drawn.schedule != "plateau"
 
 
 def train(drawn: Configuration, batches: Sequence[Any]) -> List[Dict[str, bytes]]:
     """The bits of loss and weights after each of ``batches``, those of two epochs."""
-    task = Subject(drawn)
+    task = subject_of(drawn)
     made = task.configure_optimizers()
     optimizer = made["optimizer"] if isinstance(made, dict) else made
     schedule = made["lr_scheduler"]["scheduler"] if isinstance(made, dict) else None

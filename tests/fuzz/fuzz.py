@@ -19,13 +19,14 @@ from typing import Any, Dict, List, Optional, Sequence
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
+import attrs
 import by_hand
 import oneflow as flow
 from helpers import quiet_trainer
-from subject import Configuration, Subject, change, data_of, draw
+from subject import Configuration, Subject, change, data_of, draw, subject_of, validation_of
 
 from ofengine import Callback
-from ofengine.callbacks import LRDecayCallback
+from ofengine.callbacks import EarlyStopping, LRDecayCallback
 
 Rows = List[Dict[str, bytes]]
 IN_A_PROCESS = 50
@@ -42,6 +43,15 @@ class Watcher(Callback):
         self.rows: Rows = []
         self.batches: List[Any] = []
         self.rates: List[Any] = []
+        self.validated: List[Any] = []
+        """(batches seen, the metrics) of each validation."""
+        self.verbs: List[Any] = []
+        """What the verbs after the run gave, and a second run."""
+
+    def on_validation_end(self, trainer: Any, task: Any) -> None:
+        if not trainer.sanity_checking:
+            metrics = {k: v for k, v in trainer.callback_metrics.items() if k[:3] == "mon"}
+            self.validated.append((trainer.batches_seen, metrics))
 
     def on_train_batch_start(self, trainer: Any, task: Any, batch: Any, batch_idx: int) -> None:
         seen = trainer.batches_seen
@@ -79,18 +89,37 @@ def train(
         ]
         clip["gradient_clip_algorithm"] = drawn.clip
     decay = [LRDecayCallback(drawn.every)] if drawn.groups == "scaled" else []
+    stops = [EarlyStopping(drawn.monitor, patience=0)] if drawn.stops_early else []
     trainer = quiet_trainer(
         mode=mode,
         max_epochs=2,
         seed=drawn.seed,
         accumulate_grad_batches=drawn.accumulate,
-        callbacks=[*decay, watcher],
+        callbacks=[*decay, *stops, watcher],
+        eval_mode=drawn.evaluates,
+        num_sanity_val_steps=drawn.seed % 2,
+        val_check_interval=drawn.validates_every or 1.0,
         log_every_n_steps=2,
         **clip,
     )
-    task = Subject(drawn, start=0 if ckpt is None else 99)
-    trainer.fit(task, data_of(drawn), ckpt_path=ckpt)
+    task = subject_of(drawn, start=0 if ckpt is None else 99)
+    trainer.fit(task, data_of(drawn), validation_of(drawn), ckpt_path=ckpt)
+    watcher.save_to = None
+    watcher.verbs = [_do(verb, trainer, task, watcher) for verb in drawn.verbs]
     return watcher
+
+
+def _do(verb: str, trainer: Any, task: Subject, watcher: Watcher) -> Any:
+    """Carry out a verb after the run; what it gives."""
+    batches = validation_of(attrs.evolve(task.drawn, validation="list"))
+    if verb == "fit":
+        before = len(watcher.rows)
+        trainer.fit(task, data_of(task.drawn), validation_of(task.drawn))
+        rows = watcher.rows[before:]
+        del watcher.rows[before:], watcher.batches[before:], watcher.rates[before:]
+        return rows
+    given = getattr(trainer, verb)(task, batches)
+    return [each.numpy().tobytes() for each in given] if verb == "predict" else given
 
 
 def differences(name: str, ours: Rows, theirs: Rows, first: int = 0) -> List[str]:
@@ -104,19 +133,34 @@ def differences(name: str, ours: Rows, theirs: Rows, first: int = 0) -> List[str
     return []
 
 
+def others(name: str, ours: Watcher, theirs: Watcher, first: int = 0) -> List[str]:
+    """The same of what they validated to, and of the verbs after it."""
+    found = []
+    if ours.validated != [each for each in theirs.validated if each[0] >= first]:
+        found.append(f"{name}: the validations are others")
+    verbs = ours.drawn.verbs
+    for number, (verb, one, other) in enumerate(zip(verbs, ours.verbs, theirs.verbs)):
+        if one != other:
+            found.append(f"{name}: {verb}, {number} after the run, gives something else")
+    return found
+
+
 def check(drawn: Configuration) -> List[str]:
     """What is not the same of a configuration; nothing where all is."""
     with tempfile.TemporaryDirectory(prefix="ofengine-fuzz-") as folder:
         paths = {mode: Path(folder) / f"{mode}.safetensors" for mode in ("eager", "graph")}
         runs = {mode: train(drawn, mode, paths[mode]) for mode in paths}
-        resumed = train(drawn, drawn.resumes, ckpt=paths[drawn.saves])
+        saved = paths[drawn.saves].exists()  # it may have stopped before
+        resumed = train(drawn, drawn.resumes, ckpt=paths[drawn.saves]) if saved else None
     eager, graph = runs["eager"], runs["graph"]
     found = differences("graph", graph.rows, eager.rows)
     if eager.rates != graph.rates:
         found.append("graph: the rates are others")
-    name = f"{drawn.resumes} resumed from {drawn.saves}"
-    rest = runs[drawn.saves].rows[drawn.save_at :]
-    found += differences(name, resumed.rows, rest, drawn.save_at)
+    found += others("graph", graph, eager)
+    if resumed is not None:
+        name, whole = f"{drawn.resumes} resumed from {drawn.saves}", runs[drawn.saves]
+        found += differences(name, resumed.rows, whole.rows[drawn.save_at :], drawn.save_at)
+        found += others(name, resumed, whole, drawn.save_at)
     if by_hand.can_be_done(drawn):
         found += differences("by hand", eager.rows, by_hand.train(drawn, eager.batches))
     return found

@@ -44,6 +44,7 @@ SCHEDULES: Dict[str, Callable[[Any], Any]] = {
     "polynomial": lambda o: flow.optim.lr_scheduler.PolynomialLR(o, 8, power=2.0),
 }
 BLOCKS = ("linear", "bn", "dropout", "shared", "relu", "tanh", "residual", "layernorm", "gelu")
+VERBS = ("validate", "test", "predict", "fit")
 HOOKS = (
     "none", "none", "none", "number", "entry", "dropout.p", "weight_decay", "freeze", "unfreeze",
     "set_lr", "bn.eval",
@@ -78,10 +79,25 @@ class Configuration:
     saves: str
     """The mode of the run that is saved."""
     resumes: str
+    graph: str
+    """Whether ``build_graph`` is the task's own."""
+    validation: str
+    validates_every: int
+    """After so many batches of an epoch, 0 for its end."""
+    evaluates: str
+    """In which mode."""
+    stops_early: bool
+    verbs: Tuple[str, ...]
+    """What follows the run, on the same Trainer and task."""
 
     def __str__(self) -> str:
         """The parts that a reader wants to know."""
         return ", ".join(f"{k}={v}" for k, v in attrs.asdict(self).items() if k != "seed")
+
+    @property
+    def monitor(self) -> str:
+        """The metric that is monitored."""
+        return "monitored/dataloader_idx_0" if self.validation == "two" else "monitored"
 
     @property
     def total(self) -> int:
@@ -103,7 +119,16 @@ def draw(seed: int) -> Configuration:
     if hook == "bn.eval":
         blocks = (*blocks, "bn")
     shaped = loader in ("shuffle", "sampler")
-    return Configuration(
+    later = random.Random(f"{seed}, later")  # what was drawn before is drawn as ever
+    validation = later.choice(["none", "none", "list", "shuffle", "own generator", "two"])
+    own_graph = later.random() < 0.15
+    if own_graph:  # what such a graph draws and adds up is its own, and it clips by itself
+        blocks = tuple(kind for kind in blocks if kind != "dropout")
+        hook = "none" if hook in ("dropout.p", "number", "entry") else hook
+    schedule = r.choice([*SCHEDULES, "none"])
+    if later.random() < 0.15:
+        schedule = "plateau"
+    drawn = Configuration(
         seed=seed,
         stem=stem,
         blocks=blocks,
@@ -118,7 +143,7 @@ def draw(seed: int) -> Configuration:
         scale=r.choice([0.5, 0.3, 2.0]),
         decay_scale=r.choice([1.0, 0.5, 0.9]),
         every=r.randint(1, 3),
-        schedule=r.choice([*SCHEDULES, "none"]),
+        schedule=schedule,
         interval=r.choice(["step", "step", "epoch"]),
         accumulate=r.choice([1, 1, 2, 3]),
         clip=r.choice(["none", "none", "norm", "value"]),
@@ -127,7 +152,22 @@ def draw(seed: int) -> Configuration:
         save_at=r.randint(1, 2 * count - 1),
         saves=r.choice(["eager", "graph"]),
         resumes=r.choice(["eager", "graph"]),
+        graph="own" if own_graph else "default",
+        validation=validation,
+        validates_every=later.choice([0, 0, 1, 2]),
+        evaluates=later.choice(["eager", "graph"]),
+        stops_early=validation != "none" and later.random() < 0.25,
+        verbs=tuple(later.choice(VERBS) for _ in range(later.choice([0, 0, 1, 2, 3]))),
     )
+    if own_graph:
+        drawn = attrs.evolve(
+            drawn, loss="mse", returned="loss", accumulate=1, clip="none",
+            batch="pair" if drawn.batch in ("dict", "constant") else drawn.batch,
+            groups="one" if drawn.groups == "own clip" else drawn.groups,
+        )  # fmt: skip
+    if schedule == "plateau":
+        drawn = attrs.evolve(drawn, interval="epoch")
+    return drawn
 
 
 class Attention(nn.Module):
@@ -142,6 +182,21 @@ class Attention(nn.Module):
         q, k, v = self.to_qkv(x).chunk(3, dim=-1)
         weights = flow.softmax(flow.matmul(q, k.transpose(1, 2)) * self.width**-0.5, dim=-1)
         return x + self.out(flow.matmul(weights, v))
+
+
+class OwnGraph(nn.Graph):
+    """What a user writes where ``build_graph`` is overridden."""
+
+    def __init__(self, task: Subject) -> None:
+        super().__init__()
+        self.task = task
+        self.add_optimizer(task.optimizer)
+
+    def build(self, x: Any, y: Any) -> Any:
+        """Forward, loss and backward."""
+        loss = ((self.task(x) - y) ** 2).mean()
+        loss.backward()
+        return loss
 
 
 class Subject(TaskModule):
@@ -205,7 +260,22 @@ class Subject(TaskModule):
         loss = self._loss(out, y) * constant * self.factor * self.weights["loss"]
         if self.drawn.returned == "logged":
             self.log("twice", loss * 2, on_step=True, on_epoch=True)
+        if self.drawn.schedule == "plateau" and self.drawn.validation == "none":
+            self.log("monitored", loss, on_step=False, on_epoch=True)
         return {"loss": loss, "mean": out.mean()} if self.drawn.returned == "dict" else loss
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Logs how far off it is."""
+        x, y = batch
+        self.log("monitored", ((self(x) - y) ** 2).mean())
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Logs how far off it is."""
+        self.log("error", (self(batch[0]) - batch[1]).abs().mean())
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        """Three numbers for each sample."""
+        return self(batch[0])
 
     def _loss(self, out: Any, y: Any) -> Any:
         kind = self.drawn.loss
@@ -240,11 +310,28 @@ class Subject(TaskModule):
     def configure_optimizers(self) -> Any:
         """The optimizer, with the schedule where there is one."""
         optimizer = OPTIMIZERS[self.drawn.optimizer](self.param_groups())
+        if self.drawn.schedule == "plateau":
+            plateau = flow.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+            how = {"scheduler": plateau, "monitor": self.drawn.monitor, "interval": "epoch"}
+            return {"optimizer": optimizer, "lr_scheduler": how}
         schedule = SCHEDULES[self.drawn.schedule](optimizer)
         if schedule is None:
             return optimizer
         how = {"scheduler": schedule, "interval": self.drawn.interval}
         return {"optimizer": optimizer, "lr_scheduler": how}
+
+
+class SubjectWithGraph(Subject):
+    """The same with a graph of its own."""
+
+    def build_graph(self) -> nn.Graph:
+        """One more for each shape of batch."""
+        return OwnGraph(self)
+
+
+def subject_of(drawn: Configuration, start: int = 0) -> Subject:
+    """The task of a configuration."""
+    return (SubjectWithGraph if drawn.graph == "own" else Subject)(drawn, start)
 
 
 def change(task: Subject, groups: Any, seen: int) -> None:
@@ -333,6 +420,24 @@ def batches_of(drawn: Configuration) -> List[Any]:
             batches.append([x, y] if drawn.batch == "list" else (x, y))
         at += size
     return batches
+
+
+def validation_of(drawn: Configuration) -> Any:
+    """What ``fit`` is given to validate on."""
+    inputs, targets = samples(drawn)
+    whole = list(zip(np.split(inputs[:6], 3), np.split(targets[:6], 3)))
+    batches = [(flow.tensor(x), flow.tensor(y)) for x, y in whole]
+    if drawn.validation == "shuffle":
+        return DataLoader(Rows(drawn), batch_size=2, shuffle=True)
+    if drawn.validation == "own generator":
+        generator = flow.Generator("cpu")
+        generator.manual_seed(drawn.seed)
+        return DataLoader(Rows(drawn), batch_size=3, shuffle=True, generator=generator)
+    return {
+        "none": None,
+        "list": batches,
+        "two": [DataLoader(Rows(drawn), batch_size=size) for size in (2, 4)],
+    }[drawn.validation]
 
 
 def data_of(drawn: Configuration) -> Any:
