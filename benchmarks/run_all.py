@@ -30,6 +30,7 @@ SCRIPTS = (
     "growth",
     "threads",
     "blas",
+    "guards",
 )
 RESULTS = FOLDER / "RESULTS.md"
 BEGIN, END = "<!-- findings -->", "<!-- /findings -->"

@@ -40,7 +40,7 @@ _VIEWS = (
     *("transpose", "unfold_tensor"),
 )
 """Operators whose outputs are views in eager mode."""
-_KEEP_THEIRS = ("broadcast_mul", "scalar_mul")
+_KEEP_THEIRS = ("broadcast_mul",)
 """Operators whose gradient is right in eager mode, though it needs what they write over."""
 
 

@@ -61,17 +61,17 @@ def states_of(proxy: Any) -> List[TracedState]:
     paths = {id(module): path for path, module in module_of(proxy).named_modules()}
     found: Dict[int, TracedState] = {}
     for each in proxy.modules():
-        module = module_of(each)
-        for name, state in (*each._parameters.items(), *each._buffers.items()):
-            tensor = state.to(flow.Tensor)
+        module, proxies = module_of(each), {**each._parameters, **each._buffers}
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None:
                 continue
             path = ".".join(filter(None, [paths[id(module)], name]))
             known = found.setdefault(id(tensor), TracedState(tensor, [], [], path, set()))
-            block = state.to(GraphTensor)
-            known.proxies.append(state)
             known.places.append((module, name))
-            known.names.add(f"{block._name_prefix}{block._name}/out")
+            if name in proxies:  # of two names for one tensor a module's proxy has the first
+                block = proxies[name].to(GraphTensor)
+                known.proxies.append(proxies[name])
+                known.names.add(f"{block._name_prefix}{block._name}/out")
     return list(found.values())
 
 

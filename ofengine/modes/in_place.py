@@ -87,6 +87,12 @@ class InPlace:
         for state in self._states:
             keys = [(id(module), name) for module, name in state.places]
             value = next((self._assigned[k] for k in keys if k in self._assigned), state.built())
+            if len(keys) > 1 and any(key in self._assigned for key in keys):
+                raise GraphModeError(
+                    f"{self._what} sets self.{state.path}, which the task holds at "
+                    f"{len(keys)} places: only one of them would be another then. Write into it "
+                    f"with self.{state.path}.copy_(...), or hold it at one place"
+                )
             counted = any(name == _COUNTED for _, name in state.places)
             if counted or value is None or name_of(value) in state.names:
                 continue

@@ -94,12 +94,11 @@ def lr_find(
 
     Put back exactly: parameters, buffers, gradients, ``requires_grad`` and train/eval of the
     task, the attributes of its modules, an optimizer that ``configure_optimizers`` did not make
-    anew, Python's and numpy's generators, and every OneFlow, numpy and Python generator that the
+    anew, the global generators of Python, numpy and OneFlow, and every generator of theirs that the
     task's modules, the dataloader, its sampler, dataset or ``collate_fn`` hold as an attribute:
     with ``Trainer(seed=...)`` a ``fit`` gives bit for bit the weights that it would have given.
     Not put back: what lies deeper in a dataset or in a list of the task; a OneFlow dataloader's
-    workers that were kept alive start anew; OneFlow's default generator (``oneflow.rand``)
-    without a seed in the Trainer, because OneFlow does not tell how far it has been used.
+    workers that were kept alive start anew.
 
     Args:
         settings: the Trainer's.
