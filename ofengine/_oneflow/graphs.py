@@ -129,6 +129,11 @@ def parameter_names(graph: nn.Graph) -> Dict[str, Any]:
     }
 
 
+def proxies_in(graph: nn.Graph) -> List[Any]:
+    """The proxies of the modules of ``graph``."""
+    return list(graph._blocks.values())
+
+
 def optimizers_of(graph: nn.Graph) -> List[Optimizer]:
     """The optimizers that ``graph`` was given by ``add_optimizer``."""
     return [entry["optim"] for entry in graph._opts]

@@ -30,7 +30,7 @@ from ofengine.modes.compiling import (
 )
 from ofengine.modes.draws import Draws, DrawsMet, active_dropouts, warn_of_unfed
 from ofengine.modes.guards import Guards
-from ofengine.modes.in_place import Written, write_back
+from ofengine.modes.in_place import Written, tell_what_is_forgotten, write_back
 from ofengine.modes.own_graphs import check_own_graph, has_own_graph, loss_of
 from ofengine.modes.shared_state import SharedState
 from ofengine.modes.step_graphs import (
@@ -217,6 +217,7 @@ class GraphMode:
             graph = self.task.build_graph()
             if not isinstance(graph, TrainGraph):
                 check_own_graph(graph, self._run, [c.graph for c in self._steps])
+                tell_what_is_forgotten(graph)
                 inputs, what = tensors, f"{type(graph).__name__}.build"
         compiled.graph = graph
         with compiled.batch_norms.counting(self.task):

@@ -14,6 +14,7 @@ import attrs
 import oneflow as flow
 from oneflow import nn
 
+from ofengine._oneflow import graphs
 from ofengine._oneflow.assignments import telling_assignments
 from ofengine._oneflow.in_place import WritesInPlace, aliases
 from ofengine._oneflow.lazy_names import name_of
@@ -147,3 +148,28 @@ class InPlace:
                 "needs as it was: a compiled step computes the gradient of what was there, and "
                 f"OneFlow's eager mode that of what it was changed to. {_MEND}."
             )
+
+
+def tell_what_is_forgotten(graph: nn.Graph) -> None:
+    """Warn at the trace of a graph of the user's own where its ``build`` writes into buffers."""
+    build = graph.build
+
+    def told(*args: Any, **kwargs: Any) -> Any:
+        outputs = build(*args, **kwargs)
+        written = [
+            state.path
+            for proxy in graphs.proxies_in(graph)
+            for state in states_of(proxy)
+            if all(name != _COUNTED for _, name in state.places)
+            and state.built() is not None
+            and name_of(state.built()) not in state.names
+        ]
+        if written:
+            warn(
+                f"{type(graph).__name__}.build writes in place into {', '.join(written[:4])}: a "
+                "graph of your own forgets that with each run. Leave build_graph() as it is, or "
+                "return what is to be kept and write it in on_train_batch_end."
+            )
+        return outputs
+
+    graph.build = told

@@ -180,11 +180,30 @@ class OfNumbers(Writes):
         return super().training_step(batch, batch_idx)
 
 
+class OwnGraph(nn.Graph):
+    def __init__(self, task: Any) -> None:
+        super().__init__()
+        self.task = task
+        self.add_optimizer(task.optimizer)
+
+    def build(self, x: Any, y: Any) -> Any:
+        self.task.center.add_(1.0)
+        loss = ((self.task.layer(x) - y) ** 2).mean()
+        loss.backward()
+        return loss
+
+
+class OfOwnGraph(Writes):
+    def build_graph(self) -> Any:
+        return OwnGraph(self)
+
+
 @pytest.mark.parametrize(
     "kind, says",
     [
         (OfBatch, r"changes its batch in place at .*test_in_place\.py:\d+: `batch\[0\]\.mul_"),
         (OfSaved, r"in place at .*`out\.mul_\(10\.0\).* that the backward pass needs as it was"),
+        (OfOwnGraph, r"OwnGraph\.build writes in place into center: a graph of your own forgets"),
         (OfNumbers, r"changes self\.numbers\['seen'\] in a compiled step, whose Python runs once"),
     ],
 )
