@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 from ofengine.callbacks._checkpoint_files import CheckpointFiles
-from ofengine.checkpoint import encode
+from ofengine.checkpoint import encode, load_weights, read
 from ofengine.checkpoint.background import BackgroundWriter
+from ofengine.errors import warn
+from ofengine.run.view import Content, RunView
+from ofengine.task import TaskModule
+
+log = logging.getLogger("ofengine")
 
 
 class Saver:
@@ -22,7 +28,7 @@ class Saver:
         self._renamed: List[Tuple[str, str]] = []
 
     def save(
-        self, files: CheckpointFiles, wanted: Path, path: str, out: str, content: Tuple[Any, ...]
+        self, files: CheckpointFiles, wanted: Path, path: str, out: str, content: Content
     ) -> None:
         """Write ``content`` to ``path``, which was chosen for ``wanted``, then remove ``out``.
 
@@ -57,3 +63,44 @@ class Saver:
         """Wait, and end the thread."""
         if self._writer is not None:
             self._writer.close()
+
+
+def restore(trainer: RunView, task: TaskModule, path: str) -> None:
+    """Load the weights of ``path`` into ``task``, unless they are not finite."""
+    broken = trainer.not_finite((read(path).weights, None, {}))  # a file of an earlier version
+    if broken is not None:
+        warn(f"the best weights, in {path}, are not loaded: {broken}.")
+        return
+    load_weights(task, path)
+    log.info("the best weights are back, from %s.", path)
+
+
+class NotFinite(Exception):
+    """What is to be saved is not finite; the text says what."""
+
+
+def content_to_keep(trainer: RunView) -> Content:
+    """The content of a checkpoint of now. Raises :class:`NotFinite` where it should not be kept."""
+    content = trainer.checkpoint_content()
+    broken = trainer.not_finite(content)
+    if broken is not None:
+        raise NotFinite(broken)
+    return content
+
+
+def warn_of_refusal(trainer: RunView, broken: str, kept: List[str]) -> None:
+    """Say that the moment at hand is not saved, and which of the files ``kept`` is the newest."""
+    stays = f", and {kept[-1]} stays" if kept else ""
+    warn(
+        f"ModelCheckpoint saves nothing of epoch {trainer.current_epoch}, step "
+        f"{trainer.global_step}{stays}: {broken}. So it goes with every such moment."
+    )
+
+
+def tell_of_last(trainer: RunView, path: str, is_saved: bool, kept: List[str]) -> None:
+    """Say where a run that ends before its time goes on; ``kept`` are its files."""
+    if is_saved:
+        text = f"saved {path} (epoch {trainer.current_epoch}, step {trainer.global_step})"
+    else:
+        text = f"saved nothing of what is not finite; {kept[-1] if kept else 'no file'} stays"
+    log.info('%s: fit(..., ckpt_path="last") goes on from there.', text)

@@ -35,10 +35,10 @@ def no_metric(callback: object, monitor: str, when: str, trainer: RunView) -> Co
     )
 
 
-def warn_of_no_turn(callback: object, monitor: str) -> None:
-    """Warn where training was too short to look at the metric ``monitor``."""
-    warn(
-        f"{type(callback).__name__}(monitor={monitor!r}) kept no best weights: training ended "
-        "before their first turn came (every_n_epochs, every_n_train_steps, and "
-        "check_val_every_n_epoch of the Trainer say when that is)."
-    )
+def warn_of_no_best(callback: object, monitor: str, has_looked: bool) -> None:
+    """Warn where training is over and nothing was best by the metric ``monitor``."""
+    because = "training ended before their first turn came (every_n_epochs, every_n_train_steps, "
+    because += "and check_val_every_n_epoch of the Trainer say when that is)"
+    if has_looked:
+        because = f"{monitor} was NaN each time"
+    warn(f"{type(callback).__name__}(monitor={monitor!r}) kept no best weights: {because}.")

@@ -9,19 +9,21 @@ from time import monotonic
 from typing import Any, Callable, Dict, List, Optional, Sequence, Union
 
 from ofengine.callback import Callback
-from ofengine.callbacks._checkpoint_arguments import (
-    check_flags,
-    check_folder,
-    check_what,
-    check_when,
-    check_where,
-)
+from ofengine.callbacks import _checkpoint_arguments as arguments
 from ofengine.callbacks._checkpoint_files import CheckpointFiles
-from ofengine.callbacks._checkpoint_saving import Saver
+from ofengine.callbacks._checkpoint_saving import (
+    NotFinite,
+    Saver,
+    content_to_keep,
+    restore,
+    tell_of_last,
+    warn_of_refusal,
+)
 from ofengine.callbacks._checkpoint_state import Kept, check_state
 from ofengine.callbacks._file_name import FileName
-from ofengine.callbacks._monitor import no_metric, warn_of_misspelt_monitor, warn_of_no_turn
-from ofengine.checkpoint import EXTENSION, load_weights, remove_leftovers
+from ofengine.callbacks._monitor import no_metric, warn_of_misspelt_monitor, warn_of_no_best
+from ofengine.callbacks._scores import best_of, makes_room
+from ofengine.checkpoint import EXTENSION, remove_leftovers
 from ofengine.errors import CheckpointError, NonFiniteError, OFEngineError
 from ofengine.run.arguments import MaxTime
 from ofengine.run.view import RunView
@@ -43,6 +45,9 @@ class ModelCheckpoint(Callback):
 
     Where training ends by Ctrl-C, SIGTERM or an exception, the last whole moment is saved as
     ``last.safetensors`` besides, so that ``fit(..., ckpt_path="last")`` goes on from there.
+
+    A moment at which a weight, the optimizer's state or a gradient is not finite, though it was
+    when training began, is not saved: the files of before stay, and a warning says so once.
 
     Args:
         dirpath: the folder. Default: ``checkpoints`` in ``trainer.log_dir``, where there is
@@ -101,14 +106,14 @@ class ModelCheckpoint(Callback):
         in_background: bool = False,
         restore_best: bool = False,
     ) -> None:
-        check_what(monitor, mode, save_top_k, restore_best)
-        seconds = check_when(every_n_epochs, every_n_train_steps, train_time_interval)
-        check_flags(
+        arguments.check_what(monitor, mode, save_top_k, restore_best)
+        seconds = arguments.check_when(every_n_epochs, every_n_train_steps, train_time_interval)
+        arguments.check_flags(
             save_on_exception=save_on_exception,
             in_background=in_background,
             restore_best=restore_best,
         )
-        self.dirpath = check_where(dirpath)
+        self.dirpath = arguments.check_where(dirpath)
         self.filename = filename
         self.monitor = monitor
         self.mode = mode
@@ -134,7 +139,7 @@ class ModelCheckpoint(Callback):
         self._resumed: Optional[Dict[str, Any]] = None
         self._looked_at = self._last_saved_at = -1
         self._wait_for_epoch_end = False
-        self._validated = False
+        self._validated = self._has_refused = False
         self._next_time = math.inf
 
     # ------------------------------------------------------------------ resuming
@@ -197,10 +202,8 @@ class ModelCheckpoint(Callback):
 
     def _note_best(self) -> None:
         """Which of the files kept for their metric is best."""
-        kept = self.best_k_models
-        numbers = [path for path in kept if not math.isnan(kept[path])]
-        best = min(numbers, key=lambda each: self._badness(kept[each]), default="")
-        self.best_model_path, self.best_model_score = best, kept.get(best)
+        self.best_model_path = best = best_of(self.best_k_models, self.mode)
+        self.best_model_score = self.best_k_models.get(best)
 
     # ------------------------------------------------------------------ when
 
@@ -210,7 +213,7 @@ class ModelCheckpoint(Callback):
             return
         self._forget()
         folder = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir, "checkpoints")
-        check_folder(folder.absolute())
+        arguments.check_folder(folder.absolute())
         self._files = CheckpointFiles(folder.absolute())
         for each in (folder, *folder.glob(self._template.folder_pattern or "no sub-folders")):
             remove_leftovers(each)
@@ -275,10 +278,10 @@ class ModelCheckpoint(Callback):
             self._save_last(trainer)
         self._finish()
         if self.restore_best and self.best_model_path:
-            load_weights(task, self.best_model_path)
-            log.info("the best weights are back, from %s.", self.best_model_path)
-        if self.monitor is not None and self._looked_at < 0 and trainer.global_step:
-            warn_of_no_turn(self, self.monitor)
+            restore(trainer, task, self.best_model_path)
+        has_none = not self.best_model_path and trainer.global_step and not self._has_refused
+        if self.monitor is not None and has_none and (self._looked_at < 0 or self.save_top_k):
+            warn_of_no_best(self, self.monitor, has_looked=self._looked_at >= 0)
 
     def on_exception(self, trainer: RunView, task: TaskModule, exception: BaseException) -> None:
         """Save where training has come to, if that is a moment that can be saved."""
@@ -287,15 +290,12 @@ class ModelCheckpoint(Callback):
         if first is not self or not self.save_on_exception or unsafe or not trainer.can_save:
             return
         try:
-            self._save_last(trainer)
+            is_saved = self._save_last(trainer)
             self._finish()
         except OFEngineError as error:
             log.error("what was trained since the last checkpoint could not be saved: %s", error)
         else:
-            log.info(
-                "saved %s (epoch %d, step %d): fit(..., ckpt_path=\"last\") goes on from there.",
-                self.last_model_path, trainer.current_epoch, trainer.global_step,
-            )  # fmt: skip
+            tell_of_last(trainer, self.last_model_path, is_saved, list(self._files.kept))
 
     def teardown(self, trainer: RunView, task: TaskModule, stage: str) -> None:
         """Let the file that is being written become complete."""
@@ -327,13 +327,9 @@ class ModelCheckpoint(Callback):
         self.best_model_path = path
 
     def _save_if_good(self, trainer: RunView, metrics: Dict[str, float], score: float) -> None:
-        kept, out = self.best_k_models, ""
-        if self.save_top_k == 0 or (math.isnan(score) and self.save_top_k != -1):
+        out = makes_room(self.best_k_models, score, self.mode, self.save_top_k)
+        if out is None:
             return
-        if len(kept) == self.save_top_k:
-            out = max(kept, key=lambda path: self._badness(kept[path]))
-            if self._badness(score) >= self._badness(kept[out]):
-                return
 
         def take(path: str, out: str) -> None:
             kept = {each: k for each, k in self.best_k_models.items() if each != out}
@@ -342,14 +338,11 @@ class ModelCheckpoint(Callback):
 
         self._save(trainer, self._name(trainer, metrics), out, take)
 
-    def _badness(self, score: float) -> float:
-        return score if self.mode == "min" else -score
-
-    def _save_last(self, trainer: RunView) -> None:
+    def _save_last(self, trainer: RunView) -> bool:
         def take(path: str, out: str) -> None:
             self.last_model_path, self._last_saved_at = path, trainer.global_step
 
-        self._save(trainer, f"last{EXTENSION}", self.last_model_path, take)
+        return self._save(trainer, f"last{EXTENSION}", self.last_model_path, take)
 
     def _name(self, trainer: RunView, metrics: Dict[str, float]) -> str:
         values = {**metrics, "epoch": trainer.current_epoch, "step": trainer.global_step}
@@ -359,11 +352,11 @@ class ModelCheckpoint(Callback):
 
     def _save(
         self, trainer: RunView, name: str, out: str, take: Callable[[str, str], None]
-    ) -> None:
-        """Save to ``name`` in the folder, then remove the file ``out``.
+    ) -> bool:
+        """Save to ``name`` in the folder, then remove the file ``out``; False where it is unsound.
 
         ``take`` is given the new file's path and ``out``, and sets the attributes to what they
-        are from then on, and in what is saved. Where it cannot be saved they are as before.
+        are from then on, and in what is saved. Where it is not saved they are as before.
         """
         out = self._finish().get(out, out)
         wanted, files = self._files.folder / name, self._files
@@ -375,15 +368,21 @@ class ModelCheckpoint(Callback):
         files.kept[path] = None
         self._itself, self._to_remove = path, out if out != path else ""
         try:
-            content = trainer.checkpoint_content()
+            content = content_to_keep(trainer)
             self._saver.save(files, wanted, path, self._to_remove, content)
-        except BaseException:
+        except BaseException as error:
             vars(self).update(before)
             files.kept = kept
-            raise
+            if not isinstance(error, NotFinite):
+                raise
+            if not self._has_refused:
+                warn_of_refusal(trainer, str(error), list(files.kept))
+            self._has_refused = True
+            return False
         self._itself = self._to_remove = ""
         if not self.in_background:
             self._finish()
+        return True
 
     def _finish(self) -> Dict[str, str]:
         """Wait for what is being written; note and return what is called otherwise than meant."""

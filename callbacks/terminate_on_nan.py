@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 import oneflow as flow
@@ -14,6 +14,7 @@ from ofengine.checkpoint.checks import anything, check_fits, listed, number, rec
 from ofengine.checkpoint.find import newest_first
 from ofengine.errors import CheckpointError, NonFiniteError
 from ofengine.run.arguments import check_count, check_flag
+from ofengine.run.losses import read_losses
 from ofengine.run.view import RunView
 from ofengine.task import TaskModule
 
@@ -29,7 +30,8 @@ class TerminateOnNaN(Callback):
     The losses stay on the device, and are read together every so many steps and at the end of
     each epoch: no step waits for the device, and training ends at most so many steps late. The
     error names the very step whose loss was the first that was not finite, that loss, and the
-    first parameter (in the order of ``named_parameters``) that is not finite by now.
+    first parameter (in the order of ``named_parameters``) that is not finite by now. Without this
+    callback, a warning says so and training goes on.
 
     Args:
         check_every_n_steps: optimizer steps between two looks at the losses. Default: the
@@ -42,6 +44,8 @@ class TerminateOnNaN(Callback):
         ConfigurationError: at once for a wrong argument.
         NonFiniteError: during training, as said above.
     """
+
+    watches_losses = True
 
     def __init__(self, check_every_n_steps: Optional[int] = None, restore: bool = False) -> None:
         if check_every_n_steps is not None:
@@ -62,7 +66,7 @@ class TerminateOnNaN(Callback):
         """The losses that nobody has looked at yet, and where they come from."""
         if not self._losses:
             return {}
-        self._losses = _read(self._losses).tolist()
+        self._losses = read_losses(self._losses).tolist()
         return {"losses": list(self._losses), "places": [list(each) for each in self._places]}
 
     def check_state_dict(self, state: Dict[str, Any], task: TaskModule) -> None:
@@ -109,7 +113,7 @@ class TerminateOnNaN(Callback):
         places, self._places = self._places, []
         if not losses:
             return
-        values = _read(losses)
+        values = read_losses(losses)
         bad = np.flatnonzero(~np.isfinite(values))
         if not bad.size:
             return
@@ -118,38 +122,13 @@ class TerminateOnNaN(Callback):
         message = (
             f"the loss of optimizer step {step} (from 0; epoch {trainer.current_epoch}, batch "
             f"{batch_idx}) is {values[first]:g}, and after {trainer.global_step} steps "
-            f"{_first_broken(task)}"
+            f"{trainer.not_finite() or 'all parameters are still finite'}"
         )
         if self.restore:
             message += f"; {_restore(trainer, task)}"
         raise NonFiniteError(
             f"{message}: try a lower learning rate, gradient_clip_val, or look at that batch."
         )
-
-
-def _read(losses: Sequence[Any]) -> np.ndarray:
-    """The losses as numbers, read in one go; some may be numbers already."""
-    tensors = [loss for loss in losses if isinstance(loss, flow.Tensor)]
-    numbers = [loss for loss in losses if not isinstance(loss, flow.Tensor)]
-    if not tensors:
-        return np.array(numbers)
-    if any(tensor.dtype != tensors[0].dtype for tensor in tensors):
-        tensors = [tensor.to(flow.float64) for tensor in tensors]
-    read = flow.stack(tensors).numpy()
-    return np.concatenate([numbers, read]) if numbers else read
-
-
-def _first_broken(task: TaskModule) -> str:
-    """Which parameter is the first with numbers that are not finite, in words."""
-    for name, parameter in task.named_parameters():
-        broken = _count_broken(parameter)
-        if broken:
-            return f"{broken} of the {parameter.numel()} numbers of {name!r} are not finite"
-    return "all parameters are still finite"
-
-
-def _count_broken(tensor: Any) -> int:
-    return int(np.count_nonzero(~np.isfinite(tensor.numpy())))
 
 
 def _restore(trainer: RunView, task: TaskModule) -> str:
@@ -162,7 +141,7 @@ def _restore(trainer: RunView, task: TaskModule) -> str:
             load_weights(task, path)
         except CheckpointError:
             continue  # removed or damaged since: perhaps an older one is there
-        if not any(_count_broken(each) for each in own.values()):
+        if trainer.not_finite() is None:
             return f"the task has the weights of {path} again"
     with flow.no_grad():
         for name, tensor in own.items():

@@ -54,6 +54,10 @@ class Callback:
     fires_last: bool = False
     """True puts this callback behind all others and the task (checkpointing callbacks)."""
 
+    watches_losses: bool = False
+    """True where it says itself what happens to a loss that is not finite: the engine then neither
+    warns of one nor ends a ``fit`` for it."""
+
     @property
     def idle_hooks(self) -> Sequence[str]:
         """Names of hooks that this object overrides, but has nothing to do at in a run to come.

@@ -74,6 +74,8 @@ class Metrics:
         self._stages: List[Stage] = []
         self._specs: Dict[Tuple[Any, ...], LogSpec] = {}
         self._known: Dict[str, float] = {}
+        self.newest_loss = 0.0
+        """The training loss that was read last, or what the task logs in its place."""
         self.progress_bar_names: Dict[str, None] = {}
         """The names logged with ``prog_bar=True``, in the order of their first log."""
 
@@ -227,6 +229,8 @@ class Metrics:
         for name, number in zip(names, numbers):
             spec, _ = stage.last[name]
             stage.last[name] = (spec, number)
+            if name == _LOSS.name and stage is self._stages[0]:
+                self.newest_loss = number
             self._publish(spec, spec.step_name, number)
 
     def _fold_pending(self, stage: Stage, others: Sequence[Any] = ()) -> List[float]:

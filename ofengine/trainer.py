@@ -6,17 +6,7 @@ import contextlib
 import logging
 import time
 from pathlib import Path
-from typing import (
-    Any,
-    Dict,
-    Iterator,
-    List,
-    Mapping,
-    Optional,
-    Sequence,
-    Tuple,
-    Union,
-)
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 from ofengine.callback import Callback
 from ofengine.checkpoint.file import write
@@ -33,6 +23,7 @@ from ofengine.checkpoint.weights import load_weights
 from ofengine.data.generators import states_in
 from ofengine.data.seeding import seed_everything
 from ofengine.defaults import add_rate_callback, configure_logging, make_callbacks, make_loggers
+from ofengine.errors import warn
 from ofengine.loggers import Logger
 from ofengine.rates.checks import check_rates
 from ofengine.rates.finder import LRFinder
@@ -44,13 +35,14 @@ from ofengine.rates.resume import POLICIES
 from ofengine.run import connect, course
 from ofengine.run.arguments import Limit, MaxTime, check_choice
 from ofengine.run.devices import move
+from ofengine.run.finite import Expected
 from ofengine.run.hooks import HookRunner
 from ofengine.run.loops import evaluation_loop, fit_loop
 from ofengine.run.mode import Mode
 from ofengine.run.settings import CHECKS, Settings, refuse_arguments
 from ofengine.run.state import Run
 from ofengine.run.verb import alone_in_training, carry_out
-from ofengine.run.view import RunView
+from ofengine.run.view import Content, RunView
 from ofengine.task import TaskModule
 from ofengine.trials.lr_find import lr_find
 from ofengine.trials.proof import Report
@@ -270,9 +262,13 @@ class Trainer(RunView):
 
     def save_checkpoint(self, path: Union[str, Path]) -> Path:
         """See :meth:`RunView.save_checkpoint`."""
-        return write(path, *self.checkpoint_content())
+        weights, state, metadata = content = self.checkpoint_content()
+        broken = None if state is None else self.not_finite(content)
+        if broken is not None:
+            warn(f"save_checkpoint({str(path)!r}) saves it, though {broken}.")
+        return write(path, weights, state, metadata)
 
-    def checkpoint_content(self) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]], Dict[str, Any]]:
+    def checkpoint_content(self) -> Content:
         """See :meth:`RunView.checkpoint_content`."""
         return content_of(self._run)
 
@@ -296,6 +292,7 @@ class Trainer(RunView):
         if resumed is not None:
             resumed.check(run, rates_on_resume)
             resumed.restore_run(run)
+        run.expected = Expected.of(task)
         hooks.fire("on_fit_start")
         if resumed is not None:
             resumed.restore_rates(run, rates_on_resume)

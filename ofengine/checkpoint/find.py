@@ -57,22 +57,33 @@ def find_checkpoint(
 ) -> Optional[Checkpoint]:
     """Read the file ``ckpt_path``; for "last" the furthest whole one, None where there is none.
 
+    One with weights that are not finite is "last" only where all are so.
+
     "last" looks only at files of the processes of ``supervised_by``, where that is given. The file
     "best" is that of the first callback that has one.
 
     Raises :class:`CheckpointError` where the file cannot be read, :class:`ConfigurationError`
     where there is no "best".
     """
-    if ckpt_path == "best":
-        return read(_best_file(run))
     if ckpt_path != "last":
-        return read(ckpt_path)
+        checkpoint = read(_best_file(run) if ckpt_path == "best" else ckpt_path)
+        broken = run.broken(checkpoint.weights)
+        if broken is not None:
+            warn(f"{checkpoint.path} is loaded as it is: {broken}.")
+        return checkpoint
+    furthest: Optional[Checkpoint] = None
     for found in _newest_first(_files_of_runs(run, supervised_by)):
         try:
-            return read(found.path)
+            checkpoint = read(found.path)
         except CheckpointError as error:
             warn(f"ckpt_path='last' passes over a checkpoint: {error}")
-    return None
+            continue
+        broken = run.broken(checkpoint.weights)
+        if broken is None:
+            return checkpoint
+        warn(f"ckpt_path='last' takes {found.path} only where there is no better: {broken}.")
+        furthest = furthest or checkpoint
+    return furthest
 
 
 def weights_file(run: Run, ckpt_path: Union[str, Path]) -> Path:

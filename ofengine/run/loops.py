@@ -14,6 +14,7 @@ from ofengine.modes.labels import LabelWatch, checking
 from ofengine.run import course, report
 from ofengine.run.connect import STEP_OF_STAGE
 from ofengine.run.hooks import HookRunner
+from ofengine.run.losses import LossWatch, warn_of_metrics
 from ofengine.run.mode import Mode
 from ofengine.run.progress import Point
 from ofengine.run.state import Run
@@ -43,6 +44,7 @@ def fit_loop(
     mode, progress, metrics = run.training_mode, run.progress, run.metrics
     validate = _Validation(run, hooks, eval_mode, validation)
     labels = LabelWatch(run.task, run.settings.mode, mode.train_step)
+    losses = LossWatch(run, labels)
     note_start(run)
     if resumed is None:
         _sanity_check(validate)
@@ -66,17 +68,20 @@ def fit_loop(
             course.begin_epoch(run, train)
             hooks.fire("on_train_epoch_start")
         course.refresh_parameters(run)
-        _train_epoch(run, hooks, train, validate, entry, labels)
+        _train_epoch(run, hooks, train, validate, entry, labels, losses)
         entry = None
         mode.settle()
         report.log_metrics(run, metrics.close_epoch())
+        losses.read(metrics.newest_loss)
         progress.point = Point.EPOCH_END
         hooks.fire("on_train_epoch_end")
+        losses.epoch_ended()
         _end_epoch(run)
     progress.point = Point.OVER
     course.note_layers_in_eval_mode(run)
     hooks.fire("on_train_end")
     report.log_metrics(run, metrics.close_epoch())  # what that hook logged
+    losses.training_ended()
     metrics.end()
 
 
@@ -94,6 +99,7 @@ def _train_epoch(
     validate: _Validation,
     entry: Optional[Entry],
     labels: LabelWatch,
+    losses: LossWatch,
 ) -> None:
     # Everything that stays the same from batch to batch is looked up here, once.
     hooks.look_again("on_train_batch_start", "on_train_batch_end")
@@ -108,7 +114,9 @@ def _train_epoch(
     interrupts = run.interrupts
     last_expected = (run.rates.calendar.batches_per_epoch or 0) - 1
     waiting: Any = None
-    next_wait = 0
+    waiting_place = next_wait = 0
+    losses.begin_epoch()
+    keep_loss = losses.unread.append
     batch_idx = -1
     steps = train.steps(settings.accumulate_grad_batches, entry.data if entry else None)
     if entry is not None:
@@ -126,7 +134,8 @@ def _train_epoch(
             progress.global_step += closes
             progress.batches_seen += 1
             progress.point = _STEPPED
-            stage.batch, stage.loss = batch, outputs["loss"]
+            stage.batch, stage.loss = batch, loss = batch, outputs["loss"]
+            keep_loss(loss)
             if logged:
                 commit(batch)
             for call in batch_end:
@@ -138,14 +147,14 @@ def _train_epoch(
                     step = labels.step()
                     course.check_all_train(run)  # the step may have made a layer
                 if waiting is not None:  # not item(): it spins, and takes the core from the device
-                    step = labels.read(waiting.numpy())
-                waiting = outputs["loss"]
+                    step = losses.read(waiting.numpy(), waiting_place)
+                waiting, waiting_place = outputs["loss"], len(losses.unread)
                 next_wait = batch_idx + _run_ahead(batch)
         if closes and progress.point is _STEPPED:  # a resumed run may be beyond it
             if progress.global_step % log_every == 0:
                 report.log_step(run)
                 waiting = None  # that has waited for this step
-                step = labels.read(run.metrics.progress_bar.get("loss", 0.0))
+                step = losses.read(run.metrics.newest_loss)
             if observes_steps:
                 course.observe_metric(run, "step", progress.global_step)
         if (
@@ -276,6 +285,7 @@ def evaluation_loop(
         if not run.sanity_checking:
             all_loaders = {name: value for result in results for name, value in result.items()}
             report.log_metrics(run, all_loaders)
+            warn_of_metrics(run, stage, all_loaders)
         hooks.fire(f"on_{stage}_end")
     return results, predictions
 

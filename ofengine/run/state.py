@@ -17,6 +17,7 @@ from ofengine.metrics import Metrics
 from ofengine.processes.interrupts import InterruptGuard
 from ofengine.rates.optimizers import Optimization
 from ofengine.rates.plan import RatePlan
+from ofengine.run.finite import Expected
 from ofengine.run.mode import Mode
 from ofengine.run.progress import Point, Progress
 from ofengine.run.settings import Settings
@@ -75,8 +76,12 @@ class Run:
     has_validation: bool = False
     should_stop: bool = False
     sanity_checking: bool = False
+    told_not_finite: bool = False
+    """True where the verb has warned of a loss or of metrics that are not finite."""
     evaluation_batches: Optional[int] = None
     """Batches in the evaluation going on, over all its dataloaders; None where not known."""
+    expected: Optional[Expected] = None
+    """What of the task was finite when its training began, and is to stay so."""
     weights_aside: State = attrs.Factory(dict)
     """Training's weights, by name, while a callback has others in the task."""
 
@@ -136,6 +141,15 @@ class Run:
         """Seconds since training began, those before a resumption included."""
         now = time.monotonic()
         return self.seconds_before + (0.0 if self.begun_at is None else now - self.begun_at)
+
+    def broken(
+        self, weights: Optional[State] = None, state: Optional[State] = None
+    ) -> Optional[str]:
+        """What is not finite, though it was, of the task or of a checkpoint's content, in words."""
+        expected = Expected.of(self.task) if self.expected is None else self.expected
+        if weights is None:
+            return expected.broken(self.task.state_dict())
+        return expected.broken_content(weights, state)
 
     # ------------------------------------------------------------------ does it go on?
 

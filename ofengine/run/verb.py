@@ -70,7 +70,7 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
     }
     if verb == "fit":
         run.mode = modes[settings.mode]
-    run.interrupts = InterruptGuard()
+    run.interrupts, run.told_not_finite = InterruptGuard(), False
     status = "failed"
     with CrashReport(), run.interrupts:
         try:

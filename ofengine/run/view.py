@@ -20,6 +20,9 @@ from ofengine.run.settings import Settings
 from ofengine.run.state import Run
 from ofengine.tracing import forbid_in_trace
 
+Content = Tuple[Dict[str, Any], Optional[Dict[str, Any]], Dict[str, Any]]
+"""Weights, state of the run, and metadata of a checkpoint."""
+
 
 class RunView:
     """The ``trainer`` that hooks are given and ``self.trainer`` of a task.
@@ -304,6 +307,16 @@ class RunView:
         if self._run.mode is not None:
             self._run.mode.settle()
 
+    def not_finite(self, content: Optional[Content] = None) -> Optional[str]:
+        """What of the task's weights is not finite, in words; None where all are as they should be.
+
+        Or of ``content``, which :meth:`checkpoint_content` gave, the optimizer's state included.
+        What was infinite when training began, such as a mask, may be so. Waits for the device.
+        """
+        if content is None:
+            return self._run.broken()
+        return self._run.broken(content[0], content[1])
+
     def default_train_graph(self) -> nn.Graph:
         """What ``TaskModule.build_graph`` returns unless it is overridden."""
         return self._run.training_mode.default_train_graph()
@@ -324,6 +337,6 @@ class RunView:
         """
         raise ConfigurationError("this run cannot be saved.")
 
-    def checkpoint_content(self) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]], Dict[str, Any]]:
+    def checkpoint_content(self) -> Content:
         """The weights, the state of the run, and the metadata of a checkpoint of this moment."""
         raise ConfigurationError("this run cannot be saved.")

@@ -42,6 +42,8 @@ class _Sweep(LRScheduler):
 class _Recorder(Callback):
     """Reads the loss at every step, and stops where it grows too large."""
 
+    watches_losses = True
+
     def __init__(self, threshold: Optional[float]) -> None:
         self.rates: List[float] = []
         self.losses: List[float] = []

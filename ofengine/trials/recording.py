@@ -45,6 +45,7 @@ class Recorder(Callback):
     """
 
     fires_last = True
+    watches_losses = True
 
     def __init__(
         self, save_to: Optional[Path] = None, save_after: int = 0, whole_at: Optional[int] = None
