@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
+import operator
 from typing import Any, Callable, Iterable, Iterator, List, Optional, Tuple
 
 import attrs
@@ -45,6 +47,7 @@ class _Stepped:
 
 STEPPED: Any = _Stepped()
 _NONE: Any = object()
+_BATCH = operator.itemgetter(0)
 
 
 @attrs.frozen
@@ -118,6 +121,7 @@ class Batches:
         for a list."""
         self.order = Order()
         """What the batches of the last pass are made of, where that is known."""
+        self._numbers = itertools.count()
 
     def __iter__(self) -> Iterator[Any]:
         """The batches of one pass, on the device."""
@@ -138,12 +142,15 @@ class Batches:
         self.order = Order()
         batches = open_source(self.source, skipped, self.pass_seed, self.order)
         if isinstance(self.source, DataLoader):
-            batches = ended_by_its_own(batches, self.source, self.what)
+            batches = ended_by_its_own(batches, self.source, self.what, skipped)
+        if self.device.type != "cpu":
+            batches = (to_device(batch, self.device) for batch in batches)
+        # Counted in C: where a batch cannot be had, its number is not taken.
+        self._numbers = itertools.count(skipped)
+        batches = map(_BATCH, zip(batches, self._numbers))
         if self.count is not None:
             limited = itertools.islice(batches, self.count - skipped)
             batches = itertools.chain(limited, self._surplus(batches))
-        if self.device.type != "cpu":
-            batches = (to_device(batch, self.device) for batch in batches)
         if self.keep:
             self._kept = _listed(batches)
             return iter(self._kept)
@@ -162,7 +169,13 @@ class Batches:
 
     def first(self, most: Optional[int]) -> Iterator[Any]:
         """At most so many batches of a pass, no further one being fetched; None for all."""
-        return iter(self) if most is None else itertools.islice(self, most)
+        # A generator, whose frame tells a batch that cannot be had from a step that fails.
+        yield from self if most is None else itertools.islice(self, most)
+
+    @property
+    def number_to_come(self) -> int:
+        """The number, in the pass, of the batch that is fetched next, or could not be."""
+        return next(copy.copy(self._numbers))
 
     def check_given(self, batches: int, at: str) -> None:
         """Say so where a whole pass gave no batch, or fewer than its length tells of.

@@ -47,6 +47,14 @@ class Order:
         self.note = self._given.append
         """Takes (index of the batch in the pass, what it is made of)."""
 
+    def samples(self, batch_idx: int) -> str:
+        """Which samples the batch at this index is made of, as "samples 4, 5"; "" if not known."""
+        indices = next((each for number, each in self._given if number == batch_idx), None)
+        if indices is None:
+            return ""
+        listed = indices[:] if isinstance(indices, list) else [indices]
+        return f"samples {', '.join(map(str, listed[:8]))}{', ...' if listed[8:] else ''}"
+
     def digest(self, batch_idx: int) -> Optional[str]:
         """What tells the samples of the batch at this index of the pass; None where not known."""
         indices = next((each for number, each in self._given if number == batch_idx), None)

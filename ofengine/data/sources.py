@@ -112,8 +112,10 @@ def _takes_an_epoch(method: Any, owner: Any) -> bool:
 # ---------------------------------------------------------------------- the end of the data
 
 
-def ended_by_its_own(batches: Iterator[Any], source: DataLoader, what: str) -> Iterator[Any]:
-    """The batches of a DataLoader; raises where its end is an accident.
+def ended_by_its_own(
+    batches: Iterator[Any], source: DataLoader, what: str, number: int
+) -> Iterator[Any]:
+    """The batches of a DataLoader, from that ``number`` on; raises where its end is an accident.
 
     A StopIteration that escapes from a dataset's ``__getitem__`` or from ``collate_fn``, in a
     worker process too, looks to whoever asks for the next batch like the end of the data.
@@ -126,10 +128,12 @@ def ended_by_its_own(batches: Iterator[Any], source: DataLoader, what: str) -> I
             if where is None:
                 return
             raise DataError(
-                f"the dataset or collate_fn of {what} raised StopIteration{where}, which would end "
-                "the epoch there: give next() a default, or catch the StopIteration."
+                f"the dataset or collate_fn of {what} raised StopIteration{where}, in batch "
+                f"{number}, which would end the epoch there: give next() a default, or catch the "
+                "StopIteration."
             ) from stop
         yield batch
+        number += 1
 
 
 def _accident(stop: StopIteration, iterable: bool) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, Iterator, List, NamedTuple, Tuple
 
 import numpy as np
@@ -53,6 +54,52 @@ def _first_dimension(batch: Any) -> int:
     elif not isinstance(batch, (list, tuple)):
         return 0
     return next((size for size in map(_first_dimension, batch) if size), 0)
+
+
+def shapes_of(batch: Any) -> Any:
+    """The shapes of the tensors and arrays in ``batch``, nested. Asked at each step, so quick."""
+    kind = type(batch)
+    if kind is flow.Tensor:
+        return batch.shape
+    if kind is tuple or kind is list:
+        return [each.shape if type(each) is flow.Tensor else shapes_of(each) for each in batch]
+    if isinstance(batch, (list, tuple)):
+        return [shapes_of(each) for each in batch]
+    if isinstance(batch, dict):
+        return [shapes_of(each) for each in batch.values()]
+    return batch.shape if isinstance(batch, (flow.Tensor, np.ndarray)) else None
+
+
+def is_empty(batch: Any) -> bool:
+    """True where ``batch`` holds no sample: nothing at all, or empty tensors and arrays alone."""
+    if isinstance(batch, (list, tuple, dict)) and not batch:
+        return True
+    shapes = [shape for _, shape, _ in _leaves(batch) if shape]
+    return bool(shapes) and all(0 in shape for shape in shapes)
+
+
+def size_of(batch: Any) -> int:
+    """How many numbers the tensors and arrays in ``batch`` hold."""
+    return sum(math.prod(shape) for _, shape, _ in _leaves(batch))
+
+
+def describe_shapes(batch: Any) -> str:
+    """The tensors and arrays in ``batch`` as "[8, 3, 32, 32] float32, [8] int64"."""
+    leaves = [f"{name} {list(shape)} {dtype}".lstrip() for name, shape, dtype in _leaves(batch)]
+    some = ", ".join(leaves[:8]) + (f" and {len(leaves) - 8} more" if leaves[8:] else "")
+    return some or describe(batch)
+
+
+def _leaves(batch: Any, name: str = "") -> Iterator[Tuple[str, Tuple[int, ...], str]]:
+    """(name in a dict, shape, dtype) of the tensors and arrays in ``batch``."""
+    if isinstance(batch, (flow.Tensor, np.ndarray)):
+        yield name, tuple(batch.shape), str(batch.dtype).replace("oneflow.", "")
+    elif isinstance(batch, dict):
+        for key, value in batch.items():
+            yield from _leaves(value, str(key))
+    elif isinstance(batch, (list, tuple)):
+        for value in batch:
+            yield from _leaves(value, name)
 
 
 class Structure(NamedTuple):

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import mmap
 import os
 import signal
 import subprocess
 from types import TracebackType
 from typing import Optional, Type
 
-from ofengine.processes.supervisor import tries
+from ofengine.processes.supervisor import place_file, tries
 
 ADVICE = (
     "ofengine: the process died in native code, OneFlow's most likely, while Python was where the "
@@ -29,9 +30,48 @@ _SCRIPT = """
 if IFS= read -r line; then
     printf '%s\\n' "$line"
     cat
+    place=$(tail -c +9 "$2" | tr -d '\\000')
+    if [ -n "$place" ]; then
+        printf '\\nofengine: Python had come to batch %s %s\\n' $(od -An -td8 -N8 "$2") "$place"
+    fi
     printf '\\n%s\\n' "$1"
 fi
 """
+SIZE = 4096
+
+
+class Place:
+    """At which batch a run is, in memory that outlives the process where it is a file's.
+
+    Args:
+        file: the descriptor of a file of :data:`SIZE` bytes, which may be closed then; None for
+            memory that nobody else reads.
+
+    Attributes:
+        batch: its one item is the number of the batch; written at every step.
+    """
+
+    def __init__(self, file: Optional[int] = None) -> None:
+        self._memory = mmap.mmap(-1 if file is None else file, SIZE)
+        self.batch = memoryview(self._memory)[:8].cast("q")
+        self._largest = 0, ""
+
+    def note(self, of: str, shapes: str, size: int) -> None:
+        """Note a batch that has other ``shapes``, and another ``size``, than the one before.
+
+        ``of`` is what follows its number in a sentence.
+        """
+        text = f"{of}: {shapes}; the device may be behind"
+        if self._largest[0] > size:
+            text += f", and the largest before was batch {self._largest[1]}"
+        else:
+            self._largest = size, f"{self.batch[0]} {of}: {shapes}"
+        self._memory[8:] = text.encode("utf-8", "replace")[: SIZE - 8].ljust(SIZE - 8, b"\0")
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self.batch.release()
+        self._memory.close()
 
 
 class CrashReport:
@@ -42,10 +82,14 @@ class CrashReport:
 
     Args:
         advice: the sentence after the traceback.
+
+    Attributes:
+        place: what is noted there is said too.
     """
 
     def __init__(self, advice: str = ADVICE) -> None:
         self._advice = advice
+        self.place = Place()
         self._pipe: Optional[int] = None
         self._reader: Optional[subprocess.Popen[bytes]] = None
         self._enabled = False
@@ -55,6 +99,8 @@ class CrashReport:
             return self
         if tries() is None:
             self._start_reader()
+        else:
+            self._tell_supervisor()
         # Descriptor 2, whatever sys.stderr is: a notebook's or pytest's has none.
         target = 2 if self._pipe is None else self._pipe
         with contextlib.suppress(OSError, ValueError):
@@ -81,21 +127,33 @@ class CrashReport:
         if self._pipe is not None:
             os.close(self._pipe)
             self._pipe = None
+        self.place.close()
+
+    def _tell_supervisor(self) -> None:
+        """What is noted, a supervisor says."""
+        file = place_file()
+        if file is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self.place = Place(file)
 
     def _start_reader(self) -> None:
         """Start the process that passes on a traceback and adds the advice, where that works."""
         out: Optional[int] = None
         read: Optional[int] = None
         write: Optional[int] = None
+        noted: Optional[int] = None
         try:
             out = os.dup(2)  # fails where descriptor 2 is closed
             read, write = os.pipe()
+            noted = os.memfd_create("ofengine-place")
+            os.truncate(noted, SIZE)
             self._reader = subprocess.Popen(
-                ["/bin/sh", "-c", _SCRIPT, "sh", self._advice],
+                ["/bin/sh", "-c", _SCRIPT, "sh", self._advice, f"/dev/fd/{noted}"],
                 stdin=read,
                 stdout=out,
                 stderr=subprocess.DEVNULL,
                 env={"LC_ALL": "C", "PATH": os.defpath},
+                pass_fds=(noted,),
                 start_new_session=True,  # a Ctrl-C meant for Python must not end it
             )
         except OSError:
@@ -103,7 +161,8 @@ class CrashReport:
                 os.close(write)
         else:
             self._pipe = write
+            self.place = Place(noted)
         finally:
-            for each in (out, read):
+            for each in (out, read, noted):
                 if each is not None:
                     os.close(each)

@@ -29,6 +29,8 @@ import time
 from typing import Callable, Dict, FrozenSet, List, NoReturn, Optional
 
 _VARIABLE = "OFENGINE_SUPERVISED"
+_PLACE = "OFENGINE_PLACE"
+"""The descriptor of what a supervised run notes of where it is, see :mod:`.crash_report`."""
 _FOLDER = os.getcwd()
 """Where the process was started, unless the script changed folders before importing ofengine."""
 
@@ -69,6 +71,12 @@ def supervised_by() -> str:
     """What tells the supervisor of this process from all others; "" without one."""
     told = _told()
     return "" if told is None else ":".join(told[1:])
+
+
+def place_file() -> Optional[int]:
+    """Where a supervised process notes at which batch it is; None without a supervisor."""
+    file = os.environ.get(_PLACE, "")
+    return int(file) if tries() is not None and file.isdigit() else None
 
 
 def _told() -> Optional[List[str]]:
@@ -181,8 +189,13 @@ def _run(restarts: int, folder: str, command: List[str]) -> int:
     stopped, started = False, time.time()
     for number in range(1, restarts + 2):
         environment = {**os.environ, _VARIABLE: f"{number}:{os.getpid()}:{started}"}
+        place = os.memfd_create("ofengine-place")
+        os.truncate(place, 4096)
+        environment[_PLACE] = str(place)
         begun = time.monotonic()
-        child = subprocess.Popen(command, cwd=folder, env=environment, preexec_fn=prepare)
+        child = subprocess.Popen(
+            command, cwd=folder, env=environment, preexec_fn=prepare, pass_fds=(place,)
+        )
         stopped = _wait_for(child, waited_for) or stopped
         code, seconds = child.returncode, time.monotonic() - begun
         if code >= 0:
@@ -190,13 +203,21 @@ def _run(restarts: int, folder: str, command: List[str]) -> int:
         if stopped or -code not in CRASHES:
             return 128 - code
         died = f"training died of {signal.Signals(-code).name} ({CRASHES[-code]})"
-        died = f"ofengine: {died} after {_duration(seconds)}"
+        died = f"ofengine: {died} after {_duration(seconds)}{_place_in(place)}"
+        os.close(place)
         if number > restarts:
             _say(f"{died}, and no restart is left of {restarts}. Giving up.")
             return 128 - code
         left = restarts - number
         _say(f"{died}. It starts again from the last checkpoint; restarts left after that: {left}.")
     raise AssertionError("not reached")
+
+
+def _place_in(file: int) -> str:
+    """At which batch the child was, as it noted in ``file``."""
+    noted = os.pread(file, 4096, 0)
+    text = noted[8:].rstrip(b"\0").decode("utf-8", "replace")
+    return f" at batch {int.from_bytes(noted[:8], sys.byteorder)} {text}" if text else ""
 
 
 def _wait_for(child: subprocess.Popen[bytes], waited_for: FrozenSet[signal.Signals]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from typing import Iterator, List
+from typing import Any, Iterator, List
 
 from oneflow import nn
 from oneflow.nn.optimizer.lr_scheduler import LRScheduler
@@ -14,6 +14,7 @@ from ofengine.checkpoint.snapshot import before_validation
 from ofengine.data.batches import Batches
 from ofengine.data.seeding import seed_epoch
 from ofengine.data.sources import describe_once
+from ofengine.data.structure import describe_shapes, is_empty, size_of
 from ofengine.errors import DataError, RateError
 from ofengine.rates.counted import is_counted
 from ofengine.run.progress import Point
@@ -28,6 +29,20 @@ def validation_is_due(run: Run, batch_idx: int, is_last: bool) -> bool:
         return False
     every = run.batches_between_validations
     return is_last if every is None else (batch_idx + 1) % every == 0
+
+
+def note_batch(run: Run, what: str, batch_idx: int, batch: Any, at: str = "") -> None:
+    """Note a batch of other shapes than the one before, for whoever speaks after a crash.
+
+    Raises :class:`DataError` where it holds no sample.
+    """
+    shapes = describe_shapes(batch)
+    if is_empty(batch):
+        raise DataError(
+            f"batch {batch_idx} of {what}{at} holds no sample ({shapes}): leave it out where "
+            "batches are made, in the sampler, the collate_fn or the list."
+        )
+    run.place.note(f"of {what}{at}", shapes, size_of(batch))
 
 
 def epoch_outgrew(run: Run) -> None:

@@ -1,13 +1,18 @@
-"""Whose code an exception comes from, in a word."""
+"""Whose code an exception comes from, and at which batch, in a sentence."""
 
 from __future__ import annotations
 
 import logging
-import os
+import re
 import traceback
-from typing import Optional
+from types import FrameType
+from typing import Any, Dict, Iterator, Optional
+
+import attrs
 
 from ofengine.callback import Callback
+from ofengine.data.batches import Batches
+from ofengine.data.structure import describe_shapes
 from ofengine.errors import OFEngineError
 from ofengine.lines import user_line
 from ofengine.loggers.base import Logger
@@ -17,35 +22,87 @@ from ofengine.task import TaskModule
 
 log = logging.getLogger("ofengine")
 
-_LOADING = os.path.join("ofengine", "data", "")
+_LOOPS = "ofengine.run.loops"
+_MEMORY = re.compile(
+    r"out of memory|allocate failed|bad_alloc|cannot allocate|cudaErrorMemoryAllocation", re.I
+)
+"""What OneFlow, CUDA and the system say of memory that is not there."""
 
 
-def culprit_of(error: BaseException) -> Optional[str]:
-    """``Class.method`` of the outermost callback, logger or task in the traceback of ``error``.
+@attrs.define
+class _Place:
+    """Where the traceback of an error leads through.
 
-    "the dataloader" where the exception came while a batch was fetched; None where neither.
+    Attributes:
+        culprit: ``Class.method`` of the outermost callback, logger or task; "" for none.
+        loader: what a batch was being fetched from; None where none was.
+        loop: the innermost frame of a loop over batches.
     """
-    loading = False
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        code = frame.f_code
-        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-        if isinstance(owner, (Callback, Logger, TaskModule)):
-            return f"{type(owner).__name__}.{code.co_name}"
-        loading = loading or _LOADING in code.co_filename
-    return "the dataloader" if loading else None
+
+    culprit: str = ""
+    loader: Optional[Batches] = None
+    loop: Optional[FrameType] = None
+
+    @classmethod
+    def of(cls, error: BaseException) -> _Place:
+        place = cls()
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            code = frame.f_code
+            owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+            if isinstance(owner, (Callback, Logger, TaskModule)):
+                place.culprit = place.culprit or f"{type(owner).__name__}.{code.co_name}"
+            elif isinstance(owner, Batches) and code.co_name != "__init__":
+                place.loader = owner
+            elif frame.f_globals.get("__name__") == _LOOPS and "batch_idx" in frame.f_locals:
+                place.loop = frame
+        return place
+
+    def in_words(self, at: Progress) -> str:
+        """At which batch that was."""
+        local: Dict[str, Any] = self.loop.f_locals if self.loop is not None else {}
+        stage = local.get("stage")  # a name in an evaluation alone
+        evaluates = isinstance(stage, str)
+        step = f"(after step {at.global_step})"
+        if self.loader is not None:
+            number = self.loader.number_to_come
+            samples = self.loader.order.samples(number)
+            text = f"batch {number} of {self.loader.what}{f' ({samples})' * bool(samples)}"
+        elif evaluates:
+            text = f"batch {local['batch_idx']} of {local['loader'].what}"
+        else:
+            return f"in epoch {at.epoch}, batch {at.batch_idx} {step}"
+        in_fit = not evaluates or (stage == "validation" and at.batches_seen)
+        return f"in {text}" + (f", in epoch {at.epoch} {step}" if in_fit else "")
+
+    def shapes(self) -> str:
+        """What the batch at hand is made of; "" where none is."""
+        batch = None if self.loop is None else self.loop.f_locals.get("batch")
+        return "" if batch is None or self.loader is not None else describe_shapes(batch)
 
 
 def tell_culprit(error: BaseException, at: Progress) -> None:
     """Log whose code raised ``error``, and where in the run."""
-    if isinstance(error, (OFEngineError, KeyboardInterrupt, SystemExit)):
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
         return  # they speak for themselves
-    culprit = culprit_of(error)
-    if culprit is not None:
+    place = _Place.of(error)
+    if any(isinstance(each, MemoryError) or _MEMORY.search(str(each)) for each in _chain(error)):
+        of = f": the batch holds {place.shapes()}" if place.shapes() else ""
         log.error(
-            "%s raised %s in epoch %d, batch %d (after step %d).",
-            culprit, type(error).__name__, at.epoch, at.batch_idx, at.global_step,
+            "memory ran out %s%s. Take smaller batches, with accumulate_grad_batches to average "
+            "over as many samples as before.", place.in_words(at), of,
         )  # fmt: skip
+    if isinstance(error, OFEngineError):
+        return
+    culprit = place.culprit or ("" if place.loader is None else "the dataloader")
+    if culprit:
+        log.error("%s raised %s %s.", culprit, type(error).__name__, place.in_words(at))
     within = error_in_property(error)
     if within is not None:
         line = user_line(within.__traceback__)
         log.error("The %s comes from a property, at %s: %s.", type(error).__name__, line, within)
+
+
+def _chain(error: Optional[BaseException]) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__

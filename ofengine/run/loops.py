@@ -10,6 +10,7 @@ import oneflow as flow
 from ofengine.checkpoint.resume import Entry, Resumed
 from ofengine.checkpoint.snapshot import note_start
 from ofengine.data.batches import STEPPED, Batches
+from ofengine.data.structure import shapes_of
 from ofengine.modes.labels import LabelWatch, checking
 from ofengine.run import course, report
 from ofengine.run.connect import STEP_OF_STAGE
@@ -30,6 +31,8 @@ _BYTES_AHEAD = 64 * 1024 * 1024
 # In a step, a name costs less than a look into an enum.
 _STEP, _STEPPED, _READY = Point.STEP, Point.STEPPED, Point.READY
 _VALIDATION_IS_OVER = (Point.VALIDATED, Point.READY)
+_NONE_YET = object()
+"""In the place of the shapes of the batch before."""
 
 
 def fit_loop(
@@ -117,6 +120,8 @@ def _train_epoch(
     waiting_place = next_wait = 0
     losses.begin_epoch()
     keep_loss = losses.unread.append
+    shapes: Any = _NONE_YET
+    place, in_epoch = run.place.batch, f" in epoch {progress.epoch}"
     batch_idx = -1
     steps = train.steps(settings.accumulate_grad_batches, entry.data if entry else None)
     if entry is not None:
@@ -125,6 +130,10 @@ def _train_epoch(
     for batch_idx, batch, window, closes, is_last in steps:
         progress.batch_idx = batch_idx
         if batch is not STEPPED:
+            place[0] = batch_idx
+            if shapes_of(batch) != shapes:
+                course.note_batch(run, train.what, batch_idx, batch, in_epoch)
+                shapes = shapes_of(batch)
             progress.point = _STEP
             if batch_idx == last_expected and not is_last:
                 course.epoch_outgrew(run)
@@ -164,6 +173,7 @@ def _train_epoch(
         ):
             course.begin_validation(run, validate.loaders)
             validate()
+            shapes = _NONE_YET  # those noted are of validation
         progress.point = _READY
         if interrupts.received is not None:
             interrupts.check()
@@ -305,9 +315,15 @@ def _evaluate(
     step_name = STEP_OF_STAGE[stage]
     step = checking(run.task, run.settings.eval_mode, mode.eval_step)
     predicted: List[Any] = []
+    shapes: Any = _NONE_YET
+    place = run.place.batch
     batch_idx = -1
     taken = _least(run, loader, most)
     for batch_idx, batch in enumerate(loader.first(taken)):
+        place[0] = batch_idx
+        if shapes_of(batch) != shapes:
+            course.note_batch(run, loader.what, batch_idx, batch)
+            shapes = shapes_of(batch)
         for call in batch_start:
             call(batch, batch_idx, loader_idx)
         outputs = step(step_name, batch, batch_idx, loader_idx)

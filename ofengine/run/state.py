@@ -14,6 +14,7 @@ from ofengine.data.batches import Batches
 from ofengine.errors import ConfigurationError
 from ofengine.loggers.base import Logger
 from ofengine.metrics import Metrics
+from ofengine.processes.crash_report import Place
 from ofengine.processes.interrupts import InterruptGuard
 from ofengine.rates.optimizers import Optimization
 from ofengine.rates.plan import RatePlan
@@ -41,6 +42,8 @@ class Run:
     progress: Progress = attrs.Factory(Progress)
     metrics: Metrics = attrs.Factory(Metrics)
     interrupts: InterruptGuard = attrs.Factory(InterruptGuard)
+    place: Place = attrs.Factory(Place)
+    """Where it is, for whoever speaks after a crash."""
     id: str = attrs.Factory(_new_id)
     sitting: int = 0
     """How often the run was resumed; more than in any file of it that was found then."""

@@ -72,7 +72,8 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
         run.mode = modes[settings.mode]
     run.interrupts, run.told_not_finite = InterruptGuard(), False
     status = "failed"
-    with CrashReport(), run.interrupts:
+    with CrashReport() as report, run.interrupts:
+        run.place = report.place
         try:
             hooks.fire("setup", verb)
             result = body(hooks, modes[settings.eval_mode])

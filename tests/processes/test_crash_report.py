@@ -30,7 +30,7 @@ import faulthandler, os, signal, sys
 from ofengine.processes.crash_report import CrashReport
 {before}
 def fit():
-    with CrashReport():
+    with CrashReport() as report:
         {inside}
 fit()
 print("after", faulthandler.is_enabled(), flush=True)
@@ -48,6 +48,24 @@ def test_a_crash_leaves_a_traceback_and_one_sentence(tmp_path: Path, name: str) 
     assert ", line 7 in fit\n" in done.stderr
     assert done.stderr.splitlines()[-1] == ADVICE
     assert done.stdout == ""
+
+
+def test_where_the_run_was_is_said_before_it(tmp_path: Path) -> None:
+    body = """
+report.place.batch[0] = 6
+report.place.note("of train_dataloader in epoch 2", "[4096, 3] float32", 12288)
+report.place.batch[0] = 7
+report.place.note("of train_dataloader in epoch 2", "[8, 3] float32", 24)
+report.place.batch[0] = 9
+os.kill(os.getpid(), signal.SIGABRT)
+"""
+    lines = run(tmp_path, body).stderr.splitlines()
+    assert lines[-1] == ADVICE
+    assert lines[-3] == (
+        "ofengine: Python had come to batch 9 of train_dataloader in epoch 2: [8, 3] float32; the "
+        "device may be behind, and the largest before was batch 6 of train_dataloader in epoch 2: "
+        "[4096, 3] float32"
+    )
 
 
 def test_forked_workers_do_not_keep_the_sentence_back(tmp_path: Path) -> None:
@@ -133,8 +151,10 @@ from ofengine.processes.crash_report import CrashReport
 
 if supervisor.tries() is None:
     supervisor.supervise(1)
-with CrashReport():
+with CrashReport() as report:
     if supervisor.tries() == 1:
+        report.place.batch[0] = 5
+        report.place.note("of train_dataloader in epoch 0", "[8, 3] float32", 24)
         os.kill(os.getpid(), signal.SIGSEGV)
 """
     )
@@ -142,4 +162,45 @@ with CrashReport():
     assert done.returncode == 0
     assert done.stderr.startswith("Fatal Python error: Segmentation fault")
     assert ADVICE not in done.stderr
-    assert "ofengine: training died of SIGSEGV" in done.stderr.splitlines()[-1]
+    said = done.stderr.splitlines()[-1]
+    assert "ofengine: training died of SIGSEGV" in said
+    assert " at batch 5 of train_dataloader in epoch 0: [8, 3] float32; the device" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_memory_that_runs_out_is_told_with_the_batch(tmp_path: Path, mode: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        """
+import resource, sys
+import oneflow as flow
+from oneflow import nn
+from ofengine import TaskModule, Trainer
+
+class Task(TaskModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+
+    def training_step(self, batch, batch_idx):
+        for _ in range(3):
+            batch = flow.relu(self.layer(batch))
+        return batch.mean()
+
+def batches():
+    for _ in range(3):
+        yield flow.ones(8, 64)
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 300_000_000,) * 2)
+    yield flow.ones(500_000, 64)
+
+Trainer(mode=sys.argv[1], max_epochs=1, device="cpu", logger=False).fit(Task(), batches())
+"""
+    )
+    done = run_python(script, mode, env=ENVIRONMENT, cwd=tmp_path)
+    assert done.returncode in (1, -signal.SIGABRT)  # a graph may still be told in time
+    assert "allocate failed" in done.stderr
+    told = "Python had come to batch 3 of" if done.returncode != 1 else "epoch 0, batch 3 (after"
+    assert told in done.stderr
+    assert "[500000, 64] float32" in done.stderr

@@ -140,13 +140,13 @@ def test_nowhere_in_a_step_is_the_project_more_than_6_frames_in_3_files_deep(
 
 @pytest.mark.parametrize(
     ("mode", "accumulate", "logs", "most"),
-    # Measured: 7, 14, 8, 18.5; each log() adds 9 in eager mode, 3.5 in a graph.
+    # Measured: 8, 15, 9, 19.5; each log() adds 10 in eager mode, 3.5 in a graph.
     [
         ("eager", 1, 0, 9),
         ("graph", 1, 0, 16),
         ("eager", 2, 0, 10),
         ("graph", 2, 0, 21),
-        ("eager", 1, 2, 28),
+        ("eager", 1, 2, 29),
         ("graph", 1, 2, 23),
     ],
 )
