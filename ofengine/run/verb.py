@@ -73,7 +73,7 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
     run.interrupts, run.told_not_finite = InterruptGuard(), False
     status = "failed"
     with CrashReport() as report, run.interrupts:
-        run.place = report.place
+        place_before, run.place = run.place, report.place
         try:
             hooks.fire("setup", verb)
             result = body(hooks, modes[settings.eval_mode])
@@ -87,6 +87,7 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
         finally:
             run.metrics.reset()
             run.train, run.validation, run.sanity_checking = None, [], False
+            run.place = place_before
             for mode in modes.values():
                 mode.close()
             # One that fails must not keep the others from theirs.
