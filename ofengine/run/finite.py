@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, FrozenSet, Iterator, Mapping, Optional, Set, Tuple
+from typing import Any, Dict, FrozenSet, Iterator, List, Mapping, Optional, Set, Tuple
 
 import attrs
 import numpy as np
+import oneflow as flow
 
 
 @attrs.frozen
@@ -32,7 +33,7 @@ class Expected:
         infinite: Set[str] = set()
         anything: Set[str] = set()
         tensors = task.state_dict()
-        for name, tensor in tensors.items():
+        for name, tensor in {} if _all_finite(tensors) else tensors.items():
             array = _odd(tensor)
             if array is None:
                 continue
@@ -47,6 +48,8 @@ class Expected:
 
         As "6 of the 6 numbers of 'stem.weight' are not finite".
         """
+        if _all_finite(tensors):
+            return None
         for name in dict.fromkeys((*self.parameters, *tensors)):
             if name in self.anything or name not in tensors:
                 continue
@@ -80,6 +83,39 @@ def _beside(state: Mapping[str, Any]) -> Iterator[Tuple[str, Any]]:
             yield f"the optimizer's {key} of {parameter!r}", tensor
     for parameter, gradient in state.get("gradients", {}).items():
         yield f"the gradient of {parameter!r}", gradient
+
+
+_MOST_AT_ONCE = 4_000_000
+
+
+def _all_finite(tensors: Mapping[str, Any]) -> bool:
+    """True where all numbers are finite: of tensors, many are read in one go."""
+    kinds: Dict[Any, List[Any]] = {}
+    for tensor in tensors.values():
+        if isinstance(tensor, np.ndarray):
+            if _odd(tensor) is not None:
+                return False
+        elif tensor.is_floating_point() and tensor.numel():
+            kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    with flow.no_grad():
+        return all(_odd(together) is None for each in kinds.values() for together in _packed(each))
+
+
+def _packed(tensors: List[Any]) -> Iterator[Any]:
+    """All numbers of ``tensors``, in few tensors of a bounded size; the large ones as they are."""
+    small: List[Any] = []
+    size = 0
+    for tensor in tensors:
+        if tensor.numel() >= _MOST_AT_ONCE:
+            yield tensor
+            continue
+        small.append(tensor.reshape(-1))
+        size += tensor.numel()
+        if size >= _MOST_AT_ONCE:
+            yield flow.cat(small)
+            small, size = [], 0
+    if small:
+        yield flow.cat(small)
 
 
 def _odd(tensor: Any) -> Optional[np.ndarray]:
