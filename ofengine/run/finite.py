@@ -28,7 +28,9 @@ class Expected:
 
     @classmethod
     def of(cls, task: Any) -> Expected:
-        """What is to be expected of ``task`` from now on."""
+        """What is to be expected of ``task`` from now on; without one, no NaN is."""
+        if task is None:
+            return cls((), frozenset(), frozenset(), frozenset())
         parameters = dict(task.named_parameters())
         infinite: Set[str] = set()
         anything: Set[str] = set()

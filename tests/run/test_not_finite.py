@@ -16,6 +16,7 @@ from oneflow import nn
 from ofengine import Callback, NonFiniteError, OFEngineWarning, TaskModule
 from ofengine.callbacks import ModelCheckpoint, TerminateOnNaN
 from ofengine.checkpoint import read
+from ofengine.run.finite import Expected
 
 NAN, INF = float("nan"), float("inf")
 
@@ -312,6 +313,12 @@ def test_a_file_that_is_not_finite_is_resumed_from_only_where_it_is_asked_for(
         else:
             with pytest.raises(NonFiniteError):
                 again.fit(Small(), Data(2, {}), ckpt_path=by_hand)
+
+
+def test_without_a_task_an_infinite_number_may_be_a_mask_s() -> None:
+    unknown = Expected.of(None)
+    assert unknown.broken({"a": np.array([INF, 1.0])}) is None
+    assert unknown.broken({"a": np.array([NAN, 1.0])}) == "1 of the 2 numbers of 'a' are not finite"
 
 
 def test_the_best_weights_come_back_and_the_fit_ends_well(mode: str, tmp_path: Path) -> None:
