@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import sys
 from time import monotonic
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 from tqdm.auto import tqdm
 
@@ -109,6 +111,16 @@ class Display:
         """Take everything away."""
 
 
+@contextlib.contextmanager
+def _terminal_may_be_closed() -> Iterator[None]:
+    """A run that goes on when its terminal is closed, as under nohup, must not fail for its bar."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+
+
 class Lines(Display):
     """Plain lines, few of them."""
 
@@ -131,7 +143,8 @@ class Lines(Display):
             self.write(f"{count.label}: " + ", ".join(filter(None, [done, count.speed, *words])))
 
     def write(self, line: str) -> None:
-        print(line, flush=True)
+        with _terminal_may_be_closed():
+            print(line, flush=True)
         self._written = monotonic()
 
 
@@ -192,8 +205,9 @@ class Bars(Display):
             bar.close()
 
     def write(self, line: str) -> None:
-        _Bar.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        with _terminal_may_be_closed():
+            _Bar.write(line, file=sys.stdout)
+            sys.stdout.flush()
 
     def close(self) -> None:
         for bar in self._bars:

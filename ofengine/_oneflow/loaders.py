@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from typing import Any, Callable, Iterator, List
+import signal
+import threading
+import time
+import weakref
+from typing import Any, Callable, Iterator, List, Optional
 
 import numpy as np
 import oneflow as flow
+from oneflow.multiprocessing import _prctl_pr_set_pdeathsig
 from oneflow.utils.data import DataLoader
+from oneflow.utils.data._utils.signal_handling import _remove_worker_pids
+from oneflow.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 SHARED_GENERATOR = inspect.signature(DataLoader.__init__).parameters["generator"].default
 """The one that all DataLoaders shuffle with that are given none."""
@@ -21,6 +29,7 @@ def open_with_indices(loader: Any, wrap: Callable[[Any], Any]) -> Iterator[Any]:
     vars(loader)[name] = wrapped  # the class forbids it by setattr
     kept = loader._iterator  # persistent workers' iterator has noted its sampler
     if kept is not None:
+        _opened[kept] = weakref.ref(loader)  # its workers may be older than the run
         kept._index_sampler = wrapped
         kept._status_reset = False  # or its first pass gives what it loaded when it was made
         # What an iterator draws when it is made, perhaps from the generator of the order.
@@ -36,6 +45,94 @@ def open_with_indices(loader: Any, wrap: Callable[[Any], Any]) -> Iterator[Any]:
 def forget_workers(loader: Any) -> None:
     """Let go of the worker processes that ``loader`` keeps alive."""
     loader._iterator = None
+
+
+_opened: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+"""The iterators with worker processes that were used in a run, and their loaders."""
+_runs = 0
+_runs_lock = threading.Lock()
+_init_of_class = _MultiProcessingDataLoaderIter.__init__
+
+
+@contextlib.contextmanager
+def workers_noted() -> Iterator[None]:
+    """While it is entered, the workers of every DataLoader are known to :func:`end_workers`.
+
+    That of a loader which a user's own iterable goes through, too. And signals that reach all
+    processes of a terminal or of a group are the run's to answer: its workers work on meanwhile.
+    """
+    global _runs
+    with _runs_lock:
+        _runs += 1
+        _MultiProcessingDataLoaderIter.__init__ = _init_noted
+    try:
+        yield
+    finally:
+        with _runs_lock:
+            _runs -= 1
+            if not _runs:
+                _MultiProcessingDataLoaderIter.__init__ = _init_of_class
+
+
+def _init_noted(iterator: Any, loader: Any) -> None:
+    _opened[iterator] = weakref.ref(loader)
+    own = loader.worker_init_fn
+    loader.worker_init_fn = _BeginsWorker(own)
+    try:
+        _init_of_class(iterator, loader)
+    finally:
+        loader.worker_init_fn = own
+
+
+class _BeginsWorker:
+    """What a worker process does first; a class, for a started Python is sent it by pickle."""
+
+    def __init__(self, own: Optional[Callable[[int], None]]) -> None:
+        self._own = own
+
+    def __call__(self, worker_id: int) -> None:
+        # OneFlow's own handler ends the worker, of which the run would die within a step. And it
+        # has the kernel send SIGINT where the run is gone, which would be ignored now.
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        _prctl_pr_set_pdeathsig(signal.SIGTERM)
+        if self._own is not None:
+            self._own(worker_id)
+
+
+def end_workers(seconds: float = 1.0) -> None:
+    """End the worker processes of all runs of this process; those that hang, after ``seconds``.
+
+    DataLoaders that keep theirs alive start new ones when they are gone through again.
+    """
+    workers: List[Any] = []
+    for iterator, loader in list(_opened.items()):
+        workers += getattr(iterator, "_workers", ())
+        _let_go(iterator, loader())
+    for worker in workers:
+        worker.terminate()
+    until = time.monotonic() + seconds
+    for worker in workers:
+        worker.join(max(0.0, until - time.monotonic()))
+    for worker in workers:
+        worker.kill()  # nothing where it has ended
+        worker.join()
+
+
+def _let_go(iterator: Any, loader: Any) -> None:
+    """Have ``iterator`` do nothing more about its workers, as where it has ended them itself."""
+    _opened.pop(iterator, None)
+    iterator._shutdown = True  # or it waits five seconds for each worker that hangs
+    if getattr(iterator, "_worker_pids_set", False):
+        iterator._worker_pids_set = False
+        with contextlib.suppress(ValueError):  # its own thread was quicker
+            _remove_worker_pids(id(iterator))  # or a worker's end is an error, wherever Python is
+    if hasattr(iterator, "_pin_memory_thread_done_event"):
+        iterator._pin_memory_thread_done_event.set()
+    for queue in getattr(iterator, "_index_queues", ()):
+        queue.close()
+    if loader is not None and loader._iterator is iterator:
+        forget_workers(loader)
 
 
 def collate(samples: List[Any]) -> Any:

@@ -1,21 +1,34 @@
-"""Ctrl-C and SIGTERM: finish the step, tell the callbacks, end with the right exit code."""
+"""Ctrl-C, SIGTERM, a closed terminal: finish the step, tell the callbacks, the right exit code."""
 
 from __future__ import annotations
 
+import _thread
+import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, Dict, Optional, Type
 
+from ofengine._oneflow.loaders import end_workers
 from ofengine._oneflow.session import restore_exit_code
+from ofengine.processes.signals import ENDING, keep_ignored, leave_closed_terminal
+
+_ONE = 1.0
+"""Seconds within which signals are one: a supervisor passes on what the group had already, a
+service manager sends SIGHUP behind SIGTERM, a shell repeats what the kernel said."""
+_PATIENCE = 2.0
+"""Seconds that the batch which is waited for may still take."""
 
 
 class InterruptGuard:
     """While it is entered, the first signal only sets a flag that :meth:`check` raises on.
 
-    SIGINT becomes ``KeyboardInterrupt`` (exit code 130), SIGTERM ``SystemExit(143)``. A second
-    signal raises at once. Outside the main thread, where Python allows no handlers, it does
-    nothing.
+    SIGINT becomes ``KeyboardInterrupt`` (exit code 130), SIGTERM ``SystemExit(143)``, and SIGHUP,
+    where nothing was set up for it, ``SystemExit(129)``. A second signal raises at once, unless it
+    comes within a second of the first. Where the run waits for a batch that does not come, it is
+    raised there after two seconds. Signals that are ignored stay so. Outside the main thread,
+    where Python allows no handlers, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -23,14 +36,25 @@ class InterruptGuard:
         """The signal that came, which :meth:`check` raises on."""
         self.hurried = False
         """True once a second signal came: nothing that takes time should be begun."""
+        self.waiting = False
+        """True while the run waits for a batch, between two moments that it can be saved at."""
         self._before: Dict[int, Any] = {}
+        self._process = 0
+        self._answered_at = 0.0
+        self._reminded = False
 
     def __enter__(self) -> InterruptGuard:
         restore_exit_code()
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) != signal.SIG_IGN:  # as in nohup
-                    self._before[number] = signal.signal(number, self._receive)
+            self._process = os.getpid()
+            keep_ignored()
+            for number in ENDING:
+                before = signal.getsignal(number)
+                if before == signal.SIG_IGN:  # as in nohup, and for jobs in the background
+                    continue
+                if number == signal.SIGHUP and before != signal.SIG_DFL:
+                    continue  # it means something else to this program, as to many a daemon
+                self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(
@@ -40,25 +64,65 @@ class InterruptGuard:
         trace: Optional[TracebackType],
     ) -> None:
         for number, handler in self._before.items():
-            # None: a handler in C, OneFlow's; it answers Ctrl-C with a segmentation fault.
-            ours = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-            signal.signal(number, ours if handler is None else handler)
+            signal.signal(number, _known(number, handler))
         self._before.clear()
 
     def _receive(self, number: int, frame: Optional[FrameType]) -> None:
-        if self.received is None:
-            self.received = number
-        else:
+        if os.getpid() != self._process:
+            # A process that was forked meanwhile, by a dataset perhaps, is none of the run's.
+            signal.signal(number, _known(number, self._before.get(number)))
+            os.kill(os.getpid(), number)
+        elif self.received is None:
+            self.received, self._answered_at = number, time.monotonic()
+            if number == signal.SIGHUP:
+                leave_closed_terminal()
+            _thread.start_new_thread(self._remind, (number,))
+        elif self._reminded:
+            self._reminded, self._answered_at = False, time.monotonic()
+            if self.waiting:
+                self._raise(self.received)
+        elif time.monotonic() - self._answered_at >= _ONE:
             self.hurried = True
             self._raise(number)
+
+    def _remind(self, number: int) -> None:
+        """In a thread: end workers that hang, and wake the main thread where it waits for them."""
+        time.sleep(_PATIENCE)
+        while self._before:
+            end_workers()
+            if self.waiting:
+                self._reminded = True
+                signal.pthread_kill(threading.main_thread().ident or 0, number)
+            time.sleep(_ONE)
 
     def check(self) -> None:
         """Raise where a signal came since the guard was entered."""
         if self.received is not None:
             self._raise(self.received)
 
+    def reason(self, error: BaseException) -> BaseException:
+        """What ends the run where ``error`` was raised: a signal, where a wait for a batch failed.
+
+        Workers may have had the same signal. Nothing that :attr:`waiting` allows is raised then.
+        """
+        waited, self.waiting = self.waiting, False
+        if waited and isinstance(error, Exception):
+            try:
+                self.check()
+            except (KeyboardInterrupt, SystemExit) as interrupt:
+                interrupt.__cause__ = error
+                return interrupt
+        return error
+
     @staticmethod
     def _raise(number: int) -> None:
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + number)
+
+
+def _known(number: int, handler: Any) -> Any:
+    """``handler``, or Python's own for None: OneFlow's, in C, which answers Ctrl-C with a crash."""
+    if handler is not None:
+        return handler
+    return signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL

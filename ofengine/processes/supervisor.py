@@ -12,13 +12,15 @@ What happens, step by step:
    resumes from the last checkpoint. However else the child ends, the supervisor ends with it.
 
 The supervisor stays in the child's process group, so that the terminal, Ctrl-C and Ctrl-Z work
-as always; signals sent to it alone are passed on; and the child dies when it is killed.
+as always; signals sent to it are passed on, and where they were sent to the whole group the
+child takes both for one; and the child dies when it is killed.
 
 What the script does before ``fit`` is done once more by each child: it should be repeatable.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -53,7 +55,8 @@ _PASSED_ON = (
     signal.SIGUSR2,
 )
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-_SI_KERNEL = 0x80  # si_code of a signal that the terminal sent, to the child as well
+_SI_KERNEL = 0x80
+"""What ``si_code`` is where the terminal sent the signal."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -96,6 +99,7 @@ def supervise(restarts: int) -> NoReturn:
             would be. Nothing has happened then.
     """
     from ofengine.errors import ConfigurationError  # not where this file runs as a script
+    from ofengine.processes.signals import keep_ignored
 
     problem = _why_not(restarts)
     if problem is not None:
@@ -105,6 +109,7 @@ def supervise(restarts: int) -> NoReturn:
         if stream is not None:
             stream.flush()
     _close_files_on_exec()
+    keep_ignored()  # exec keeps what is ignored, and makes OneFlow's handler the default
     # -I and -S: the standard library is all it needs, and nothing may be found in its place.
     interpreter = [sys.executable, "-I", "-S"]
     os.execv(
@@ -229,7 +234,8 @@ def _wait_for(child: subprocess.Popen[bytes], waited_for: FrozenSet[signal.Signa
         if number == signal.SIGCHLD:
             continue
         stopped = stopped or number in _STOPS
-        if received.si_code != _SI_KERNEL:
+        # Ctrl-C goes to all processes of the terminal, but its end to the session's first alone.
+        if received.si_code != _SI_KERNEL or number == signal.SIGHUP:
             child.send_signal(number)
     return stopped
 
@@ -255,9 +261,10 @@ def _duration(seconds: float) -> str:
 
 
 def _say(line: str) -> None:
-    # On a terminal the cursor may stand behind a progress bar.
-    sys.stderr.write(f"\n{line}\n" if sys.stderr.isatty() else f"{line}\n")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # the terminal may be closed
+        # On a terminal the cursor may stand behind a progress bar.
+        sys.stderr.write(f"\n{line}\n" if sys.stderr.isatty() else f"{line}\n")
+        sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -127,7 +127,9 @@ def _train_epoch(
     if entry is not None:
         entry.restore_step_state(run)
         batch_idx = progress.batch_idx
+    interrupts.waiting = True
     for batch_idx, batch, window, closes, is_last in steps:
+        interrupts.waiting = False
         progress.batch_idx = batch_idx
         if batch is not STEPPED:
             place[0] = batch_idx
@@ -180,7 +182,9 @@ def _train_epoch(
         if run.should_stop or (is_limited and closes and run.is_out_of_time_or_steps()):
             course.epoch_cut_short(run, batch_idx + 1, is_last)
             break
+        interrupts.waiting = True
     else:
+        interrupts.waiting = False
         course.epoch_ended(run, batch_idx + 1, train)
     run.metrics.end_batches()
 
@@ -310,7 +314,7 @@ def _evaluate(
     most: Optional[int],
 ) -> List[Any]:
     """One pass over one of the loaders; what ``predict_step`` returned."""
-    metrics, calls = run.metrics, hooks.calls
+    metrics, calls, interrupts = run.metrics, hooks.calls, run.interrupts
     batch_start, batch_end = calls[f"on_{stage}_batch_start"], calls[f"on_{stage}_batch_end"]
     step_name = STEP_OF_STAGE[stage]
     step = checking(run.task, run.settings.eval_mode, mode.eval_step)
@@ -319,7 +323,9 @@ def _evaluate(
     place = run.place.batch
     batch_idx = -1
     taken = _least(run, loader, most)
+    interrupts.waiting = True
     for batch_idx, batch in enumerate(loader.first(taken)):
+        interrupts.waiting = False
         place[0] = batch_idx
         if shapes_of(batch) != shapes:
             course.note_batch(run, loader.what, batch_idx, batch)
@@ -334,7 +340,9 @@ def _evaluate(
         metrics.commit(batch)
         if stage == "predict":
             predicted.append(outputs)
-        run.interrupts.check()
+        interrupts.check()
+        interrupts.waiting = True
+    interrupts.waiting = False
     if taken is None:
         at = f" in the validation of epoch {run.progress.epoch}" if stage == "validation" else ""
         loader.check_given(batch_idx + 1, at)

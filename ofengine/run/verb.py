@@ -7,6 +7,7 @@ import logging
 import threading
 from typing import Callable, Dict, Iterator, List, TypeVar
 
+from ofengine._oneflow.loaders import end_workers, workers_noted
 from ofengine.errors import ConfigurationError, GraphModeError
 from ofengine.modes.eager import EagerMode
 from ofengine.modes.graph import GraphMode
@@ -72,7 +73,7 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
         run.mode = modes[settings.mode]
     run.interrupts, run.told_not_finite = InterruptGuard(), False
     status = "failed"
-    with CrashReport() as report, run.interrupts:
+    with CrashReport() as report, workers_noted(), run.interrupts:
         place_before, run.place = run.place, report.place
         try:
             hooks.fire("setup", verb)
@@ -80,11 +81,16 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
             run.interrupts.check()  # one may have come in the last hooks
             status = "success"
             return result
-        except BaseException as error:
+        except BaseException as raised:
+            error = run.interrupts.reason(raised)
             tell_culprit(error, run.progress)
             _tell_of_exception(hooks, error)
+            if error is not raised:
+                raise error from error.__cause__
             raise
         finally:
+            if run.interrupts.received is not None:
+                end_workers()
             run.metrics.reset()
             run.train, run.validation, run.sanity_checking = None, [], False
             run.place = place_before
