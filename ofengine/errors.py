@@ -33,7 +33,7 @@ class GraphModeError(OFEngineError):
 
 
 class DeviceError(OFEngineError):
-    """The device that was asked for is not there."""
+    """The device that was asked for is not there, or OneFlow cannot compute on it."""
 
 
 class DataError(OFEngineError):

@@ -56,7 +56,7 @@ class Trainer(RunView):
 
     Args:
         mode: "eager" or "graph". Both compute the same thing.
-        device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N".
+        device: "auto" (a GPU where OneFlow can use one), "cpu", "cuda" or "cuda:N".
         max_epochs: epochs to train. Default: 1000, or no limit where ``max_steps`` or
             ``max_time`` is given. -1 means no limit.
         max_steps: optimizer steps to train; -1 means no limit.

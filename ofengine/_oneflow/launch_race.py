@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import logging
 import mmap
@@ -11,7 +10,7 @@ import platform
 import struct
 import sys
 import threading
-from typing import Dict, Optional, Tuple
+from typing import Dict, Iterator, Optional, Tuple
 
 import oneflow as flow
 
@@ -29,11 +28,9 @@ _QUEUE = "_ZN7oneflow2vm19LazyJobStreamPolicy"
 _WAIT = _QUEUE + "42WaitUntilQueueEmptyIfFrontNNGraphNotEqualsERKSt10shared_ptrINS_9NNGraphIfEE"
 _ENQUEUE = _QUEUE + "14EnqueueNNGraphERKSt10shared_ptrINS_9NNGraphIfEE"
 _DEQUEUE = _QUEUE + "14DequeueNNGraphEv"
-_EXPECTED = {  # how each begins in the wheels that were looked at
-    _WAIT: bytes.fromhex("41574156415541544989f555534889fb4883c7584883ec18"),
-    _ENQUEUE: bytes.fromhex("41574156415541544c8d6f5855534989f44889fb4883ec18"),
-    _DEQUEUE: bytes.fromhex("4154554c8d6758488b2d"),
-}
+_BUILD_ID = "86d122c0ae188a5409d042af2a0b45d794ab6810"
+"""The liboneflow of OneFlow 0.9.0: the wheels for CPython 3.8, 3.9 and 3.10 have the same one."""
+_PT_NOTE, _NT_GNU_BUILD_ID = 4, 3
 _PAGE = mmap.PAGESIZE
 _DEQUEUE_AT = 0x80
 _launch_race: Optional[str] = None
@@ -44,8 +41,8 @@ _launch_race_lock = threading.Lock()
 def mend_launch_race() -> str:
     """Mend the race of OneFlow 0.9.0 at the start of a graph's run; "mended", or why not.
 
-    Done once a process, and only to the very binary it was written for: Linux on x86-64,
-    OneFlow 0.9.0, functions that begin as expected. ``OFENGINE_MEND_LAUNCH=0`` leaves it out.
+    Done once a process, all of it or nothing, and only to the very binary it was written for, which
+    its build id tells. ``OFENGINE_MEND_LAUNCH=0`` leaves it out.
     """
     global _launch_race
     with _launch_race_lock:
@@ -80,28 +77,60 @@ def mend_or_tell() -> None:
 
 def _mend_launch_race() -> str:
     library = ctypes.CDLL(liboneflow())
-    at: Dict[str, int] = {}
-    for name, expected in _EXPECTED.items():
-        at[name] = ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
-        if ctypes.string_at(at[name], len(expected)) != expected:
-            return "not possible here: liboneflow is not the one this was written for"
+    at = {name: _address(getattr(library, name)) for name in (_WAIT, _ENQUEUE, _DEQUEUE)}
+    if _build_id(at[_WAIT]) != _BUILD_ID:
+        return "not possible here: liboneflow is not the one this was written for"
     wait, dequeue = _load_queue_code()
     synchronize()  # no run may be in flight
     _overwrite({at[_WAIT]: _jump_to(wait), at[_DEQUEUE]: _jump_to(dequeue), at[_ENQUEUE]: _RETURN})
     return "mended"
 
 
+def _address(function: object) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0  # type: ignore[arg-type]
+
+
+def _build_id(address: int) -> str:
+    """The build id, in hex, of the library in memory that has ``address``; "" where it has none."""
+    # In order: the library's path and its base, a symbol and its address.
+    found = (ctypes.c_void_p * 4)()
+    ctypes.CDLL(None).dladdr(ctypes.c_void_p(address), found)
+    base = found[1] or 0
+    if not base:
+        return ""
+    headers, size, count = struct.unpack("<32xQ14xHH", ctypes.string_at(base, 58))
+    for number in range(count):
+        header = ctypes.string_at(base + headers + number * size, 48)
+        kind, start, length = struct.unpack("<I12xQ16xQ", header)
+        if kind == _PT_NOTE:
+            for owner, note, content in _notes(ctypes.string_at(base + start, length)):
+                if (owner, note) == (b"GNU\0", _NT_GNU_BUILD_ID):
+                    return content.hex()
+    return ""
+
+
+def _notes(data: bytes) -> Iterator[Tuple[bytes, int, bytes]]:
+    """(owner, kind, content) of each of the notes of an ELF file."""
+    at = 0
+    while at + 12 <= len(data):
+        owner, content, kind = struct.unpack_from("<III", data, at)
+        name_at = at + 12
+        content_at = name_at + (owner + 3) // 4 * 4
+        at = content_at + (content + 3) // 4 * 4
+        yield data[name_at : name_at + owner], kind, data[content_at : content_at + content]
+
+
 def _load_queue_code() -> Tuple[int, int]:
     """Put :func:`_queue_code` into memory; the addresses of its two functions."""
     # Not shared: a forked process must not count the runs of this one.
     page = mmap.mmap(-1, 2 * _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # Kept for ever: OneFlow's threads may run it when Python has already cleared its modules.
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(page))
     base = ctypes.addressof(ctypes.c_char.from_buffer(page))
     wait, dequeue = _queue_code()
     page[: len(wait)] = wait
     page[_DEQUEUE_AT : _DEQUEUE_AT + len(dequeue)] = dequeue
     _protect(base, _PAGE, mmap.PROT_READ | mmap.PROT_EXEC)
+    # Kept for ever: OneFlow's threads may run it when Python has already cleared its modules.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(page))
     return base, base + _DEQUEUE_AT
 
 
@@ -155,17 +184,49 @@ def _jump_to(address: int) -> bytes:
 
 
 def _overwrite(codes: Dict[int, bytes]) -> None:
-    """Write each code to its address: all of them, or none where an OSError is raised."""
+    """Write each code to its address: all of them, or none where an OSError is raised.
+
+    A copy of their pages is changed, and moved to their place when it is finished. So they are
+    never writable, and no failure and no other thread finds them half written.
+    """
     start = min(codes) // _PAGE * _PAGE
-    length = max(address + len(code) for address, code in codes.items()) - start
-    _protect(start, length, mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-    for address, code in codes.items():
-        ctypes.memmove(address, code, len(code))
-    with contextlib.suppress(OSError):  # it works all the same
-        _protect(start, length, mmap.PROT_READ | mmap.PROT_EXEC)
+    end = max(address + len(code) for address, code in codes.items())
+    length = (end - start + _PAGE - 1) // _PAGE * _PAGE
+    copy = _map_new(length)
+    try:
+        ctypes.memmove(copy, start, length)
+        for address, code in codes.items():
+            ctypes.memmove(copy + address - start, code, len(code))
+        _protect(copy, length, mmap.PROT_READ | mmap.PROT_EXEC)
+        _move(copy, start, length)
+    except BaseException:
+        _libc.munmap(ctypes.c_void_p(copy), ctypes.c_size_t(length))
+        raise
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = _libc.mremap.restype = ctypes.c_void_p
+_FAILED = ctypes.c_void_p(-1).value
+_MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2
+
+
+def _map_new(length: int) -> int:
+    """New pages that can be written, and belong to nothing in Python."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    protection = mmap.PROT_READ | mmap.PROT_WRITE
+    at = _libc.mmap(None, ctypes.c_size_t(length), protection, flags, -1, ctypes.c_long(0))
+    if at == _FAILED:
+        raise OSError(ctypes.get_errno(), "memory cannot be had")
+    return int(at)
+
+
+def _move(pages: int, to: int, length: int) -> None:
+    """Put ``pages`` in the place of those at ``to``, in one system call."""
+    size, flags = ctypes.c_size_t(length), _MREMAP_MAYMOVE | _MREMAP_FIXED
+    if _libc.mremap(ctypes.c_void_p(pages), size, size, flags, ctypes.c_void_p(to)) == _FAILED:
+        raise OSError(ctypes.get_errno(), "code cannot be put in the place of other code")
 
 
 def _protect(start: int, length: int, protection: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mprotect(ctypes.c_void_p(start), ctypes.c_size_t(length), protection):
+    if _libc.mprotect(ctypes.c_void_p(start), ctypes.c_size_t(length), protection):
         raise OSError(ctypes.get_errno(), "memory protection cannot be changed")

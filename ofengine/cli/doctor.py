@@ -66,10 +66,14 @@ except Exception as error:
     print(f"import flowvision: {type(error).__name__}: {error}")
 else:
     passed("flowvision")
-names = []
-for index in range(flow.cuda.device_count()):
-    names.append(flow.cuda.get_device_name(index))
-    passed("devices", names)
+from ofengine.run.devices import why_unusable
+names = [flow.cuda.get_device_name(index) for index in range(flow.cuda.device_count())]
+unusable = {f"cuda:{index}": why_unusable(index) for index in range(len(names))}
+passed("devices", names)
+passed("unusable", unusable)
+for index in range(len(names)):
+    if unusable[f"cuda:{index}"] is not None:
+        continue  # to compute there would end this process
     flow.ones(2, device=f"cuda:{index}").sum().item()
     passed(f"cuda:{index}")
 """
@@ -88,7 +92,7 @@ class Facts(NamedTuple):
     packages: Dict[str, Optional[str]]
     """Each package of `REQUIREMENTS`, and its version (None: not installed)."""
     passed: Dict[str, object]
-    """The checks that passed: import, cpu, flowvision, devices, cuda:0, ..."""
+    """The checks that passed: import, cpu, flowvision, devices, unusable, cuda:0, ..."""
     output: str
     """Whatever else the checks printed, and how they ended."""
 
@@ -170,38 +174,64 @@ def report(facts: Facts, problems: List[Problem]) -> str:
         name = _name(requirement)
         needed = "" if _good(requirement, facts) else f"needs {requirement[len(name) :]}"
         lines.append(_row(name, f"{facts.packages[name] or 'missing':<12} {needed}"))
-    lines += ["", "Checks"]
-    checks = {
-        **_CHECKS,
-        **{f"cuda:{index}": f"compute on cuda:{index}" for index in range(len(gpus))},
-    }
-    failed = ""
-    for check, title in checks.items():
+    lines += ["", "Checks", *_check_rows(facts, len(gpus))]
+    lines += [*_blas_rows(facts), *_race_rows(facts), ""]
+    lines += _verdict(facts, problems, len(gpus))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _gpu_checks(gpus: int) -> List[str]:
+    return [f"cuda:{index}" for index in range(gpus)]
+
+
+def _failed(facts: Facts, gpus: int) -> str:
+    """The first check that failed; "" where all passed that were tried."""
+    tried = [*_CHECKS, *(check for check in _gpu_checks(gpus) if check not in _unusable(facts))]
+    return next((check for check in tried if check not in facts.passed), "")
+
+
+def _check_rows(facts: Facts, gpus: int) -> List[str]:
+    failed, rows = _failed(facts, gpus), []
+    for check, title in {**_CHECKS, **{c: f"compute on {c}" for c in _gpu_checks(gpus)}}.items():
         if check in facts.passed:
-            lines.append(_row(title, "ok"))
+            rows.append(_row(title, "ok"))
+        elif check in _unusable(facts):
+            rows.append(_row(title, "not tried, see below"))
         else:
-            lines.append(_row(title, "not reached" if failed else "FAILED"))
-            failed = failed or check
-    lines += _blas_rows(facts)
-    race = facts.passed.get("race", "mended")
-    if race != "mended":
-        lines.append(_row("short graph steps", "may crash on a busy machine:"))
-        lines += _wrap(f"OneFlow's launch race is not mended: {race}.", "    ")
-    lines.append("")
+            rows.append(_row(title, "FAILED" if check == failed else "not reached"))
+    return rows
+
+
+def _race_rows(facts: Facts) -> List[str]:
+    """Whether the mend of OneFlow's launch race is in place; nothing where that was not reached."""
+    race = facts.passed.get("race")
+    if race is None:
+        return []
+    if race == "mended":
+        return [_row("short graph steps", "ok: OneFlow's launch race is mended")]
+    what = f"OneFlow's launch race is not mended: {race}."
+    return [_row("short graph steps", "may crash on a busy machine:"), *_wrap(what, "    ")]
+
+
+def _verdict(facts: Facts, problems: List[Problem], gpus: int) -> List[str]:
+    lines: List[str] = []
     if problems:
         lines.append("To mend")
         for number, problem in enumerate(problems, 1):
             lines += _wrap(problem.what, f"  {number}. ")
             lines += ["", *(f"       {command}" for command in problem.mend), ""]
-        lines.append("Training cannot run here yet. Mend the above, then run this again.")
-    elif failed:
+        return [*lines, "Training cannot run here yet. Mend the above, then run this again."]
+    unusable = _unusable(facts)
+    for gpu, reason in unusable.items():
+        lines += [*_wrap(f"{gpu} was left alone: {reason}.", ""), ""]
+    failed = _failed(facts, gpus)
+    if failed:
         lines += [f"On {failed} OneFlow 0.9, made for CUDA 11.7, cannot compute:"]
         lines += [*_wrap(_last_lines(facts.output), "  "), ""]
-        lines += ['Training can run on cpu only: say Trainer(device="cpu").']
-    else:
-        works = ", ".join(["cpu", *(f"cuda:{index}" for index in range(len(gpus)))])
-        lines.append(f"All is well: training can run on {works}.")
-    return "\n".join(line.rstrip() for line in lines)
+        return [*lines, 'Training can run on cpu only: say Trainer(device="cpu").']
+    works = ", ".join(["cpu", *(each for each in _gpu_checks(gpus) if each in facts.passed)])
+    training = "Training" if unusable else "All is well: training"
+    return [*lines, f"{training} can run on {works}."]
 
 
 def fits(version: Optional[str], requirement: str) -> bool:
@@ -287,6 +317,13 @@ def _good(requirement: str, facts: Facts) -> bool:
 def _gpus(facts: Facts) -> List[str]:
     names = facts.passed.get("devices")
     return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def _unusable(facts: Facts) -> Dict[str, str]:
+    """Each GPU that OneFlow cannot use, and why."""
+    found = facts.passed.get("unusable")
+    reasons = found.items() if isinstance(found, dict) else ()
+    return {str(gpu): str(reason) for gpu, reason in reasons if reason is not None}
 
 
 def _usable_cores() -> Optional[int]:

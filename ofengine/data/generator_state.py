@@ -17,6 +17,7 @@ import oneflow as flow
 
 from ofengine._oneflow.session import synchronize
 from ofengine.errors import CheckpointError, said_by
+from ofengine.run.devices import why_unusable
 
 _Generator = type(flow.default_generator)
 _WORDS = 624
@@ -237,8 +238,9 @@ def _check_parts(raw: np.ndarray) -> None:
 
 
 def _lengths_of_devices() -> Dict[str, int]:
-    """The length of the state of a generator of each device of this machine."""
-    names = [f"cuda:{index}" for index in range(flow.cuda.device_count())]
+    """The length of the state of a generator of each device of this machine that can have one."""
+    usable = [each for each in range(flow.cuda.device_count()) if why_unusable(each) is None]
+    names = [f"cuda:{index}" for index in usable]
     found = {name: int(flow.Generator(name).get_state().numel()) for name in names}
     return {**found, "cpu:0": _CPU_BYTES}
 

@@ -1,26 +1,33 @@
-"""Which device runs the training, checked before OneFlow could abort the process."""
+"""Which device runs the training, checked before OneFlow could end the process."""
 
 from __future__ import annotations
 
 import re
+from typing import Optional
 
 import oneflow as flow
 from oneflow import nn
 
-from ofengine.errors import DeviceError
+from ofengine.errors import DeviceError, warn
+
+_LEAST, _MOST = (6, 0), (8, 9)
+"""The compute capabilities that OneFlow 0.9.0 has machine code for, as its fat binaries show."""
 
 
 def resolve_device(device: str) -> flow.device:
     """Turn "auto", "cpu", "cuda" or "cuda:N" into a ``oneflow.device``.
 
-    "auto" is the first GPU where there is one, else the CPU. Raises :class:`DeviceError` for
-    a GPU that is not there and for any other text.
+    "auto" is the first GPU that OneFlow can use, else the CPU, with a warning where there is a GPU.
+    Nothing is computed on any. Raises :class:`DeviceError` for a GPU that is not there or that
+    OneFlow cannot use, and for any other text.
     """
     if not isinstance(device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise DeviceError(f'device={device!r} is not known: use "auto", "cpu", "cuda" or "cuda:N".')
-    count = flow.cuda.device_count() if flow.cuda.is_available() else 0
-    if device == "cpu" or (device == "auto" and count == 0):
+    if device == "cpu":
         return flow.device("cpu")
+    count = flow.cuda.device_count() if flow.cuda.is_available() else 0
+    if device == "auto":
+        return _first_usable(count)
     index = int(device.partition(":")[2] or 0)
     if count == 0:
         raise DeviceError(
@@ -32,7 +39,43 @@ def resolve_device(device: str) -> flow.device:
         raise DeviceError(
             f"device={device!r}, but this machine has {count} GPU(s): the last is {last!r}."
         )
+    reason = why_unusable(index)
+    if reason is not None:
+        raise DeviceError(f'device={device!r}, but {reason}: use device="auto" or "cpu".')
     return flow.device("cuda", index)
+
+
+def _first_usable(count: int) -> flow.device:
+    reasons = []
+    for index in range(count):
+        reason = why_unusable(index)
+        if reason is None:
+            return flow.device("cuda", index)
+        reasons.append(reason)
+    if reasons:
+        warn(f'device="auto" takes the CPU, for {reasons[0]}.')
+    return flow.device("cpu")
+
+
+def why_unusable(index: int) -> Optional[str]:
+    """Why OneFlow cannot compute on the GPU of this number, in words; None where it can.
+
+    OneFlow 0.9.0 has machine code for some GPUs, and no PTX that a driver could make more of: on
+    any other GPU the first thing that is computed ends the process. Nothing is computed here.
+    """
+    if flow.__version__ != "0.9.0":
+        return None
+    capability = tuple(flow.cuda.get_device_capability(index))
+    if _LEAST <= capability <= _MOST:
+        return None
+    return (
+        f"cuda:{index} has compute capability {_dotted(*capability)}, and OneFlow 0.9.0 has "
+        f"machine code for {_dotted(*_LEAST)} to {_dotted(*_MOST)} only"
+    )
+
+
+def _dotted(major: int, minor: int) -> str:
+    return f"{major}.{minor}"
 
 
 def move(task: nn.Module, device: flow.device) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import queue
 import threading
 import time
 from pathlib import Path
-from typing import Iterator, List
+from typing import Dict, Iterator, List, Set, Type
 
 import pytest
 from helpers import run_python
+from oneflow import _oneflow_internal as oneflow_internal
 
 from ofengine._oneflow import launch_race as _launch_race
 from ofengine._oneflow.launch_race import mend_launch_race
@@ -114,10 +116,14 @@ def _mappings() -> Iterator[List[str]]:
         yield line.split()
 
 
+def _holds(area: str, address: int) -> bool:
+    low, high = (int(each, 16) for each in area.split("-"))
+    return low <= address < high
+
+
 def _permissions(address: int) -> str:
     for area, permissions, *_ in _mappings():
-        low, high = (int(each, 16) for each in area.split("-"))
-        if low <= address < high:
+        if _holds(area, address):
             return permissions
     return "none"
 
@@ -129,16 +135,144 @@ def test_the_code_is_not_writable_and_nothing_is_shared_with_forked_processes(
     assert _permissions(runs.at + _launch_race._PAGE) == "rw-p"
 
 
-def test_where_memory_cannot_be_changed_nothing_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_mended_is_not_writable() -> None:
+    library = ctypes.CDLL(oneflow_internal.__file__)
+    for name in (_launch_race._WAIT, _launch_race._ENQUEUE, _launch_race._DEQUEUE):
+        assert _permissions(_launch_race._address(getattr(library, name))) == "r-xp"
+
+
+# ---------------------------------------------------------------------- which binary it is
+
+
+def test_the_build_id_is_that_of_the_file_in_memory() -> None:
+    at = _launch_race._address(ctypes.CDLL(None).strlen)
+    (path,) = {line[5] for line in _mappings() if len(line) > 5 and _holds(line[0], at)}
+    found = bytes.fromhex(_launch_race._build_id(at))
+    note = b"\x04\0\0\0" + bytes([len(found), 0, 0, 0]) + b"\x03\0\0\0GNU\0" + found
+    assert len(found) == 20
+    assert Path(path).read_bytes().count(note) == 1
+
+
+def test_what_is_no_library_has_no_build_id() -> None:
+    memory = ctypes.create_string_buffer(64)
+    assert _launch_race._build_id(ctypes.addressof(memory)) == ""
+
+
+def test_another_build_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it has functions of these names, as a build from the sources of 0.9.0 would."""
+
+    def overwrite(codes: Dict[int, bytes]) -> None:
+        raise AssertionError("it was changed")
+
+    monkeypatch.setattr(_launch_race, "_overwrite", overwrite)
+    monkeypatch.setattr(_launch_race, "_BUILD_ID", "0" * 40)
+    assert _launch_race._mend_launch_race() == (
+        "not possible here: liboneflow is not the one this was written for"
+    )
+
+
+# ---------------------------------------------------------------------- all or nothing
+
+
+class _Library:
+    """Functions that return 1, in executable pages: one in the first, one in the second."""
+
+    def __init__(self) -> None:
+        page = mmap.PAGESIZE
+        memory = mmap.mmap(-1, 4 * page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(memory))  # its pages are replaced by others
+        self.base = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + page
+        self.at = (self.base + 32, self.base + page + 4)
+        memory[:] = b"\xcc" * len(memory)
+        for at in self.at:
+            ctypes.memmove(at, self.returning(1), 6)
+        _launch_race._protect(self.base, 2 * page, mmap.PROT_READ | mmap.PROT_EXEC)
+
+    @staticmethod
+    def returning(number: int) -> bytes:
+        return b"\xb8" + number.to_bytes(4, "little") + b"\xc3"  # mov eax, number; ret
+
+    def change(self) -> None:
+        _launch_race._overwrite({at: self.returning(2 + n) for n, at in enumerate(self.at)})
+
+    @property
+    def returned(self) -> List[int]:
+        return [ctypes.CFUNCTYPE(ctypes.c_int)(at)() for at in self.at]
+
+    @property
+    def rest(self) -> Set[int]:
+        """The bytes that belong to no function."""
+        code = bytearray(ctypes.string_at(self.base, 2 * mmap.PAGESIZE))
+        for at in self.at:
+            code[at - self.base : at - self.base + 6] = b"\xcc" * 6
+        return set(code)
+
+    @property
+    def permissions(self) -> List[str]:
+        return [_permissions(at) for at in self.at]
+
+
+def test_functions_in_two_pages_are_replaced_and_nothing_else_is() -> None:
+    library = _Library()
+    assert library.returned == [1, 1]
+    library.change()
+    assert library.returned == [2, 3]
+    assert library.rest == {0xCC}
+    assert library.permissions == ["r-xp", "r-xp"]
+
+
+@pytest.mark.parametrize("step", ["_map_new", "_protect", "_move"])
+@pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
+def test_where_a_part_of_it_fails_nothing_is_changed_or_left(
+    monkeypatch: pytest.MonkeyPatch, step: str, kind: Type[BaseException]
+) -> None:
+    library = _Library()
+    copies: List[int] = []
+    map_new = _launch_race._map_new
+
+    def noting(length: int) -> int:
+        copies.append(map_new(length))
+        return copies[-1]
+
+    def fails(*_: object) -> None:
+        assert library.permissions == ["r-xp", "r-xp"]
+        raise kind
+
+    monkeypatch.setattr(_launch_race, "_map_new", noting)
+    monkeypatch.setattr(_launch_race, step, fails)
+    with pytest.raises(kind):
+        library.change()
+    assert library.returned == [1, 1]
+    assert library.rest == {0xCC}
+    assert library.permissions == ["r-xp", "r-xp"]
+    assert len(copies) == (step != "_map_new")
+    assert [_permissions(copy) for copy in copies] == ["none"] * len(copies)
+
+
+def test_what_the_kernel_refuses_is_an_error() -> None:
+    with pytest.raises(OSError, match="memory cannot be had"):
+        _launch_race._map_new(1 << 60)
+    with pytest.raises(OSError, match="memory protection cannot be changed"):
+        _launch_race._protect(0x1000, mmap.PAGESIZE, mmap.PROT_READ)
+    copy = _launch_race._map_new(mmap.PAGESIZE)
+    with pytest.raises(OSError, match="in the place of other code"):
+        _launch_race._move(copy, copy + 1, mmap.PAGESIZE)
+    assert _permissions(copy) == "rw-p"
+    _launch_race._libc.munmap(ctypes.c_void_p(copy), ctypes.c_size_t(mmap.PAGESIZE))
+
+
+def test_where_it_cannot_be_done_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(start: int, length: int, protection: int) -> None:
         raise OSError(13, "memory protection cannot be changed")
 
-    target = ctypes.create_string_buffer(b"abcdef")
-    at = ctypes.addressof(target)
     monkeypatch.setattr(_launch_race, "_protect", refuse)
-    with pytest.raises(OSError, match="memory protection"):
-        _launch_race._overwrite({at: b"xx", at + 4: b"yy"})
-    assert target.value == b"abcdef"
+    monkeypatch.setattr(_launch_race, "_launch_race", None)
+    found = mend_launch_race()
+    assert found.startswith("not possible here: ")
+    assert found.endswith("memory protection cannot be changed")
+
+
+# ---------------------------------------------------------------------- once a process
 
 
 def test_many_threads_mend_once() -> None:

@@ -162,6 +162,32 @@ def test_a_gpu_that_cannot_compute_leaves_the_cpu() -> None:
     assert 'Training can run on cpu only: say Trainer(device="cpu").' in text
 
 
+UNUSABLE = (
+    "cuda:0 has compute capability 9.0, and OneFlow 0.9.0 has machine code for 6.0 to 8.9 only"
+)
+
+
+def test_a_gpu_that_oneflow_has_no_code_for_is_told_of() -> None:
+    devices = {"devices": ["NVIDIA H200"], "unusable": {"cuda:0": UNUSABLE}}
+    found = facts({**PASSED, **devices})
+    assert diagnose(found) == []
+    text = report(found, [])
+    assert "  compute on cuda:0    not tried, see below\n" in text
+    assert f"cuda:0 was left alone: {UNUSABLE}." in " ".join(text.split())
+    assert text.endswith("\nTraining can run on cpu.")
+
+
+def test_a_gpu_beside_one_that_oneflow_has_no_code_for() -> None:
+    unusable = {"cuda:0": UNUSABLE, "cuda:1": None}
+    found = {**PASSED, "devices": ["NVIDIA H200", "NVIDIA A100"], "unusable": unusable}
+    text = report(facts({**found, "cuda:1": None}), [])
+    assert "  compute on cuda:1    ok\n" in text
+    assert text.endswith("\nTraining can run on cpu, cuda:1.")
+    text = report(facts(found, "no kernel image"), [])
+    assert "  compute on cuda:1    FAILED\n" in text
+    assert "On cuda:1 OneFlow 0.9" in text
+
+
 # ---------------------------------------------------------------------- the command
 
 
@@ -190,12 +216,46 @@ def test_this_machine_is_healthy(run: Run) -> None:
     result = run()
     assert (result.returncode, result.stderr) == (0, "")
     assert "All is well" in result.stdout
+    assert "OneFlow's launch race is mended" in result.stdout
 
 
 def test_a_placeholder_of_oneflow_is_reported(run: Run) -> None:
     result = run("raise RuntimeError('This package is a placeholder.')", oneflow="0.7.0")
     assert (result.returncode, result.stderr) == (1, "")
     assert "oneflow is 0.7.0. ofengine needs oneflow>=0.9,<1.1" in result.stdout
+
+
+GPU = """
+import os
+import oneflow as flow
+
+def end(*_, **__):  # as on an H200, whatever is computed there
+    os.abort()
+
+real = flow.ones
+flow.ones = lambda *sizes, **options: end() if "device" in options else real(*sizes, **options)
+flow.Generator = flow.cuda.synchronize = flow.Tensor.cuda = end
+flow.cuda.is_available = lambda: True
+flow.cuda.device_count = lambda: 1
+flow.cuda.get_device_name = lambda index: "NVIDIA Test"
+flow.cuda.get_device_capability = lambda index: CAPABILITY
+"""
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (8, 9)])
+def test_a_gpu_is_computed_on_only_where_oneflow_has_code_for_it(
+    tmp_path: Path, run: Run, capability: Tuple[int, int]
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(GPU.replace("CAPABILITY", repr(capability)))
+    result = run()
+    assert result.returncode == 0, result.stderr
+    assert "cuda:0  NVIDIA Test" in result.stdout
+    if capability == (9, 0):
+        assert UNUSABLE in " ".join(result.stdout.split())
+        assert "Training can run on cpu." in result.stdout
+    else:  # the stand-in does its part
+        assert "compute on cuda:0    FAILED" in result.stdout
+        assert "The process was ended by signal 6." in result.stdout
 
 
 def test_numpy_2_is_reported(run: Run) -> None:
@@ -218,8 +278,10 @@ def test_ranks_are_not_waited_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     assert "ImportError: no rank" in result.stdout
 
 
-def test_a_race_that_is_not_mended_is_told() -> None:
-    assert "launch race" not in report(facts({**PASSED, "race": "mended"}), [])
+def test_whether_the_race_is_mended_is_told() -> None:
+    healthy = report(facts({**PASSED, "race": "mended"}), [])
+    assert "  short graph steps    ok: OneFlow's launch race is mended\n" in healthy
+    assert "launch race" not in report(facts({}), [])  # not reached
     text = report(facts({**PASSED, "race": "not for this machine"}), [])
     assert "OneFlow's launch race is not mended: not for this machine." in text
 

@@ -480,6 +480,7 @@ def test_a_device_that_is_none(device: Any) -> None:
 def pretend(monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
     monkeypatch.setattr(flow.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(flow.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(flow.cuda, "get_device_capability", lambda index: (8, 0))
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:3"])
