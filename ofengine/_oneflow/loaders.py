@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import weakref
-from typing import Any, Callable, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import numpy as np
 import oneflow as flow
@@ -28,8 +28,10 @@ def open_with_indices(loader: Any, wrap: Callable[[Any], Any]) -> Iterator[Any]:
     wrapped = wrap(own)
     vars(loader)[name] = wrapped  # the class forbids it by setattr
     kept = loader._iterator  # persistent workers' iterator has noted its sampler
+    if _runs and kept is not None and kept not in _opened:  # they were started with the loader
+        _end({kept: loader})
+        kept = None
     if kept is not None:
-        _opened[kept] = weakref.ref(loader)  # its workers may be older than the run
         kept._index_sampler = wrapped
         kept._status_reset = False  # or its first pass gives what it loaded when it was made
         # What an iterator draws when it is made, perhaps from the generator of the order.
@@ -49,6 +51,7 @@ def forget_workers(loader: Any) -> None:
 
 _opened: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 """The iterators with worker processes that were used in a run, and their loaders."""
+_SECONDS_TO_END = 1.0
 _runs = 0
 _runs_lock = threading.Lock()
 _init_of_class = _MultiProcessingDataLoaderIter.__init__
@@ -100,18 +103,35 @@ class _BeginsWorker:
             self._own(worker_id)
 
 
-def end_workers(seconds: float = 1.0) -> None:
-    """End the worker processes of all runs of this process; those that hang, after ``seconds``.
+def forgive_workers() -> None:
+    """Have the end of a worker, of whatever kind, be no error from now on."""
+    for iterator in list(_opened):
+        _forgive(iterator)
+
+
+def _forgive(iterator: Any) -> None:
+    if getattr(iterator, "_worker_pids_set", False):
+        iterator._worker_pids_set = False
+        with contextlib.suppress(ValueError):  # the iterator itself was quicker
+            _remove_worker_pids(id(iterator))
+
+
+def end_workers() -> None:
+    """End the worker processes of all runs of this process; those that hang, after a second.
 
     DataLoaders that keep theirs alive start new ones when they are gone through again.
     """
+    _end({iterator: loader() for iterator, loader in list(_opened.items())})
+
+
+def _end(iterators: Dict[Any, Any]) -> None:
     workers: List[Any] = []
-    for iterator, loader in list(_opened.items()):
+    for iterator, loader in iterators.items():
         workers += getattr(iterator, "_workers", ())
-        _let_go(iterator, loader())
+        _let_go(iterator, loader)
     for worker in workers:
         worker.terminate()
-    until = time.monotonic() + seconds
+    until = time.monotonic() + _SECONDS_TO_END
     for worker in workers:
         worker.join(max(0.0, until - time.monotonic()))
     for worker in workers:
@@ -122,11 +142,8 @@ def end_workers(seconds: float = 1.0) -> None:
 def _let_go(iterator: Any, loader: Any) -> None:
     """Have ``iterator`` do nothing more about its workers, as where it has ended them itself."""
     _opened.pop(iterator, None)
+    _forgive(iterator)
     iterator._shutdown = True  # or it waits five seconds for each worker that hangs
-    if getattr(iterator, "_worker_pids_set", False):
-        iterator._worker_pids_set = False
-        with contextlib.suppress(ValueError):  # its own thread was quicker
-            _remove_worker_pids(id(iterator))  # or a worker's end is an error, wherever Python is
     if hasattr(iterator, "_pin_memory_thread_done_event"):
         iterator._pin_memory_thread_done_event.set()
     for queue in getattr(iterator, "_index_queues", ()):

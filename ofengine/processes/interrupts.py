@@ -8,9 +8,9 @@ import signal
 import threading
 import time
 from types import FrameType, TracebackType
-from typing import Any, Dict, Optional, Type
+from typing import Any, Dict, List, Optional, Type
 
-from ofengine._oneflow.loaders import end_workers
+from ofengine._oneflow.loaders import end_workers, forgive_workers
 from ofengine._oneflow.session import restore_exit_code
 from ofengine.processes.signals import ENDING, keep_ignored, leave_closed_terminal
 
@@ -39,14 +39,13 @@ class InterruptGuard:
         self.waiting = False
         """True while the run waits for a batch, between two moments that it can be saved at."""
         self._before: Dict[int, Any] = {}
-        self._process = 0
         self._answered_at = 0.0
         self._reminded = False
 
     def __enter__(self) -> InterruptGuard:
         restore_exit_code()
         if threading.current_thread() is threading.main_thread():
-            self._process = os.getpid()
+            _guards.append(self)
             keep_ignored()
             for number in ENDING:
                 before = signal.getsignal(number)
@@ -63,17 +62,21 @@ class InterruptGuard:
         error: Optional[BaseException],
         trace: Optional[TracebackType],
     ) -> None:
+        self._restore()
+        if self in _guards:
+            _guards.remove(self)
+
+    def _restore(self) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, _known(number, handler))
+            # None: a handler in C, OneFlow's; it answers Ctrl-C with a segmentation fault.
+            ours = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, ours if handler is None else handler)
         self._before.clear()
 
     def _receive(self, number: int, frame: Optional[FrameType]) -> None:
-        if os.getpid() != self._process:
-            # A process that was forked meanwhile, by a dataset perhaps, is none of the run's.
-            signal.signal(number, _known(number, self._before.get(number)))
-            os.kill(os.getpid(), number)
-        elif self.received is None:
+        if self.received is None:
             self.received, self._answered_at = number, time.monotonic()
+            forgive_workers()  # they may have had the same signal
             if number == signal.SIGHUP:
                 leave_closed_terminal()
             _thread.start_new_thread(self._remind, (number,))
@@ -121,8 +124,25 @@ class InterruptGuard:
         raise SystemExit(128 + number)
 
 
-def _known(number: int, handler: Any) -> Any:
-    """``handler``, or Python's own for None: OneFlow's, in C, which answers Ctrl-C with a crash."""
-    if handler is not None:
-        return handler
-    return signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+# A process that is forked while a guard is entered, by a dataset perhaps, is none of the run's:
+# signals do to it what they did before. They are held back meanwhile, for Python forgets in a
+# forked process those that came already.
+_guards: List[InterruptGuard] = []
+_fork = threading.local()
+
+
+def _before_fork() -> None:
+    _fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING if _guards else ())
+
+
+def _after_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _fork.mask)
+
+
+def _begin_forked() -> None:
+    while _guards:
+        _guards.pop()._restore()
+    _after_fork()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_begin_forked)

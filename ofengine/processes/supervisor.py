@@ -261,10 +261,11 @@ def _duration(seconds: float) -> str:
 
 
 def _say(line: str) -> None:
-    with contextlib.suppress(OSError):  # the terminal may be closed
-        # On a terminal the cursor may stand behind a progress bar.
-        sys.stderr.write(f"\n{line}\n" if sys.stderr.isatty() else f"{line}\n")
-        sys.stderr.flush()
+    # On a terminal the cursor may stand behind a progress bar. Not through sys.stderr: what cannot be
+    # written, because the terminal is closed, would be an error at the end again.
+    text = f"\n{line}\n" if os.isatty(2) else f"{line}\n"
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())
 
 
 if __name__ == "__main__":
