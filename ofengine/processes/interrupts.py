@@ -6,7 +6,7 @@ import _thread
 import os
 import signal
 import threading
-import time
+from time import monotonic, sleep
 from types import FrameType, TracebackType
 from typing import Any, Dict, List, Optional, Type
 
@@ -75,28 +75,28 @@ class InterruptGuard:
 
     def _receive(self, number: int, frame: Optional[FrameType]) -> None:
         if self.received is None:
-            self.received, self._answered_at = number, time.monotonic()
+            self.received, self._answered_at = number, monotonic()
             forgive_workers()  # they may have had the same signal
             if number == signal.SIGHUP:
                 leave_closed_terminal()
             _thread.start_new_thread(self._remind, (number,))
         elif self._reminded:
-            self._reminded, self._answered_at = False, time.monotonic()
+            self._reminded, self._answered_at = False, monotonic()
             if self.waiting:
                 self._raise(self.received)
-        elif time.monotonic() - self._answered_at >= _ONE:
+        elif monotonic() - self._answered_at >= _ONE:
             self.hurried = True
             self._raise(number)
 
     def _remind(self, number: int) -> None:
         """In a thread: end workers that hang, and wake the main thread where it waits for them."""
-        time.sleep(_PATIENCE)
+        sleep(_PATIENCE)
         while self._before:
             end_workers()
             if self.waiting:
                 self._reminded = True
                 signal.pthread_kill(threading.main_thread().ident or 0, number)
-            time.sleep(_ONE)
+            sleep(_ONE)
 
     def check(self) -> None:
         """Raise where a signal came since the guard was entered."""

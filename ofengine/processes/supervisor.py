@@ -261,8 +261,8 @@ def _duration(seconds: float) -> str:
 
 
 def _say(line: str) -> None:
-    # On a terminal the cursor may stand behind a progress bar. Not through sys.stderr: what cannot be
-    # written, because the terminal is closed, would be an error at the end again.
+    # On a terminal the cursor may stand behind a progress bar. Not through sys.stderr: what
+    # could not be written, because the terminal is closed, would be an error again at the end.
     text = f"\n{line}\n" if os.isatty(2) else f"{line}\n"
     with contextlib.suppress(OSError):
         os.write(2, text.encode())

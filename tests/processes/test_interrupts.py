@@ -15,6 +15,7 @@ from oneflow import nn
 
 from ofengine import Callback, TaskModule
 from ofengine.loggers import Logger
+from ofengine.processes import interrupts
 
 # ---------------------------------------------------------------------- signals
 
@@ -138,14 +139,15 @@ def test_handlers_are_as_they_were_after_fit(run: Any) -> None:
         """
 def own(number, frame):
     pass
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def handlers():
-    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    return [signal.getsignal(number) for number in NUMBERS]
 class Fails(Line):
     def on_train_start(self):
         raise ValueError("mine")
-for before in ([own, own], [signal.default_int_handler, signal.SIG_DFL],
-               [signal.SIG_IGN, signal.SIG_IGN], [signal.SIG_DFL, own]):
-    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+for before in ([own, own, own], [signal.default_int_handler, signal.SIG_DFL, signal.SIG_DFL],
+               [signal.SIG_IGN] * 3, [signal.SIG_DFL, own, signal.SIG_IGN]):
+    for number, handler in zip(NUMBERS, before):
         signal.signal(number, handler)
     for mode in ("eager", "graph"):
         trainer(mode=mode).fit(Line(), batches(1))
@@ -302,6 +304,38 @@ thread.join()
 
 
 # ---------------------------------------------------------------------- in this process
+
+
+def test_repeats_within_a_second_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(interrupts, "monotonic", lambda: clock[0])
+    with interrupts.InterruptGuard() as guard:
+        for number, at in ((signal.SIGTERM, 0.0), (signal.SIGTERM, 0.5), (signal.SIGHUP, 0.99)):
+            clock[0] = 100.0 + at
+            signal.raise_signal(number)
+            assert (guard.received, guard.hurried) == (signal.SIGTERM, False)
+        clock[0] = 101.0
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert guard.hurried
+        with pytest.raises(SystemExit, match="143"):
+            guard.check()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_wait_for_a_batch_that_failed_after_a_signal_ends_as_the_signal_says(number: int) -> None:
+    """Workers that had the same signal are gone, which is an error to who waits for them."""
+    error = RuntimeError("DataLoader worker exited unexpectedly")
+    with interrupts.InterruptGuard() as guard:
+        guard.waiting = True
+        assert guard.reason(error) is error  # no signal came
+        guard.waiting = True
+        signal.raise_signal(number)
+        found = guard.reason(error)
+        assert guard.reason(error) is error  # nothing was waited for: it is an error of its own
+    assert found.__cause__ is error
+    expected = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+    assert (type(found), found.args) == (type(expected), expected.args)
 
 
 class Line(TaskModule):
