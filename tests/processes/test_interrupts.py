@@ -116,6 +116,33 @@ run.validate(task, batches(1))
     ]  # fmt: skip
 
 
+def test_after_ctrl_c_a_dataloader_that_keeps_its_workers_is_usable_again(run: Any) -> None:
+    child = run(
+        """
+from oneflow.utils.data import DataLoader
+class Interrupts(Tells):
+    def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+        say(trainer.current_epoch, batch_idx)
+        if batch_idx == 1 and trainer.current_epoch == 0 and first:
+            signal.raise_signal(signal.SIGINT)
+data = DataLoader(list(flow.ones(3, 2)), num_workers=2, persistent_workers=True)
+first = True
+try:
+    trainer(Interrupts()).fit(Line(), data)
+except KeyboardInterrupt:
+    say("caught")
+first = False
+trainer(Interrupts(), max_epochs=2).fit(Line(), data)
+""",
+        "eager",
+    )
+    assert child.end() == 0, child.errors.read_text()
+    assert child.lines == [
+        "0 0", "0 1", "on_exception KeyboardInterrupt ", "teardown fit", "caught",
+        "0 0", "0 1", "0 2", "1 0", "1 1", "1 2", "teardown fit",
+    ]  # fmt: skip
+
+
 def test_ctrl_c_after_fit_is_a_plain_keyboard_interrupt(run: Any) -> None:
     child = run(
         """
