@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
+import signal
 from pathlib import Path
 from typing import Any, List
 
 import pytest
-from kill_harness import SCENARIOS, run, start, until_the_end
+from kill_harness import RESTARTED, SCENARIOS, run, start, until_the_end
 
 QUICK = ["batch:9", "replace:7"]
 CHOSEN = [
@@ -19,7 +20,7 @@ CHOSEN = [
 
 @functools.lru_cache(maxsize=None)
 def _never_stopped(mode: str, scenario: str, root: str) -> Any:
-    return start(mode, Path(root), scenario, None)
+    return start(mode, Path(root), SCENARIOS[scenario], None)
 
 
 @pytest.fixture(scope="session")
@@ -31,9 +32,10 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def check(modes: List[str], root: Path, scenario: str, kills: List[str], reference: Any) -> None:
     """Killed at these points, one after the other, the run ends as if it never had been."""
-    outcome, hits = until_the_end(modes, root, scenario, kills)
-    assert hits == len(kills)
-    assert outcome == reference(modes[0], scenario)
+    ended = until_the_end(modes, root, scenario, kills)
+    assert ended.hits == len(kills)
+    for mode, outcome in [(modes[0], ended.outcome), *ended.others]:
+        assert outcome == reference(mode, scenario)
 
 
 @pytest.mark.parametrize("kill", QUICK)
@@ -57,8 +59,13 @@ def test_killed_in_the_middle_of_a_step(tmp_path: Path, reference: Any) -> None:
     check(["eager"], tmp_path, "accumulation", ["step:8", "step:6", "step:3"], reference)
 
 
+FURTHER = sorted(
+    set(SCENARIOS) - {"adamw", "stopped early", "shuffled validation", "two at once"}
+)  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario", sorted(set(SCENARIOS) - {"adamw", "stopped early"}))
+@pytest.mark.parametrize("scenario", FURTHER)
 @pytest.mark.parametrize("modes", [["eager", "graph"], ["graph", "eager"]])
 def test_killed_often_and_resumed_in_the_other_mode(
     tmp_path: Path, modes: List[str], scenario: str, reference: Any
@@ -73,6 +80,13 @@ OTHERS = {
     "a damaged file": ("plain", ["damage batch:9", "batch:12"]),
     "killed between validation and the end of the epoch": ("stopped early", ["replaced:10"]),
     "killed and stopped early": ("stopped early", ["batch:7", "replace:5"]),
+    "killed while validation shuffles": ("shuffled validation", ["validation:3", "batch:4"]),
+    "a copied folder": ("plain", ["copy batch:9", "batch:12"]),
+    "a renamed folder": ("stopped early", ["move batch:7", "move replace:5"]),
+    "another run in the same folder": ("two at once", ["batch:9", "replace:7"]),
+    "SIGTERM to the process group": ("workers", ["batch:7:15:group"]),
+    "a closed terminal": ("plain", ["batch:7:1"]),
+    "workers that hang": ("persistent workers", ["hang:3:15", "hang:5:15:group"]),
 }
 
 
@@ -91,7 +105,7 @@ def test_killed_often_with_adamw(mode: str, tmp_path: Path, reference: Any) -> N
 def test_a_trainer_that_restarts_on_crash_ends_as_if_there_had_been_none(
     mode: str, tmp_path: Path, reference: Any
 ) -> None:
-    done = run(mode, tmp_path, "restarted", "batch:12")
+    done = run(mode, tmp_path, RESTARTED, f"batch:12:{int(signal.SIGSEGV)}")
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout.splitlines()[-1])
     assert outcome == reference(mode, "plain")
