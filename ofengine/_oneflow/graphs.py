@@ -95,12 +95,6 @@ def depend_on(graph: nn.Graph, tensors: Sequence[Any]) -> None:
     state["_state_tensor_tuple"] = flow._oneflow_internal.TensorTuple(together)
 
 
-def trace_only(graph: nn.Graph, inputs: Sequence[Any]) -> None:
-    """Run ``build`` on lazy tensors, compile nothing. ``graph`` cannot be used afterwards."""
-    _Graphs.traced_only += 1
-    graph.build_graph(*inputs)
-
-
 def is_compiled(graph: nn.Graph) -> bool:
     """True once ``graph`` has been compiled."""
     return bool(graph._is_compiled)

@@ -20,7 +20,7 @@ class Compiled:
     """A graph, with what its calls need."""
 
     graph: Any
-    draws: Draws
+    draws: Draws = attrs.Factory(Draws)
     batch_norms: BatchNorms = attrs.Factory(BatchNorms)
     watch: Any = None
     """The :class:`~ofengine.modes.guards.Watch` over what its trace read."""

@@ -16,7 +16,6 @@ from ofengine._oneflow.lazy_names import forget_lazy_names
 from ofengine._oneflow.shapes import checking_shapes
 from ofengine._oneflow.tracing import checkpointing_nothing, has_forward_hooks
 from ofengine.errors import ConfigurationError, GraphModeError, OFEngineError, warn
-from ofengine.modes.draws import DrawsMet
 from ofengine.modes.explain import explain
 from ofengine.modes.guards import Guards
 from ofengine.modes.labels import noting_labels
@@ -112,8 +111,6 @@ def trace(
             stack.enter_context(checkpointing_nothing())
             stack.enter_context(guards.reading())
             run(graph, inputs)
-    except DrawsMet:
-        raise
     except OFEngineError as error:
         if isinstance(error, ConfigurationError):
             raise

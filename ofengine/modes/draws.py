@@ -3,9 +3,8 @@
 What draws inside a compiled graph (a dropout layer, ``oneflow.rand``) draws from a sequence of its
 own that starts anew with each graph: graphs for several batch shapes, or a resumed run, would
 repeat it, and no generator records how far it is. Here these numbers are inputs of the graph
-instead. A trace notes the random calls of the step, each is drawn eagerly before every run, in
-the same order and from the same generator as in eager mode, and the trace that is compiled takes
-what was drawn in the place of the call.
+instead: each random call that a trace meets becomes one more input, and before every run each is
+drawn eagerly, in the same order and from the same generator as in eager mode.
 """
 
 from __future__ import annotations
@@ -15,11 +14,10 @@ import random
 from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
-import attrs
 import numpy as np
 import oneflow as flow
-from oneflow import nn
 
+from ofengine._oneflow.late_inputs import eager_result
 from ofengine._oneflow.operators import functions_by_name
 from ofengine.errors import GraphModeError, warn
 
@@ -27,58 +25,38 @@ _FACTORIES = ("normal", "rand", "randint", "randn", "randperm")
 _ALIKE = ("randint_like", "randn_like")
 
 
-@attrs.frozen
-class Draw:
-    """One random call of a traced step."""
-
-    prepare: Callable[[], Callable[[], Any]]
-    """Gives what draws the numbers of one run. Not to be called in a trace."""
-    shape: Tuple[int, ...]
-    dtype: Any
-    device: Any
-
-    def placeholder(self) -> Any:
-        """A tensor of the same kind; draws nothing."""
-        return flow.zeros(self.shape, dtype=self.dtype, device=self.device)
+Draw = Callable[[], Any]
+"""Gives the numbers of one run."""
 
 
 class Draws:
-    """The random calls of one compiled step, in their order."""
+    """The random calls of one compiled step, in their order.
 
-    def __init__(self, calls: Sequence[Draw] = ()) -> None:
-        self._calls = tuple(calls)
-        self._prepared = [call.prepare() for call in calls]
+    Args:
+        prepare: each gives what draws for one of the calls. Not to be called in a trace.
+    """
+
+    def __init__(self, prepare: Sequence[Callable[[], Draw]] = ()) -> None:
+        self._prepared = [each() for each in prepare]
         self.any = bool(self._prepared)
-
-    def placeholders(self) -> List[Any]:
-        """Tensors like those that are drawn; draws nothing."""
-        return [call.placeholder() for call in self._calls]
 
     def draw(self) -> List[Any]:
         """The numbers of the next run."""
         return [draw() for draw in self._prepared]
 
 
-class DrawsMet(Exception):
-    """Ends a trace that met random calls whose numbers are not inputs of the graph."""
-
-    def __init__(self, calls: List[Draw]) -> None:
-        super().__init__("random calls")
-        self.calls = calls
-
-
 class Feed:
-    """While tracing, gives each random call the next of ``drawn``, or takes note of it.
+    """While tracing, makes an input of the graph of each random call.
 
     Args:
-        drawn: the graph's inputs that hold what was drawn.
+        add_input: makes an input of the graph that is traced, like the eager tensor it is given.
     """
 
-    def __init__(self, drawn: Sequence[Any] = ()) -> None:
-        self._following = list(drawn)
+    def __init__(self, add_input: Callable[[Any], Any]) -> None:
+        self._add_input = add_input
         self._rand = flow.rand  # before it is replaced
-        self.met: List[Draw] = []
-        """The calls for which nothing was drawn."""
+        self.met: List[Callable[[], Draw]] = []
+        """What :class:`Draws` are made of."""
 
     @contextlib.contextmanager
     def replacing_calls(self) -> Iterator[Feed]:
@@ -97,15 +75,9 @@ class Feed:
                     stack.callback(setattr, holder, name, original)
             yield self
 
-    def stop_if_met(self) -> None:
-        """Raise :class:`DrawsMet` where the graph lacks inputs."""
-        if self.met:
-            raise DrawsMet(self.met)
-
-    def _note(
-        self, prepare: Callable[[], Callable[[], Any]], shape: Any, dtype: Any, device: Any
-    ) -> None:
-        self.met.append(Draw(prepare, tuple(shape), dtype, device))
+    def _feed(self, prepare: Callable[[], Draw], example: Any) -> Any:
+        self.met.append(prepare)
+        return self._add_input(example)
 
     # ------------------------------------------------------------------ replacements
 
@@ -122,17 +94,14 @@ class Feed:
     ) -> Any:
         if not training or p == 0.0:
             return original(input, p, training, inplace, generator, addend=addend)
-        if self._following:
-            kept = input * self._following.pop(0)  # 0 where dropped, else 1 / (1 - p)
-            return kept if addend is None else kept + addend
-        shape, dtype, device = tuple(input.shape), input.dtype, input.device
+        shape, spec = tuple(input.shape), {"dtype": input.dtype, "device": input.device}
 
-        def prepare() -> Callable[[], Any]:
-            ones = flow.ones(shape, dtype=dtype, device=device)
-            return partial(original, ones, p, True, False, generator)
+        def prepare() -> Draw:
+            return partial(original, flow.ones(shape, **spec), p, True, False, generator)
 
-        self._note(prepare, shape, dtype, device)
-        return input if addend is None else input + addend
+        scales = self._feed(prepare, eager_result(flow.zeros, shape, **spec))
+        kept = input * scales  # 0 where dropped, else 1 / (1 - p)
+        return kept if addend is None else kept + addend
 
     def _bernoulli(
         self,
@@ -146,42 +115,33 @@ class Feed:
     ) -> Any:
         # libstdc++'s bernoulli_distribution compares one double from [0, 1), as rand draws it,
         # with p.
-        if self._following:
-            below = input.to(flow.float64) if p is None else p
-            return (self._following.pop(0) < below).to(dtype)
-        spec = {"dtype": flow.float64, "device": flow.device("cpu")}
-        draw = partial(self._rand, tuple(input.shape), generator=generator, **spec)
-        self._note(lambda: draw, input.shape, **spec)
-        return input.to(dtype)
+        shape, spec = tuple(input.shape), {"dtype": flow.float64, "device": flow.device("cpu")}
+        draw = partial(self._rand, shape, generator=generator, **spec)
+        drawn = self._feed(lambda: draw, eager_result(flow.zeros, shape, **spec))
+        below = input.to(flow.float64) if p is None else p
+        return (drawn < below).to(dtype)
 
     def _factory(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._following:
-            return self._following.pop(0)
-        result = original(*args, **kwargs)
         draw = partial(original, *args, **kwargs)
-        self._note(lambda: draw, result.shape, result.dtype, result.device)
-        return result
+        return self._feed(lambda: draw, _example(original, args, kwargs))
 
     def _alike(self, original: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._following:
-            return self._following.pop(0)
         shape, spec = tuple(input.shape), {"dtype": input.dtype, "device": input.device}
-        result = original(input, *args, **kwargs)
 
-        def prepare() -> Callable[[], Any]:
+        def prepare() -> Draw:
             return partial(original, flow.zeros(shape, **spec), *args, **kwargs)
 
-        self._note(prepare, result.shape, result.dtype, result.device)
-        return result
+        like = eager_result(flow.zeros, shape, **spec)
+        return self._feed(prepare, _example(original, (like, *args), kwargs))
 
 
-def active_dropouts(task: nn.Module) -> List[nn.Module]:
-    """The dropout layers of ``task`` that draw masks now."""
-    return [
-        module
-        for module in task.modules()
-        if isinstance(module, nn.Dropout) and module.training and module.p > 0
-    ]
+def _example(function: Any, args: Sequence[Any], kwargs: Dict[str, Any]) -> Any:
+    """What the call would give, drawn from a generator that nobody else has."""
+    apart = flow.Generator(str(kwargs.get("device") or "cpu"))
+    args = [apart if isinstance(each, type(apart)) else each for each in args]
+    if not any(each is apart for each in args):
+        kwargs = {**kwargs, "generator": apart}
+    return eager_result(function, *args, **kwargs).detach()
 
 
 def warn_of_unfed(what: str, operations: Sequence[str], mend: str) -> None:

@@ -28,7 +28,7 @@ from ofengine.modes.compiling import (
     trace,
     warn_of_gradients,
 )
-from ofengine.modes.draws import Draws, DrawsMet, active_dropouts, warn_of_unfed
+from ofengine.modes.draws import Draws, warn_of_unfed
 from ofengine.modes.guards import Guards
 from ofengine.modes.in_place import Written, tell_what_is_forgotten, write_back
 from ofengine.modes.own_graphs import check_own_graph, has_own_graph, loss_of
@@ -37,7 +37,6 @@ from ofengine.modes.step_graphs import (
     ApplyGraph,
     EvalGraph,
     GradientGraph,
-    ProbeGraph,
     StepGraph,
     TrainGraph,
 )
@@ -74,8 +73,6 @@ class GraphMode:
         self._window_scales: Dict[int, Any] = {}
         self._rates_until: Optional[int] = None
         """The first step whose rates are not compiled in, or None where all are."""
-        self._draws = False
-        """True where training steps draw outside of dropout layers."""
 
     # ------------------------------------------------------------------ training
 
@@ -130,9 +127,10 @@ class GraphMode:
         self, compiled: Compiled, tensors: List[Any], window: int, closes: bool
     ) -> Dict[str, Any]:
         graph = compiled.graph
+        tensors.append(self._window_scale(window))
         if compiled.draws.any:
             tensors += compiled.draws.draw()
-        outputs = graphs.run_compiled(graph, [*tensors, self._window_scale(window)])
+        outputs = graphs.run_compiled(graph, tensors)
         stop = 1 + len(graph.having)
         total = self._gradients
         for index, gradient in zip(graph.having, outputs[1:stop]):
@@ -142,7 +140,7 @@ class GraphMode:
             apply = self._applies.active.get(having) or self._applies.find(having)
             gradients = [total[index] for index in having]
             if apply is None:
-                apply = Compiled(ApplyGraph(self._run, having), Draws())
+                apply = Compiled(ApplyGraph(self._run, having))
                 self._compile(apply, [gradients], "the optimizer step", updates=True)
                 self._watch(apply, updates=True)
                 self._tell_change(self._applies.add(having, apply))
@@ -189,24 +187,7 @@ class GraphMode:
     def _compile_step(self, structure: Structure, tensors: List[Any]) -> Compiled:
         refuse_what_graphs_ignore(self.task)
         self.settle()  # an older graph for these shapes may be let go
-        draws = Draws()
-        if not has_own_graph(self.task) and (self._draws or active_dropouts(self.task)):
-            try:
-                probe = ProbeGraph(self.task, "training_step", structure, ())
-                trace(self.task, self._guards, probe, graphs.trace_only, [tensors], "training_step")
-            except DrawsMet as met:
-                draws = Draws(met.calls)
-        try:
-            return self._compile_step_with(draws, structure, tensors)
-        except DrawsMet as met:  # nothing told so before
-            self._draws = True
-            return self._compile_step_with(Draws(met.calls), structure, tensors)
-
-    def _compile_step_with(
-        self, draws: Draws, structure: Structure, tensors: List[Any]
-    ) -> Compiled:
-        compiled = Compiled(None, draws)
-        inputs: List[Any] = [tensors, draws.placeholders()]
+        inputs: List[Any] = [tensors]
         what, updates = "training_step", True
         if self._accumulates:
             graph: Any = GradientGraph(self._run, structure)
@@ -219,7 +200,7 @@ class GraphMode:
                 check_own_graph(graph, self._run, [c.graph for c in self._steps])
                 tell_what_is_forgotten(graph)
                 inputs, what = tensors, f"{type(graph).__name__}.build"
-        compiled.graph = graph
+        compiled = Compiled(graph)
         with compiled.batch_norms.counting(self.task):
             self._compile(compiled, inputs, what, updates)
         self._watch(compiled, updates)
@@ -265,22 +246,13 @@ class GraphMode:
         if compiled is None:
             refuse_what_graphs_ignore(self.task)
             graph = EvalGraph(self.task, step, structure, (dataloader_idx,))
-            compiled = self._compile_eval(graph, tensors, Draws())
+            compiled = Compiled(graph)
+            self._compile(compiled, [tensors], step, updates=False)
+            self._watch(compiled, updates=False)
             self._tell_change(self._evals.add(key, compiled))
         graph = compiled.graph
         outputs = graphs.run_compiled(graph, [*tensors, *compiled.draws.draw()])
         return self._take_outputs(graph, outputs)
-
-    def _compile_eval(self, graph: EvalGraph, tensors: List[Any], draws: Draws) -> Compiled:
-        inputs = [tensors, draws.placeholders()]
-        compiled = Compiled(graph, draws)
-        try:
-            self._compile(compiled, inputs, graph.step, updates=False)
-        except DrawsMet as met:
-            again = EvalGraph(self.task, graph.step, graph.structure, graph.extra)
-            return self._compile_eval(again, tensors, Draws(met.calls))
-        self._watch(compiled, updates=False)
-        return compiled
 
     # ------------------------------------------------------------------ guards
 
@@ -366,9 +338,15 @@ class GraphMode:
                 call(graph)
             self._state.share_with(graph)
         compiling = partial(graphs.trace_and_compile, as_eager=is_ours)
+        is_step = isinstance(graph, StepGraph)
+        if is_step:
+            inputs = [*inputs, graph.late]
         self._rates_until = None
         trace(self.task, self._guards, graph, compiling, inputs, what)
         compiled.rates_until = self._rates_until
+        if is_step:
+            compiled.draws = Draws(graph.random_calls)
+            graph.late.clear()
         own = "where that matters, leave build_graph() as it is"
         mend = "call flow.rand and its like by these names, or draw in the dataset"
         warn_of_unfed(what, random_operations(graph), mend if is_ours else own)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, List, Sequence, Tuple
+from typing import Any, Callable, List, Sequence, Tuple
 
 import oneflow as flow
 from oneflow import nn
 
 from ofengine._oneflow.graphs import allow_backward
+from ofengine._oneflow.late_inputs import LateInputs
 from ofengine._oneflow.tracing import (
     answering_as_modules,
     assignments_in_trace,
@@ -19,7 +20,7 @@ from ofengine._oneflow.tracing import (
 from ofengine.data.structure import Structure, flatten, unflatten
 from ofengine.errors import DataError, GraphModeError
 from ofengine.metrics import LogSpec
-from ofengine.modes.draws import DrawsMet, Feed, no_numbers_frozen
+from ofengine.modes.draws import Draw, Feed, no_numbers_frozen
 from ofengine.modes.in_place import InPlace, Written
 from ofengine.modes.steps import clip, split_outputs, step_arity
 from ofengine.run.state import Run
@@ -27,7 +28,7 @@ from ofengine.task import TaskModule
 from ofengine.tracing import Trace, TracedIndex, warn_of_assignments
 
 
-class StepGraph(nn.Graph):
+class StepGraph(LateInputs):
     """A step of the task over the tensors of one batch; what comes out besides the loss."""
 
     trains = False
@@ -50,19 +51,19 @@ class StepGraph(nn.Graph):
         self.written: List[Written] = []
         """What the last outputs are written back into after each run."""
         self.rest: Structure = flatten(None, [])
+        self.random_calls: List[Callable[[], Draw]] = []
 
-    def call_step(self, tensors: Sequence[Any], drawn: Sequence[Any]) -> Any:
+    def call_step(self, tensors: Sequence[Any]) -> Any:
         """Trace the task's step; keep the specs of what it logs, return (outputs, logged).
 
-        ``drawn`` holds the numbers of its random calls. Raises :class:`DrawsMet` where there are
-        more of these.
+        The numbers of its random calls become further inputs.
         """
         batch = unflatten(self.structure, iter(tensors))
         # A step may reach them by other ways than their modules, as eager tensors.
         build_parameters(self.task)
         arguments = (batch, self.index, *self.extra)[: self.arity]
         task = instance_in_trace(self.task)
-        feeding = Feed(drawn).replacing_calls()
+        feeding = Feed(self.add_input).replacing_calls()
         answering = answering_as_modules(self.task)
         self.in_place = InPlace(self.task, self.step, tensors, self.trains)
         with contextlib.ExitStack() as stack:
@@ -70,7 +71,7 @@ class StepGraph(nn.Graph):
             for each in (no_numbers_frozen(self.step), answering, self.in_place.noting()):
                 stack.enter_context(each)
             outputs = getattr(task, self.step)(*arguments)
-        feed.stop_if_met()
+        self.random_calls = feed.met
         self.assigned = assignments_in_trace(task)
         tensor_logs = [(s, v) for s, v in trace.logs if isinstance(v, flow.Tensor)]
         self.specs = [spec for spec, _ in tensor_logs]
@@ -95,9 +96,9 @@ class StepGraph(nn.Graph):
 class _TrainStepGraph(StepGraph):
     trains = True
 
-    def trained_loss(self, tensors: Sequence[Any], drawn: Sequence[Any], scale: Any) -> Any:
+    def trained_loss(self, tensors: Sequence[Any], scale: Any) -> Any:
         """Forward and backward; (loss, outputs besides it, logged)."""
-        outputs, logged = self.call_step(tensors, drawn)
+        outputs, logged = self.call_step(tensors)
         loss, rest = split_outputs(outputs, type(self.origin[0]).__name__)
         scaled = loss if scale is None else loss * scale
         with self.in_place.in_backward():
@@ -113,9 +114,9 @@ class TrainGraph(_TrainStepGraph):
         self.run = run
         self.add_optimizer(run.made.optimizer)
 
-    def build(self, tensors: List[Any], drawn: List[Any]) -> List[Any]:
+    def build(self, tensors: List[Any], late: List[Any]) -> List[Any]:
         """Trace the whole step."""
-        loss, rest, logged = self.trained_loss(tensors, drawn, None)
+        loss, rest, logged = self.trained_loss(tensors, None)
         clip(self.run)
         return self.put_out(rest, logged, [loss])
 
@@ -129,9 +130,9 @@ class GradientGraph(_TrainStepGraph):
         self.having: List[int] = []
         allow_backward(self)
 
-    def build(self, tensors: List[Any], drawn: List[Any], scale: Any) -> List[Any]:
+    def build(self, tensors: List[Any], scale: Any, late: List[Any]) -> List[Any]:
         """Trace forward and backward of ``loss * scale``."""
-        loss, rest, logged = self.trained_loss(tensors, drawn, scale)
+        loss, rest, logged = self.trained_loss(tensors, scale)
         (parameters,) = self.parameters
         self.having = [i for i, p in enumerate(parameters) if p.grad is not None]
         gradients = [parameters[i].grad for i in self.having]
@@ -165,18 +166,10 @@ class ApplyGraph(nn.Graph):
 class EvalGraph(StepGraph):
     """A step without gradients."""
 
-    def build(self, tensors: List[Any], drawn: List[Any]) -> List[Any]:
+    def build(self, tensors: List[Any], late: List[Any]) -> List[Any]:
         """Trace the step."""
         with flow.no_grad():
-            outputs, logged = self.call_step(tensors, drawn)
+            outputs, logged = self.call_step(tensors)
             # A graph must put out something, even where the step neither logs nor returns.
             filler = identity(tensors[0]) if tensors else flow.zeros(1)
             return self.put_out(outputs, logged, []) or [filler]
-
-
-class ProbeGraph(StepGraph):
-    """Traces the forward to learn what it draws; never compiled."""
-
-    def build(self, tensors: List[Any]) -> None:
-        self.call_step(tensors, [])
-        raise DrawsMet([])
