@@ -527,6 +527,8 @@ def main() -> int:
 
 if __name__ == "__main__":
     if "--child" in sys.argv:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and by nohup
         a = sys.argv[sys.argv.index("--child") + 1 :]
         child(a[0], a[1], json.loads(a[2]), a[3] or None)
     else:
