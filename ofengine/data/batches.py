@@ -119,6 +119,7 @@ class Batches:
         self.states_at_start: Optional[RandomState] = None
         """The generators' states when the last pass was begun, where it is ``resumable``; None
         for a list."""
+        self._begun: Tuple[int, ...] = ()
         self.order = Order()
         """What the batches of the last pass are made of, where that is known."""
         self._numbers = itertools.count()
@@ -138,6 +139,7 @@ class Batches:
                 "global": global_states(),
                 "data": states_in(None, self.source),
             }
+            self._begun = self.pass_seed
         skipped = resumption.done if resumption is not None and self.can_skip else 0
         self.order = Order()
         batches = open_source(self.source, skipped, self.pass_seed, self.order)
@@ -201,6 +203,12 @@ class Batches:
     def set_epoch(self, epoch: int) -> None:
         """Tell its samplers and datasets which epoch the next pass belongs to, from 0."""
         set_epoch(self.source, 0 if self.keep else epoch)  # what is kept is the first epoch's
+
+    @property
+    def states_if_begun(self) -> RandomState:
+        """:attr:`states_at_start` of the pass of now, where that was begun; else empty."""
+        is_begun = self._begun == self.pass_seed and self.states_at_start is not None
+        return dict(self.states_at_start or {}) if is_begun else {}
 
     @property
     def can_skip(self) -> bool:

@@ -242,3 +242,41 @@ def test_early_stopping_between_validation_and_the_end_of_the_epoch(tmp_path: Pa
     arguments = {"callbacks": callbacks, "max_epochs": 9, "val_check_interval": 2}
     whole = check_exact(tmp_path, "eager", "", None, **arguments)
     assert 1 < whole.trainer.current_epoch < 9
+
+
+class FailsOnce(Augmented):
+    """Draws for a sample and fails, once, at the look that has this number."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__(18, 0.1)
+        self.looks, self.at = 0, at
+
+    def __getitem__(self, index: int) -> Any:
+        self.looks += 1
+        sample = super().__getitem__(index)
+        if self.looks == self.at:
+            raise OSError("the disk is away")
+        return sample
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_a_run_whose_epoch_began_without_a_batch_begins_it_again(
+    mode: str, seed: Any, tmp_path: Path
+) -> None:
+    def fails(start: int) -> DataLoader:
+        made = shuffled()(start)
+        vars(made)["dataset"] = FailsOnce(19)
+        return made
+
+    class KeepsItself(Callback):
+        fires_last = True
+
+        def on_exception(self, trainer: Any, task: Any, error: BaseException) -> None:
+            trainer.save_checkpoint(tmp_path / "failed.safetensors")
+
+    whole = run(mode, seed=seed)
+    with pytest.raises(Exception, match="the disk is away"):
+        run(mode, data=fails, callbacks=lambda: [KeepsItself()], seed=seed)
+    failed = tmp_path / "failed.safetensors"
+    resumed = run(mode, resume_from=failed, seed=seed)
+    assert_same_run(resumed, whole, 7, "the first batch of epoch 1")
