@@ -46,9 +46,26 @@ class LogSpec:
         return (f"{self.name}_epoch" if self.on_step else self.name) + self.suffix
 
 
+_Place = Tuple[str, LogSpec, int, int]
+"""(full name, spec, which tensor, which of the numbers in it)."""
+
+
+class Logged:
+    """Where the numbers of some names are, in one or several tensors that are logged together.
+
+    Args:
+        places: (spec, which tensor, which of the numbers in it) in the order of the ``log`` calls.
+    """
+
+    def __init__(self, places: Sequence[Tuple[LogSpec, int, int]]) -> None:
+        named = [(spec.full_name, spec, tensor, index) for spec, tensor, index in places]
+        self.on_step: List[_Place] = [place for place in named if place[1].on_step]
+        self.on_epoch: List[_Place] = [place for place in named if place[1].on_epoch]
+
+
 _LOSS = LogSpec("loss", prog_bar=True, logger=True, on_step=True, on_epoch=False, batch_size=None)
-_MOST_PENDING = 1000
-"""So many values wait on the device before they are read, to bound the memory."""
+_MOST_PENDING = 4000
+"""So many tensors wait on the device before they are read, to bound the memory."""
 
 
 class Stage:
@@ -61,10 +78,14 @@ class Stage:
         """The training batch that was stepped last."""
         self.loss: Any = None
         """Its loss, where nothing has taken it up yet."""
-        self.current: List[Tuple[LogSpec, Any]] = []
-        self.last: Dict[str, Tuple[LogSpec, Any]] = {}
-        self.pending: List[Tuple[LogSpec, Any, float]] = []
-        self.sums: Dict[str, Tuple[LogSpec, float, float]] = {}
+        self.current: List[Tuple[Logged, Sequence[Any]]] = []
+        """What was logged since the last batch was closed, and its tensors or numbers."""
+        self.last: Dict[str, Tuple[LogSpec, Any, int]] = {}
+        """By name the newest: its tensor or number, and which of the numbers in it."""
+        self.pending: List[Tuple[Logged, Sequence[Any], int]] = []
+        """What goes into epoch means, and the size of its batch."""
+        self.sums: Dict[str, List[Any]] = {}
+        """By name [spec, sum of the weighted values, sum of the weights]."""
 
 
 class Metrics:
@@ -72,7 +93,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._stages: List[Stage] = []
-        self._specs: Dict[Tuple[Any, ...], LogSpec] = {}
+        self._logged: Dict[Tuple[Any, ...], Tuple[LogSpec, Logged]] = {}
         self._known: Dict[str, float] = {}
         self.newest_loss = 0.0
         """The training loss that was read last, or what the task logs in its place."""
@@ -131,7 +152,7 @@ class Metrics:
                 self.commit(stage.batch)  # what hooks have logged for it so far
             self._peek(stage)
             stages = {
-                "last": [[attrs.asdict(spec), value] for spec, value in stage.last.values()],
+                "last": [[attrs.asdict(spec), value] for spec, value, _ in stage.last.values()],
                 "sums": [[attrs.asdict(s), total, w] for s, total, w in stage.sums.values()],
             }
         bar = list(self.progress_bar_names)
@@ -142,10 +163,10 @@ class Metrics:
         stage = self._stages[0]
         for options, value in state.get("last", []):
             spec = LogSpec(**options)
-            stage.last[spec.full_name] = (spec, value)
+            stage.last[spec.full_name] = (spec, value, 0)
         for options, total, weights in state.get("sums", []):
             spec = LogSpec(**options)
-            stage.sums[spec.full_name] = (spec, total, weights)
+            stage.sums[spec.full_name] = [spec, total, weights]
         self._known.update(state["known"])
         self.progress_bar_names.update(dict.fromkeys(state["progress_bar"]))
 
@@ -155,7 +176,6 @@ class Metrics:
         self,
         name: str,
         value: Any,
-        *,
         prog_bar: bool = False,
         logger: bool = True,
         on_step: Optional[bool] = None,
@@ -165,9 +185,9 @@ class Metrics:
         """See :meth:`ofengine.TaskModule.log`."""
         stage = self._stage
         key = (name, prog_bar, logger, on_step, on_epoch, batch_size, stage.per_step, stage.suffix)
-        spec = self._specs.get(key)
-        if spec is None:
-            spec = self._specs[key] = LogSpec(
+        known = self._logged.get(key)
+        if known is None:
+            spec = LogSpec(
                 name=name,
                 prog_bar=prog_bar,
                 logger=logger,
@@ -177,16 +197,17 @@ class Metrics:
                 suffix=stage.suffix,
             )
             _check_spec(spec)
+            known = self._logged[key] = (spec, Logged([(spec, 0, 0)]))
         value = _scalar(name, value)
         trace = active_trace()
         if trace is not None:
-            trace.record(spec, value)
+            trace.record(known[0], value)
         else:
-            stage.current.append((spec, value))
+            stage.current.append((known[1], (value,)))
 
-    def record_traced(self, specs: Sequence[LogSpec], values: Sequence[Any]) -> None:
+    def record_traced(self, logged: Logged, values: Sequence[Any]) -> None:
         """Take what a compiled step put out for the ``log`` calls it was traced with."""
-        self._stages[-1].current.extend(zip(specs, values))
+        self._stages[-1].current.append((logged, values))
 
     def commit(self, batch: Any = None) -> None:
         """Close a batch: take what was logged since the last one."""
@@ -195,12 +216,12 @@ class Metrics:
             return
         _take_loss(stage)  # the task may have logged another "loss" since
         batch_size = 1 if batch is None else batch_size_of(batch)
-        for spec, value in stage.current:
-            if spec.on_step:
-                stage.last[spec.full_name] = (spec, value)
-            if spec.on_epoch:
-                weight = batch_size if spec.batch_size is None else spec.batch_size
-                stage.pending.append((spec, value, float(weight)))
+        last, pending = stage.last, stage.pending
+        for logged, values in stage.current:
+            for name, spec, tensor, index in logged.on_step:
+                last[name] = (spec, values[tensor], index)
+            if logged.on_epoch:
+                pending.append((logged, values, batch_size))
         stage.current.clear()
         if len(stage.pending) >= _MOST_PENDING:
             self._fold_pending(stage)
@@ -213,7 +234,7 @@ class Metrics:
             return {}
         stage = self._stages[-1]
         self._peek(stage)
-        rows = {spec.step_name: value for spec, value in stage.last.values() if spec.logger}
+        rows = {spec.step_name: value for spec, value, _ in stage.last.values() if spec.logger}
         stage.last.clear()
         return rows
 
@@ -224,23 +245,32 @@ class Metrics:
 
     def _peek(self, stage: Stage) -> None:
         _take_loss(stage)
-        names = list(stage.last)
-        numbers = self._fold_pending(stage, [value for _, value in stage.last.values()])
-        for name, number in zip(names, numbers):
-            spec, _ = stage.last[name]
-            stage.last[name] = (spec, number)
+        values = {id(value): value for _, value, _ in stage.last.values()}
+        numbers = dict(zip(values, self._fold_pending(stage, list(values.values()))))
+        for name, (spec, value, index) in stage.last.items():
+            number = numbers[id(value)][index]
+            stage.last[name] = (spec, number, 0)
             if name == _LOSS.name and stage is self._stages[0]:
                 self.newest_loss = number
             self._publish(spec, spec.step_name, number)
 
-    def _fold_pending(self, stage: Stage, others: Sequence[Any] = ()) -> List[float]:
+    def _fold_pending(self, stage: Stage, others: Sequence[Any] = ()) -> List[List[float]]:
         """Add the pending values to their sums; ``others`` are read along and returned."""
-        numbers = _read([*others, *(value for _, value, _ in stage.pending)])
-        for (spec, _, weight), number in zip(stage.pending, numbers[len(others) :]):
-            _, total, weights = stage.sums.get(spec.full_name, (spec, 0.0, 0.0))
-            stage.sums[spec.full_name] = (spec, total + number * weight, weights + weight)
-        stage.pending.clear()
-        return numbers[: len(others)]
+        waiting, sums = stage.pending, stage.sums
+        read = iter(_read([*others, *(each for _, values, _ in waiting for each in values)]))
+        of_others = [next(read) for _ in others]
+        for logged, values, size in waiting:
+            numbers = [next(read) for _ in values]
+            for name, spec, tensor, index in logged.on_epoch:
+                weight = float(size if spec.batch_size is None else spec.batch_size)
+                kept = sums.get(name)
+                if kept is None:
+                    kept = sums[name] = [spec, 0.0, 0.0]
+                kept[0] = spec
+                kept[1] += numbers[tensor][index] * weight
+                kept[2] += weight
+        waiting.clear()
+        return of_others
 
     def close_epoch(self) -> Dict[str, float]:
         """The epoch's means, by name, of all that was logged ``on_epoch``; then start anew."""
@@ -280,7 +310,7 @@ class Metrics:
 
 def _take_loss(stage: Stage) -> None:
     if stage.loss is not None:
-        stage.last["loss"] = (_LOSS, stage.loss)
+        stage.last["loss"] = (_LOSS, stage.loss, 0)
         stage.loss = None
 
 
@@ -314,18 +344,20 @@ def _scalar(name: str, value: Any) -> Any:
         ) from None
 
 
-def _read(values: Sequence[Any]) -> List[float]:
-    """All values as floats, with one transfer for each dtype and device."""
-    numbers: List[float] = [0.0] * len(values)
-    tensors: Dict[Tuple[Any, Any], List[int]] = {}
+def _read(values: Sequence[Any]) -> List[List[float]]:
+    """The numbers in each of the values, with one transfer for each type and shape."""
+    numbers: List[List[float]] = [[] for _ in values]
+    alike: Dict[Tuple[Any, ...], List[int]] = {}
     for position, value in enumerate(values):
         if isinstance(value, flow.Tensor):
-            tensors.setdefault((value.dtype, value.device), []).append(position)
+            kind = (value.type(), value.shape) if value.is_local else (value.dtype, value.shape)
+            alike.setdefault(kind, []).append(position)
         else:
-            numbers[position] = value
-    for positions in tensors.values():
+            numbers[position] = [value]
+    for positions in alike.values():
         together = [values[position] for position in positions]
-        read = flow.stack(together) if len(together) > 1 else together[0].reshape(1)
-        for position, number in zip(positions, read.numpy().tolist()):
-            numbers[position] = float(number)
+        read = (flow.stack(together) if len(together) > 1 else together[0]).numpy()
+        rows = read.reshape(len(together), -1).astype("float64").tolist()
+        for position, row in zip(positions, rows):
+            numbers[position] = row
     return numbers

@@ -300,15 +300,8 @@ class TaskModule(TaskHooks, nn.Module):
         for given in _unknown:
             mend = mend_for(LOG_ARGUMENTS, given) or "see TaskModule.log"
             raise UnknownArgumentError(f"log has no argument {given!r}: {mend}.")
-        self.trainer.metrics.log(
-            name,
-            value,
-            prog_bar=prog_bar,
-            logger=logger,
-            on_step=on_step,
-            on_epoch=on_epoch,
-            batch_size=batch_size,
-        )
+        record = self.trainer.metrics.log  # by position: a step may log hundreds of names
+        record(name, value, prog_bar, logger, on_step, on_epoch, batch_size)
 
     def log_dict(self, metrics: Mapping[str, Any], **options: Any) -> None:
         """``log`` each entry of ``metrics`` with the same ``options``."""

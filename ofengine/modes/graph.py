@@ -158,15 +158,13 @@ class GraphMode:
 
     def _take_outputs(self, graph: StepGraph, outputs: Sequence[Any]) -> Any:
         """Record what the step logged; return what it returned."""
-        logged = len(graph.specs)
-        metrics = self._run.metrics
-        if logged:
-            metrics.record_traced(graph.specs, outputs[:logged])
         if graph.written:
             write_back(graph.written, outputs[-len(graph.written) :])
-        if graph.constants:
-            metrics.record_traced(*zip(*graph.constants))
-        return unflatten(graph.rest, iter(outputs[logged:]))
+        rest = iter(outputs)
+        if graph.frozen:
+            values = [next(rest) if number is None else number for number in graph.frozen]
+            self._run.metrics.record_traced(graph.logged, values)
+        return unflatten(graph.rest, rest)
 
     def settle(self) -> None:
         """Count the batches of batch norms, which compiled steps leave out."""

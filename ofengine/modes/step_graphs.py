@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Callable, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import oneflow as flow
 from oneflow import nn
@@ -19,7 +19,7 @@ from ofengine._oneflow.tracing import (
 )
 from ofengine.data.structure import Structure, flatten, unflatten
 from ofengine.errors import DataError, GraphModeError
-from ofengine.metrics import LogSpec
+from ofengine.metrics import Logged, LogSpec
 from ofengine.modes.draws import Draw, Feed, no_numbers_frozen
 from ofengine.modes.in_place import InPlace, Written
 from ofengine.modes.steps import clip, split_outputs, step_arity
@@ -45,8 +45,10 @@ class StepGraph(LateInputs):
         self.structure = structure
         self.extra = tuple(extra)
         self.index = TracedIndex()
-        self.specs: List[LogSpec] = []
-        self.constants: List[Tuple[LogSpec, float]] = []
+        self.logged = Logged([])
+        """Which of the logged values is where."""
+        self.frozen: List[Optional[float]] = []
+        """For each of the tensors that hold them None; a number where that was logged."""
         self.assigned: List[str] = []
         self.written: List[Written] = []
         """What the last outputs are written back into after each run."""
@@ -54,7 +56,7 @@ class StepGraph(LateInputs):
         self.random_calls: List[Callable[[], Draw]] = []
 
     def call_step(self, tensors: Sequence[Any]) -> Any:
-        """Trace the task's step; keep the specs of what it logs, return (outputs, logged).
+        """Trace the task's step; note what it logs, return (outputs, logged).
 
         The numbers of its random calls become further inputs.
         """
@@ -73,10 +75,26 @@ class StepGraph(LateInputs):
             outputs = getattr(task, self.step)(*arguments)
         self.random_calls = feed.met
         self.assigned = assignments_in_trace(task)
-        tensor_logs = [(s, v) for s, v in trace.logs if isinstance(v, flow.Tensor)]
-        self.specs = [spec for spec, _ in tensor_logs]
-        self.constants = [(s, v) for s, v in trace.logs if not isinstance(v, flow.Tensor)]
-        return outputs, [value for _, value in tensor_logs]
+        return outputs, self._together(trace.logs)
+
+    def _together(self, logs: Sequence[Tuple[LogSpec, Any]]) -> List[Any]:
+        """The logged tensors, those of one kind stacked: each output costs about what a step does.
+
+        Notes which value is where.
+        """
+        kinds: Dict[Any, List[Any]] = {}
+        places = []
+        for number, (spec, value) in enumerate(logs):
+            stacks = isinstance(value, flow.Tensor) and not value.is_global
+            kind = (value.dtype, value.device) if stacks else number
+            alike = kinds.setdefault(kind, [])
+            places.append((spec, kind, len(alike)))
+            alike.append(value)
+        order = {kind: place for place, kind in enumerate(kinds)}
+        self.logged = Logged([(spec, order[kind], index) for spec, kind, index in places])
+        together = [flow.stack(each) if len(each) > 1 else each[0] for each in kinds.values()]
+        self.frozen = [None if isinstance(each, flow.Tensor) else each for each in together]
+        return [each for each in together if isinstance(each, flow.Tensor)]
 
     def put_out(self, outputs: Any, logged: List[Any], first: List[Any]) -> List[Any]:
         """The graph's outputs: ``first``, what was logged, the tensors in ``outputs``."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import hashlib
 import itertools
 import json
@@ -65,6 +66,8 @@ HANGING_ENDS = 5.0
 hanging_took: List[float] = []
 """How long those took."""
 EPOCHS, SAMPLES, BATCH = 4, 37, 5
+MOST_SECONDS = 300
+"""A process that takes longer hangs, on a machine that is not much too busy."""
 
 
 # ---------------------------------------------------------------------- the child
@@ -159,7 +162,7 @@ class Noisy:
 
     def __getitem__(self, index: int) -> Tuple[Any, Any]:
         if self.hang is not None and multiprocessing.parent_process() is not None:
-            until = time.monotonic() + 100
+            until = time.monotonic() + MOST_SECONDS
             while self.hang.exists() and time.monotonic() < until:
                 time.sleep(0.05)
         noise = np.random.randn(8).astype("float32") * np.float32(0.1)
@@ -348,7 +351,7 @@ def run(mode: str, root: Path, scenario: Dict[str, Any], kill: str) -> Any:
         [sys.executable, __file__, "--child", *given],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=MOST_SECONDS,
         start_new_session=True,
     )
 
@@ -477,7 +480,10 @@ def _one_run(chance: random.Random, references: Dict[Tuple[str, str], Any]) -> T
     with tempfile.TemporaryDirectory() as folder:
         try:
             ended = until_the_end(modes, Path(folder, "run"), scenario, kills)
-        except (AssertionError, subprocess.TimeoutExpired) as error:
+        except subprocess.TimeoutExpired as error:
+            where = (error.stderr or b"").decode(errors="replace")
+            return f"OTHER: {what} with {kills}: {error}\n{where}", 0
+        except AssertionError as error:
             logs = "\n".join(each.read_text() for each in Path(folder).glob("*.log"))
             return f"OTHER: {what} with {kills}: {error}\n{logs}", 0
         logs = "\n".join(each.read_text() for each in Path(folder).glob("*.log"))
@@ -529,6 +535,7 @@ if __name__ == "__main__":
     if "--child" in sys.argv:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and by nohup
+        faulthandler.dump_traceback_later(MOST_SECONDS - 20)  # where one hangs
         a = sys.argv[sys.argv.index("--child") + 1 :]
         child(a[0], a[1], json.loads(a[2]), a[3] or None)
     else:
