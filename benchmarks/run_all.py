@@ -28,6 +28,7 @@ SCRIPTS = (
     "first_step",
     "startup",
     "growth",
+    "endurance",
     "threads",
     "blas",
     "guards",
