@@ -89,13 +89,13 @@ class InterruptGuard:
             self._raise(number)
 
     def _remind(self, number: int) -> None:
-        """In a thread: end workers that hang, and wake the main thread where it waits for them."""
+        """In a thread: wake the main thread where it waits for a batch, end workers that hang."""
         sleep(_PATIENCE)
         while self._before:
-            end_workers()
             if self.waiting:
                 self._reminded = True
                 signal.pthread_kill(threading.main_thread().ident or 0, number)
+            end_workers()
             sleep(_ONE)
 
     def check(self) -> None:
