@@ -105,7 +105,10 @@ def train(
     task = subject_of(drawn, start=0 if ckpt is None else 99)
     trainer.fit(task, data_of(drawn), validation_of(drawn), ckpt_path=ckpt)
     watcher.save_to = None
+    validated, watcher.validated = watcher.validated, []
     watcher.verbs = [_do(verb, trainer, task, watcher) for verb in drawn.verbs]
+    watcher.verbs.append(watcher.validated)
+    watcher.validated = validated
     return watcher
 
 
@@ -138,7 +141,7 @@ def others(name: str, ours: Watcher, theirs: Watcher, first: int = 0) -> List[st
     found = []
     if ours.validated != [each for each in theirs.validated if each[0] >= first]:
         found.append(f"{name}: the validations are others")
-    verbs = ours.drawn.verbs
+    verbs = [*ours.drawn.verbs, "what was validated"]
     for number, (verb, one, other) in enumerate(zip(verbs, ours.verbs, theirs.verbs)):
         if one != other:
             found.append(f"{name}: {verb}, {number} after the run, gives something else")
