@@ -71,9 +71,7 @@ def shapes_of(batch: Any) -> Any:
 
 
 def is_empty(batch: Any) -> bool:
-    """True where ``batch`` holds no sample: nothing at all, or empty tensors and arrays alone."""
-    if isinstance(batch, (list, tuple, dict)) and not batch:
-        return True
+    """True where all tensors and arrays in ``batch`` are empty, and there are some."""
     shapes = [shape for _, shape, _ in _leaves(batch) if shape]
     return bool(shapes) and all(0 in shape for shape in shapes)
 

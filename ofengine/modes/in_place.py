@@ -104,8 +104,14 @@ class InPlace:
                     "it in on_train_batch_start or on_train_batch_end"
                 )
             found[id(state.tensor)] = Written(state.tensor, state.places), value
+        counts = {
+            id(state.tensor)
+            for state in self._states
+            if any(n == _COUNTED for _, n in state.places)
+        }
         for tensor in self._writes.outside.values():
-            found.setdefault(id(tensor), (Written(tensor, ()), tensor))
+            if id(tensor) not in counts:  # a step may reach its layers as they are, eagerly
+                found.setdefault(id(tensor), (Written(tensor, ()), tensor))
         return list(found.values())
 
     def _line_of(self, name: str) -> str:

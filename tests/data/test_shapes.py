@@ -30,7 +30,7 @@ def test_a_batch_in_words(batch: Any, text: str, size: int) -> None:
 
 @pytest.mark.parametrize(
     "batch",
-    [flow.zeros(0, 2), (flow.zeros(0, 2), flow.zeros(0)), {"x": np.zeros((0, 3))}, [], {}],
+    [flow.zeros(0, 2), (flow.zeros(0, 2), flow.zeros(0)), {"x": np.zeros((0, 3))}],
     ids=str,
 )
 def test_a_batch_without_samples(batch: Any) -> None:
@@ -39,7 +39,7 @@ def test_a_batch_without_samples(batch: Any) -> None:
 
 @pytest.mark.parametrize(
     "batch",
-    [IMAGES, flow.tensor(1.0), (flow.zeros(0, 4), IMAGES), [3], {"name": "a"}, None],
+    [IMAGES, flow.tensor(1.0), (flow.zeros(0, 4), IMAGES), [3], {"name": "a"}, None, [], {}],
     ids=str,
 )
 def test_a_batch_with_samples(batch: Any) -> None:
