@@ -58,10 +58,13 @@ def said_by(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
+_PASSED_BY = ("ofengine", "oneflow", "contextlib")
+
+
 def warn(message: str) -> None:
     """Warn with an :class:`OFEngineWarning` at the line of the user's that led here."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and _package(frame) in ("ofengine", "oneflow"):
+    while frame.f_back is not None and _package(frame) in _PASSED_BY:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, OFEngineWarning, stacklevel=level)
 

@@ -37,7 +37,7 @@ def open_with_indices(loader: Any, wrap: Callable[[Any], Any]) -> Iterator[Any]:
         # What an iterator draws when it is made, perhaps from the generator of the order.
         flow.randint(0, np.iinfo(np.int64).max, (), generator=loader.generator)
     try:
-        return iter(loader)
+        return noted(iter(loader))
     finally:
         vars(loader)[name] = own
         if loader._iterator is not None:
@@ -57,6 +57,36 @@ _runs_lock = threading.Lock()
 _init_of_class = _MultiProcessingDataLoaderIter.__init__
 
 
+_runs_of_thread = threading.local()
+"""For each run of a thread, the iterators with workers that it went through by itself."""
+
+
+def noted(iterator: Iterator[Any]) -> Iterator[Any]:
+    """``iterator``, whose worker processes are the run's to end where they do not live on."""
+    runs = getattr(_runs_of_thread, "all", None)
+    if runs and isinstance(iterator, _MultiProcessingDataLoaderIter):
+        runs[-1].append(weakref.ref(iterator))
+    return iterator
+
+
+@contextlib.contextmanager
+def _ending_own_workers() -> Iterator[None]:
+    """End the workers of the run's passes after it, and not when the garbage collector comes.
+
+    After an error a pass is held by the traceback. Collected together with its queues, it could
+    not tell its workers any more to end, and would wait five seconds for each.
+    """
+    runs = vars(_runs_of_thread).setdefault("all", [])
+    runs.append([])
+    try:
+        yield
+    finally:
+        for reference in runs.pop():
+            iterator = reference()
+            if iterator is not None and not iterator._persistent_workers:
+                iterator._shutdown_workers()
+
+
 @contextlib.contextmanager
 def workers_noted() -> Iterator[None]:
     """While it is entered, the workers of every DataLoader are known to :func:`end_workers`.
@@ -69,7 +99,8 @@ def workers_noted() -> Iterator[None]:
         _runs += 1
         _MultiProcessingDataLoaderIter.__init__ = _init_noted
     try:
-        yield
+        with _ending_own_workers():
+            yield
     finally:
         with _runs_lock:
             _runs -= 1

@@ -16,7 +16,7 @@ import numpy as np
 import oneflow as flow
 from oneflow.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ofengine._oneflow.loaders import SHARED_GENERATOR, forget_workers, open_with_indices
+from ofengine._oneflow.loaders import SHARED_GENERATOR, forget_workers, noted, open_with_indices
 from ofengine.data.generator_state import seed_generator
 from ofengine.data.generators import find_generators
 from ofengine.data.sources import is_sequence
@@ -188,7 +188,7 @@ def open_source(source: Any, skipped: int, seed: Sequence[int], order: Order) ->
         if isinstance(source, DataLoader) and source.persistent_workers:
             # How far workers are with such data is known to them alone.
             forget_workers(source)
-        return iter(source)
+        return noted(iter(source))
     in_workers = source.num_workers > 0
     made: List[_Indices] = []
 

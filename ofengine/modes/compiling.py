@@ -100,10 +100,9 @@ def trace(
 ) -> None:
     """Let ``run`` trace ``graph``, called ``what`` in errors; ``guards`` note what it reads."""
     graphs.mute(graph)
-    _forget_gradients(task)
     forget_lazy_names()
     try:
-        with contextlib.ExitStack() as stack:
+        with _without_gradients(task), contextlib.ExitStack() as stack:
             stack.enter_context(nothing_left_behind(task, what))
             stack.enter_context(noting_labels(task, graph, inputs))
             for each in (compile_quietly, no_garbage_collected, checking_shapes):
@@ -117,8 +116,6 @@ def trace(
         raise explain(error, what, getattr(graph, "index", None)) from None
     except Exception as error:
         raise explain(error, what, getattr(graph, "index", None)) from error
-    finally:
-        _forget_gradients(task)
 
 
 def warn_of_gradients(task: TaskModule, beside: Sequence[Any]) -> None:
@@ -138,7 +135,20 @@ def warn_of_gradients(task: TaskModule, beside: Sequence[Any]) -> None:
         )
 
 
-def _forget_gradients(task: TaskModule) -> None:
-    """Drop the lazy gradients of the last trace, over which no graph can be compiled."""
+@contextlib.contextmanager
+def _without_gradients(task: TaskModule) -> Iterator[None]:
+    """Trace without gradients, over which no graph can be compiled, and leave no lazy ones.
+
+    Those that an eager window has added up so far come back: a validation in graph mode may be
+    compiled in the middle of it.
+    """
+    kept = [(p, p.grad) for p in task.parameters() if p.grad is not None and not p.grad.is_lazy]
     for parameter in task.parameters():
         parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter in task.parameters():
+            parameter.grad = None
+        for parameter, gradient in kept:
+            parameter.grad = gradient

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
@@ -132,12 +133,15 @@ def test_the_one_most_like_it_is_taken(tmp_path: Path) -> None:
 
 
 def test_identical_ones_go_by_their_order(tmp_path: Path) -> None:
+    made = itertools.count(1)
+
     class Numbered(Named):
-        count = 0
+        def __init__(self, name: str) -> None:
+            super().__init__(name)
+            self.number: int = next(made)
 
         def state_dict(self) -> Dict[str, Any]:
-            Numbered.count += 1
-            return {"name": str(Numbered.count)}
+            return {"name": str(self.number)}
 
     fit(1, [Numbered("a"), Numbered("a")], tmp_path)
     listed = [Numbered("a"), Numbered("a")]
