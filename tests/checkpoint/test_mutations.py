@@ -271,8 +271,8 @@ def test_in_graph_mode(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MOMENTS)
-def test_five_thousand_changes(name: str, tmp_path: Path) -> None:
+def test_two_thousand_changes(name: str, tmp_path: Path) -> None:
     tried = trial(name, "eager", tmp_path)
     start = 100_000 * list(MOMENTS).index(name) + 10_000
-    tried.run(range(start, start + 1_250))
+    tried.run(range(start, start + 500))
     assert not tried.wrong, "\n".join(tried.wrong[:30])
