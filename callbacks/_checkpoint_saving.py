@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
 from ofengine.callbacks._checkpoint_files import CheckpointFiles
-from ofengine.checkpoint import encode, load_weights, read
+from ofengine.checkpoint import encode, read
 from ofengine.checkpoint.background import BackgroundWriter
+from ofengine.checkpoint.weights import check_weights, copy_weights
 from ofengine.errors import warn
 from ofengine.run.view import Content, RunView
 from ofengine.task import TaskModule
@@ -67,11 +68,13 @@ class Saver:
 
 def restore(trainer: RunView, task: TaskModule, path: str) -> None:
     """Load the weights of ``path`` into ``task``, unless they are not finite."""
-    broken = trainer.not_finite((read(path).weights, None, {}))  # a file of an earlier version
+    weights = read(path).weights
+    broken = trainer.not_finite((weights, None, {}))  # a file of an earlier version
     if broken is not None:
         warn(f"the best weights, in {path}, are not loaded: {broken}.")
         return
-    load_weights(task, path)
+    check_weights(task, weights, path)
+    copy_weights(task, weights)
     log.info("the best weights are back, from %s.", path)
 
 

@@ -8,7 +8,7 @@ import os
 import sys
 from typing import NamedTuple, Set
 
-from ofengine._oneflow.library import liboneflow
+from ofengine._oneflow.library import liboneflow, loaded_from
 
 log = logging.getLogger("ofengine")
 
@@ -118,17 +118,6 @@ def _processor_flags() -> Set[str]:
 # ---------------------------------------------------------------------- the library
 
 
-class _SymbolInfo(ctypes.Structure):
-    """``Dl_info`` of dladdr(3)."""
-
-    _fields_ = [
-        ("file", ctypes.c_char_p),
-        ("base", ctypes.c_void_p),
-        ("name", ctypes.c_char_p),
-        ("address", ctypes.c_void_p),
-    ]
-
-
 def _openblas_of_oneflow() -> ctypes.PyDLL:
     """The OpenBLAS in liboneflow, which has been loaded.
 
@@ -140,7 +129,7 @@ def _openblas_of_oneflow() -> ctypes.PyDLL:
     table = ctypes.c_void_p.in_dll(library, "gotoblas")
     # Found in a library that OneFlow only links to, it could be numpy's as well. One symbol is
     # looked up, and not each: it takes 2 ms, in a library of this size.
-    if not os.path.samefile(_file_of(ctypes.addressof(table)), path):
+    if not os.path.samefile(loaded_from(ctypes.addressof(table))[0], path):
         raise OSError("OneFlow has no OpenBLAS of its own")
     # It has been set when liboneflow was loaded, unless liboneflow's code was bound to another
     # variable of this name: that of a library in LD_PRELOAD, for one.
@@ -149,14 +138,6 @@ def _openblas_of_oneflow() -> ctypes.PyDLL:
     library.gotoblas_corename.restype = ctypes.c_char_p
     library.gotoblas_dynamic_init.restype = library.gotoblas_dynamic_quit.restype = None
     return library
-
-
-def _file_of(address: int) -> str:
-    """The file whose code or data is at ``address``."""
-    found = _SymbolInfo()
-    if not ctypes.PyDLL(None).dladdr(ctypes.c_void_p(address), ctypes.byref(found)):
-        raise OSError("OpenBLAS is in no file")
-    return os.fsdecode(found.file)
 
 
 def _core_of(library: ctypes.PyDLL) -> str:

@@ -14,7 +14,7 @@ from typing import Dict, Iterator, Optional, Tuple
 
 import oneflow as flow
 
-from ofengine._oneflow.library import liboneflow
+from ofengine._oneflow.library import liboneflow, loaded_from
 from ofengine._oneflow.session import synchronize
 
 log = logging.getLogger("ofengine")
@@ -92,11 +92,9 @@ def _address(function: object) -> int:
 
 def _build_id(address: int) -> str:
     """The build id, in hex, of the library in memory that has ``address``; "" where it has none."""
-    # In order: the library's path and its base, a symbol and its address.
-    found = (ctypes.c_void_p * 4)()
-    ctypes.CDLL(None).dladdr(ctypes.c_void_p(address), found)
-    base = found[1] or 0
-    if not base:
+    try:
+        _, base = loaded_from(address)
+    except OSError:
         return ""
     headers, size, count = struct.unpack("<32xQ14xHH", ctypes.string_at(base, 58))
     for number in range(count):

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import glob
-import os
 from typing import Any, Optional
 
 import attrs
-import oneflow as flow
+
+from ofengine._oneflow.library import liboneflow
 
 _TABLE = "7oneflow3one15TensorNameScope"
 _TENSOR_AT = 2 * ctypes.sizeof(ctypes.c_void_p)
@@ -33,12 +32,8 @@ class _Functions:
 
 @functools.lru_cache(maxsize=None)
 def _functions() -> Optional[_Functions]:
-    folder = os.path.join(os.path.dirname(flow.__file__), os.pardir, "oneflow.libs")
-    paths = glob.glob(os.path.join(glob.escape(folder), "liboneflow-*.so"))
-    if len(paths) != 1:
-        return None
     try:
-        library = ctypes.CDLL(paths[0])
+        library = ctypes.CDLL(liboneflow())
         found = _Functions(
             getattr(library, f"_ZN{_TABLE}6GlobalEv"),
             getattr(library, f"_ZN{_TABLE}5ClearEv"),

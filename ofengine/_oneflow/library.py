@@ -1,9 +1,11 @@
-"""Where OneFlow's compiled core is."""
+"""Where OneFlow's compiled core is, on disk and in memory."""
 
 from __future__ import annotations
 
+import ctypes
 import glob
 import os
+from typing import Tuple
 
 import oneflow as flow
 
@@ -19,3 +21,26 @@ def liboneflow() -> str:
     if len(paths) != 1:
         raise OSError("liboneflow was not found")
     return paths[0]
+
+
+class _SymbolInfo(ctypes.Structure):
+    """``Dl_info`` of dladdr(3)."""
+
+    _fields_ = [
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    ]
+
+
+def loaded_from(address: int) -> Tuple[str, int]:
+    """The file that has code or data at ``address`` in memory, and where the file begins there.
+
+    Raises:
+        OSError: it is in no file.
+    """
+    found = _SymbolInfo()
+    if not ctypes.CDLL(None).dladdr(ctypes.c_void_p(address), ctypes.byref(found)):
+        raise OSError("the address is in no file")
+    return os.fsdecode(found.file), int(found.base)

@@ -17,7 +17,7 @@ from ofengine.checkpoint.check import check_run
 from ofengine.checkpoint.file import Checkpoint
 from ofengine.checkpoint.owners import Matches, describe_owner, in_words, match
 from ofengine.checkpoint.schema import check_state
-from ofengine.checkpoint.seen import split_by_data, tell_of_what_is_missing
+from ofengine.checkpoint.seen import split_by_data, tell_of_readers, tell_of_what_is_missing
 from ofengine.checkpoint.snapshot import MOMENTS, plain_options
 from ofengine.checkpoint.undo import Attributes, Undo
 from ofengine.checkpoint.weights import copy_weights
@@ -258,11 +258,10 @@ class Resumed:
             if entry.data is None and run.is_done() and not run.should_stop:
                 entry = None
         seen, of_data = split_by_data(run, self.state.get("seen", {}))
-        path, begins_a_pass = (
-            str(self.checkpoint.path),
-            entry is not None and entry.data is not None,
-        )
-        seen = seen if begins_a_pass else {**seen, **of_data}
+        if entry is None or entry.data is None:  # else see _reached
+            seen = {**seen, **of_data}
+        path = str(self.checkpoint.path)
+        tell_of_readers(run, path)
         tell_of_what_is_missing(run, seen, lost, path, within_epoch=entry is not None)
         return entry
 

@@ -95,7 +95,6 @@ def tell_of_what_is_missing(
         where: the checkpoint, as the sentence calls it.
         within_epoch: the run goes on in the middle of an epoch.
     """
-    _tell_of_readers(run, where)
     own = {place: digest_of(tensor) for place, tensor in tensors_beside(run.task).items()}
     now = {**attributes_seen(run), **_of_tensors(run, own)}
     hooks: Tuple[str, ...] = ("setup", "on_fit_start", "on_train_start", "on_train_batch_start")
@@ -116,7 +115,7 @@ def tell_of_what_is_missing(
     )
 
 
-def _tell_of_readers(run: Run, where: str) -> None:
+def tell_of_readers(run: Run, where: str) -> None:
     """Warn of OneFlow's readers, whose place in their files nobody can tell or set."""
     name = type(run.task).__name__
     held = [(f"{name}.{place}", module) for place, module in run.task.named_modules()]

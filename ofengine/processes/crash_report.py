@@ -17,7 +17,7 @@ import subprocess
 from types import TracebackType
 from typing import Optional, Type
 
-from ofengine.processes.supervisor import place_file, tries
+from ofengine.processes.supervisor import PLACE_SIZE, new_place_file, place_file, tries
 
 ADVICE = (
     "ofengine: the process died in native code, OneFlow's most likely, while Python was where the "
@@ -37,22 +37,21 @@ if IFS= read -r line; then
     printf '\\n%s\\n' "$1"
 fi
 """
-SIZE = 4096
 
 
 class Place:
     """At which batch a run is, in memory that outlives the process where it is a file's.
 
     Args:
-        file: the descriptor of a file of :data:`SIZE` bytes, which may be closed then; None for
-            memory that nobody else reads.
+        file: the descriptor of a file of :data:`PLACE_SIZE` bytes, which may be closed then; None
+            for memory that nobody else reads.
 
     Attributes:
         batch: its one item is the number of the batch; written at every step.
     """
 
     def __init__(self, file: Optional[int] = None) -> None:
-        self._memory = mmap.mmap(-1 if file is None else file, SIZE)
+        self._memory = mmap.mmap(-1 if file is None else file, PLACE_SIZE)
         self.batch = memoryview(self._memory)[:8].cast("q")
         self._largest = 0, ""
 
@@ -66,7 +65,8 @@ class Place:
             text += f", and the largest before was batch {self._largest[1]}"
         else:
             self._largest = size, f"{self.batch[0]} {of}: {shapes}"
-        self._memory[8:] = text.encode("utf-8", "replace")[: SIZE - 8].ljust(SIZE - 8, b"\0")
+        room = PLACE_SIZE - 8
+        self._memory[8:] = text.encode("utf-8", "replace")[:room].ljust(room, b"\0")
 
     def close(self) -> None:
         """Let go of the memory."""
@@ -145,8 +145,7 @@ class CrashReport:
         try:
             out = os.dup(2)  # fails where descriptor 2 is closed
             read, write = os.pipe()
-            noted = os.memfd_create("ofengine-place")
-            os.truncate(noted, SIZE)
+            noted = new_place_file()
             self._reader = subprocess.Popen(
                 ["/bin/sh", "-c", _SCRIPT, "sh", self._advice, f"/dev/fd/{noted}"],
                 stdin=read,

@@ -31,6 +31,7 @@ import time
 from typing import Callable, Dict, FrozenSet, List, NoReturn, Optional
 
 _VARIABLE = "OFENGINE_SUPERVISED"
+PLACE_SIZE = 4096
 _PLACE = "OFENGINE_PLACE"
 """The descriptor of what a supervised run notes of where it is, see :mod:`.crash_report`."""
 _FOLDER = os.getcwd()
@@ -74,6 +75,13 @@ def supervised_by() -> str:
     """What tells the supervisor of this process from all others; "" without one."""
     told = _told()
     return "" if told is None else ":".join(told[1:])
+
+
+def new_place_file() -> int:
+    """The descriptor of memory in which a run can note at which batch it is."""
+    file = os.memfd_create("ofengine-place")
+    os.truncate(file, PLACE_SIZE)
+    return file
 
 
 def place_file() -> Optional[int]:
@@ -194,8 +202,7 @@ def _run(restarts: int, folder: str, command: List[str]) -> int:
     stopped, started = False, time.time()
     for number in range(1, restarts + 2):
         environment = {**os.environ, _VARIABLE: f"{number}:{os.getpid()}:{started}"}
-        place = os.memfd_create("ofengine-place")
-        os.truncate(place, 4096)
+        place = new_place_file()
         environment[_PLACE] = str(place)
         begun = time.monotonic()
         child = subprocess.Popen(
@@ -220,7 +227,7 @@ def _run(restarts: int, folder: str, command: List[str]) -> int:
 
 def _place_in(file: int) -> str:
     """At which batch the child was, as it noted in ``file``."""
-    noted = os.pread(file, 4096, 0)
+    noted = os.pread(file, PLACE_SIZE, 0)
     text = noted[8:].rstrip(b"\0").decode("utf-8", "replace")
     return f" at batch {int.from_bytes(noted[:8], sys.byteorder)} {text}" if text else ""
 

@@ -133,9 +133,10 @@ def _train_epoch(
         progress.batch_idx = batch_idx
         if batch is not STEPPED:
             place[0] = batch_idx
-            if shapes_of(batch) != shapes:
+            now = shapes_of(batch)
+            if now != shapes:
                 course.note_batch(run, train.what, batch_idx, batch, in_epoch)
-                shapes = shapes_of(batch)
+                shapes = now
             progress.point = _STEP
             if batch_idx == last_expected and not is_last:
                 course.epoch_outgrew(run)
@@ -327,9 +328,10 @@ def _evaluate(
     for batch_idx, batch in enumerate(loader.first(taken)):
         interrupts.waiting = False
         place[0] = batch_idx
-        if shapes_of(batch) != shapes:
+        now = shapes_of(batch)
+        if now != shapes:
             course.note_batch(run, loader.what, batch_idx, batch)
-            shapes = shapes_of(batch)
+            shapes = now
         for call in batch_start:
             call(batch, batch_idx, loader_idx)
         outputs = step(step_name, batch, batch_idx, loader_idx)

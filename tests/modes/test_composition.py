@@ -28,6 +28,9 @@ class Stepped(TaskModule):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return self.step(self, batch)
 
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val", self.step(self, batch))
+
     def configure_optimizers(self) -> Any:
         return flow.optim.SGD(self.param_groups(), lr=0.1, momentum=0.5)
 
@@ -51,6 +54,23 @@ def by_hand(task: Stepped, batches: List[Any], accumulate: int = 1) -> None:
 
 def views(task: Any, batch: Any) -> Any:
     return (task.norm(task.net(batch)) * task.norm(task.net(batch * 0.5 + 1))).mean()
+
+
+@pytest.mark.parametrize("eval_mode", ["eager", "graph"])
+def test_a_validation_in_the_middle_of_an_accumulation_window(mode: str, eval_mode: str) -> None:
+    """That it is compiled there takes nothing from the window's gradients."""
+
+    def made() -> Stepped:
+        return Stepped(lambda task, batch: task.net(batch).square().mean(), net=nn.Linear(4, 4))
+
+    hand, task = made(), made()
+    by_hand(hand, rows(6), 3)
+    trainer = quiet_trainer(
+        mode=mode, eval_mode=eval_mode, max_epochs=1, accumulate_grad_batches=3,
+        val_check_interval=2, num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(task, rows(6), rows(1))
+    assert_same_weights(hand, task)
 
 
 def three_views(task: Any, batch: Any) -> Any:
