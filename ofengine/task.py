@@ -288,7 +288,9 @@ class TaskModule(TaskHooks, nn.Module):
         Args:
             name: the metric's name; with both ``on_step`` and ``on_epoch`` it is reported as
                 ``name_step`` and ``name_epoch``.
-            value: a tensor of one element, or a number.
+            value: a tensor of one element, a number, or an object of :mod:`ofengine.metrics` that
+                was updated: ``on_step`` reports its value of the last batch, ``on_epoch`` that of
+                all the epoch, after which it is reset.
             prog_bar: show it in the progress bar.
             logger: send it to the loggers.
             on_step: report the value of single batches (default: in ``training_step``).

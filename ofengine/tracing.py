@@ -8,7 +8,7 @@ silently, and logged tensors are collected so that they become outputs of the gr
 
 from __future__ import annotations
 
-from typing import Any, Callable, List, NoReturn, Optional, Tuple
+from typing import Any, Callable, Dict, List, NoReturn, Optional, Tuple
 
 import oneflow as flow
 
@@ -23,6 +23,8 @@ class Trace:
     def __init__(self) -> None:
         self.logs: List[Tuple[Any, Any]] = []
         """``(spec, value)`` in the order of the calls."""
+        self.updates: List[Tuple[Any, Dict[str, Any]]] = []
+        """``(metric, sums)`` of each update of a metric, in the order of the calls."""
 
     def __enter__(self) -> Trace:
         global _active
@@ -53,12 +55,16 @@ class Trace:
 
     def record(self, spec: Any, value: Any) -> None:
         """Keep one logged value; a plain number is frozen, so say so."""
-        if not hasattr(value, "is_lazy"):
+        if isinstance(value, float):
             warn(
                 f"log({spec.name!r}, {value!r}) in a compiled step: a Python number is read once, "
                 "at the trace, and stays as it is; log a tensor, or log it in on_train_batch_end.",
             )
         self.logs.append((spec, value))
+
+    def record_update(self, metric: Any, sums: Dict[str, Any]) -> None:
+        """Keep what one batch adds to ``metric``."""
+        self.updates.append((metric, sums))
 
 
 def active_trace() -> Optional[Trace]:

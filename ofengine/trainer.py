@@ -364,6 +364,7 @@ class Trainer(RunView):
         connect.check_task(task)
         self._run.task = task
         task._trainer = self
+        self._run.metrics.attach(task, self.callbacks)
         self._run.metrics.forget()
 
     @contextlib.contextmanager

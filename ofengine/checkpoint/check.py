@@ -14,6 +14,7 @@ from ofengine.checkpoint.snapshot import plain_options
 from ofengine.checkpoint.weights import check_weights
 from ofengine.data.generators import check_global_states, check_state_anywhere, check_states_in
 from ofengine.errors import CheckpointError, OFEngineError, said_by, warn
+from ofengine.metrics.history import History
 from ofengine.rates.checks import check_rates
 from ofengine.rates.planning import new_plan
 from ofengine.rates.resume import check_groups_fit, resume_plan
@@ -42,6 +43,7 @@ def check_run(run: Run, checkpoint: Checkpoint, policy: str, owners: Matches) ->
         _check_place(run, checkpoint)
         check_fits(state, lambda value, _: _check_layers(run, value), where)
         check_fits(state, lambda value, _: _check_metric(run, value), where)
+        check_fits(state, lambda value, _: _check_counts(run, value), where)
         check_tensors(run.task, state.get("tensors", {}), where)
         check_others(other_optimizers(run), state.get("optimizers", {}), where)
         _check_random(run, state, owners, where)
@@ -54,6 +56,25 @@ def check_run(run: Run, checkpoint: Checkpoint, policy: str, owners: Matches) ->
         # No part is of a wrong kind, so it is what the parts say together.
         raise CheckpointError(f"{where}: {said_by(error)}.") from error
     _check_accumulation(run, checkpoint)
+
+
+def _check_counts(run: Run, state: State) -> None:
+    """The sums of metrics, now and where an epoch was cut short, and the history."""
+    held = run.metrics.held
+    for metrics in filter(None, (state["metrics"], state["loop"]["cut_short"])):
+        for place, kept in metrics.get("held", {}).items():
+            if place not in held:
+                continue
+            own = type(held[place]).__qualname__
+            if kept["class"] != own:
+                raise Misfit(f"the metric {place} was a {kept['class']}, and is a {own} now")
+            for side in ("training", "evaluation"):
+                misfit_ = held[place].misfit(kept.get(side, {}))
+                if misfit_ is not None:
+                    raise Misfit(f"the checkpoint {misfit_} of the metric {place}, a {own}")
+    wrong = History.misfit(state["history"]) if "history" in state else None
+    if wrong is not None:
+        raise Misfit(f"history: {wrong}")
 
 
 # ---------------------------------------------------------------------- optimizer and rates

@@ -153,6 +153,8 @@ class Resumed:
             run.progress.load(loop)
             run.should_stop = loop["should_stop"]
             run.cut_short = loop["cut_short"]
+            if "history" in state:
+                run.history.load(state["history"])
             self._tell_differences(run)
             self._restore_callbacks(run, undo)
             with self._taken_whole(run.task, "on_load_checkpoint", undo):

@@ -73,11 +73,26 @@ _SPEC = record(
         "batch_size": maybe(number(0)), "suffix": text,
     }
 )  # fmt: skip
+_SUMS = by_name(array("biuf"))
 METRICS = record(
     {"known": by_name(number()), "progress_bar": listed(text)},
-    {"last": listed(row(_SPEC, number())), "sums": listed(row(_SPEC, number(), number()))},
+    {
+        "last": listed(row(_SPEC, number())),
+        "sums": listed(row(_SPEC, number(), number())),
+        "logged": by_name(number()),
+        "counted": listed(row(_SPEC, text)),
+        "held": by_name(record({"class": text, "training": _SUMS}, {"evaluation": _SUMS})),
+    },
 )
 """What ``Metrics.state`` gives."""
+
+HISTORY = record(
+    {
+        "epochs": array("i"), "steps": array("i"),
+        "metrics": by_name(record({"rows": array("i"), "values": array("f")})),
+    }
+)  # fmt: skip
+"""What ``History.state`` gives."""
 
 _LOOP = record(
     {
@@ -172,6 +187,7 @@ _STATE = record(
         "tensors": by_name(array("biuf")),
         "optimizers": by_name(_OPTIMIZER),
         "seen": by_name(text),
+        "history": HISTORY,
     },
 )
 """The second dict holds what earlier versions did not keep."""

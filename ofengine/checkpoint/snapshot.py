@@ -174,6 +174,7 @@ def state_of_run(run: Run, copies: Mapping[int, Any]) -> State:
             {**describe_owner(callback), "state": state}
             for callback, state in zip(run.callbacks, owners["callbacks"])
         ],
+        "history": run.history.state(),
         "loggers": owners["loggers"],
         "logger_keys": [describe_owner(each) for each in run.loggers],
         "task": owners["task"],

@@ -157,13 +157,15 @@ class GraphMode:
         return scale
 
     def _take_outputs(self, graph: StepGraph, outputs: Sequence[Any]) -> Any:
-        """Record what the step logged; return what it returned."""
+        """Record what the step logged and counted; return what it returned."""
         if graph.written:
             write_back(graph.written, outputs[-len(graph.written) :])
         rest = iter(outputs)
         if graph.frozen:
             values = [next(rest) if number is None else number for number in graph.frozen]
             self._run.metrics.record_traced(graph.logged, values)
+        for metric, names in graph.updates:
+            metric.add({name: next(rest) for name in names})
         return unflatten(graph.rest, rest)
 
     def settle(self) -> None:

@@ -10,6 +10,8 @@ import numpy as np
 import oneflow as flow
 from oneflow import nn
 
+from ofengine.metrics.base import Metric
+
 _DEPTH = 5
 _MOST = 1_000
 """So many entries of a container are looked at."""
@@ -62,7 +64,9 @@ def photo(value: Any, film: Film, depth: int = _DEPTH) -> Any:
         film.changeable.append(value)
         return type(value), _entries(value, film, depth)
     holds = getattr(value, "__dict__", None)
-    if not isinstance(holds, dict) or type(value).__module__.partition(".")[0] in _FOREIGN:
+    is_foreign = type(value).__module__.partition(".")[0] in _FOREIGN
+    # What a metric counts is in an object of its own; its options are looked at.
+    if not isinstance(holds, dict) or (is_foreign and not isinstance(value, Metric)):
         film.held.append(value)
         return "is", id(value)
     film.held.append(value)

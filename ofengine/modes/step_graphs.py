@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import oneflow as flow
 from oneflow import nn
@@ -19,7 +19,8 @@ from ofengine._oneflow.tracing import (
 )
 from ofengine.data.structure import Structure, flatten, unflatten
 from ofengine.errors import DataError, GraphModeError
-from ofengine.metrics import Logged, LogSpec
+from ofengine.metrics.base import Metric
+from ofengine.metrics.stage import Logged, LogSpec
 from ofengine.modes.draws import Draw, Feed, no_numbers_frozen
 from ofengine.modes.in_place import InPlace, Written
 from ofengine.modes.steps import clip, split_outputs, step_arity
@@ -47,8 +48,10 @@ class StepGraph(LateInputs):
         self.index = TracedIndex()
         self.logged = Logged([])
         """Which of the logged values is where."""
-        self.frozen: List[Optional[float]] = []
-        """For each of the tensors that hold them None; a number where that was logged."""
+        self.frozen: List[Any] = []
+        """For each of the tensors that hold them None; a number or metric where that was logged."""
+        self.updates: List[Tuple[Metric, List[str]]] = []
+        """The metrics that the step updates, and what their sums are called."""
         self.assigned: List[str] = []
         self.written: List[Written] = []
         """What the last outputs are written back into after each run."""
@@ -58,7 +61,8 @@ class StepGraph(LateInputs):
     def call_step(self, tensors: Sequence[Any]) -> Any:
         """Trace the task's step; note what it logs, return (outputs, logged).
 
-        The numbers of its random calls become further inputs.
+        Behind what is logged are the sums of metrics. The numbers of its random calls become
+        further inputs.
         """
         batch = unflatten(self.structure, iter(tensors))
         # A step may reach them by other ways than their modules, as eager tensors.
@@ -75,7 +79,9 @@ class StepGraph(LateInputs):
             outputs = getattr(task, self.step)(*arguments)
         self.random_calls = feed.met
         self.assigned = assignments_in_trace(task)
-        return outputs, self._together(trace.logs)
+        self.updates = [(metric, list(sums)) for metric, sums in trace.updates]
+        counted = [value for _, sums in trace.updates for value in sums.values()]
+        return outputs, [*self._together(trace.logs), *counted]
 
     def _together(self, logs: Sequence[Tuple[LogSpec, Any]]) -> List[Any]:
         """The logged tensors, those of one kind stacked: each output costs about what a step does.
@@ -83,15 +89,18 @@ class StepGraph(LateInputs):
         Notes which value is where.
         """
         kinds: Dict[Any, List[Any]] = {}
-        places = []
+        places: List[Tuple[LogSpec, Any, int]] = []
+        counted: List[Tuple[LogSpec, Any, int]] = []
         for number, (spec, value) in enumerate(logs):
             stacks = isinstance(value, flow.Tensor) and not value.is_global
             kind = (value.dtype, value.device) if stacks else number
             alike = kinds.setdefault(kind, [])
-            places.append((spec, kind, len(alike)))
+            (counted if isinstance(value, Metric) else places).append((spec, kind, len(alike)))
             alike.append(value)
         order = {kind: place for place, kind in enumerate(kinds)}
-        self.logged = Logged([(spec, order[kind], index) for spec, kind, index in places])
+        self.logged = Logged(
+            *([(spec, order[kind], at) for spec, kind, at in each] for each in (places, counted))
+        )
         together = [flow.stack(each) if len(each) > 1 else each[0] for each in kinds.values()]
         self.frozen = [None if isinstance(each, flow.Tensor) else each for each in together]
         return [each for each in together if isinstance(each, flow.Tensor)]

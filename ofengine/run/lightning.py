@@ -149,7 +149,6 @@ TRAINER_ATTRIBUTES: Mapping[str, str] = {
     ),
     "init_module": "make the task in the usual way: the Trainer moves it to its device",
     # Metrics, loggers, callbacks.
-    "logged_metrics": "write trainer.callback_metrics",
     "progress_bar_dict": "write trainer.progress_bar_metrics",
     **_each(
         "checkpoint_callback checkpoint_callbacks early_stopping_callback early_stopping_callbacks "
@@ -390,6 +389,6 @@ LOG_ARGUMENTS: Dict[str, str] = {
     "reduce_fx": "an epoch's value is the mean, weighted by batch_size: reduce it in a hook",
     "add_dataloader_idx": "a name ends in /dataloader_idx_N where there are several loaders",
     "enable_graph": "what is logged is always detached: leave it out",
-    "metric_attribute": "log a tensor or a number",
+    "metric_attribute": "log the metric object itself, as in log(name, self.acc)",
 }
 """Arguments of ``self.log``."""

@@ -11,6 +11,7 @@ from ofengine.checkpoint.resume import Entry, Resumed
 from ofengine.checkpoint.snapshot import note_start
 from ofengine.data.batches import STEPPED, Batches
 from ofengine.data.structure import shapes_of
+from ofengine.metrics.base import evaluating
 from ofengine.modes.labels import LabelWatch, checking
 from ofengine.run import course, report
 from ofengine.run.connect import STEP_OF_STAGE
@@ -52,6 +53,7 @@ def fit_loop(
     if resumed is None:
         _sanity_check(validate)
     metrics.begin(per_step=False)
+    metrics.count_anew(evaluation=False)
     course.enter_training(run.task)
     mode.start()
     if resumed is not None:
@@ -277,7 +279,8 @@ def evaluation_loop(
     predictions: List[List[Any]] = []
     if run.mode is not None:
         run.mode.settle()
-    with course.in_eval_mode(run.task):
+    with course.in_eval_mode(run.task), evaluating():
+        metrics.count_anew(evaluation=True)
         run.evaluation_batches = _total(run, loaders, most)
         metrics.begin(per_step=False)
         for loader in loaders:

@@ -12,6 +12,7 @@ def log_metrics(run: Run, metrics: Dict[str, float]) -> None:
     if not metrics:
         return
     run.metrics.put(metrics)
+    run.history.add(metrics, run.progress.global_step, run.progress.epoch)
     for each in run.loggers:
         each.log_metrics(metrics, run.progress.global_step, run.progress.epoch)
 

@@ -13,7 +13,8 @@ import oneflow as flow
 from ofengine.data.batches import Batches
 from ofengine.errors import ConfigurationError
 from ofengine.loggers.base import Logger
-from ofengine.metrics import Metrics
+from ofengine.metrics.history import History
+from ofengine.metrics.log import Metrics
 from ofengine.processes.crash_report import Place
 from ofengine.processes.interrupts import InterruptGuard
 from ofengine.rates.optimizers import Optimization
@@ -41,6 +42,7 @@ class Run:
     loggers: List[Logger]
     progress: Progress = attrs.Factory(Progress)
     metrics: Metrics = attrs.Factory(Metrics)
+    history: History = attrs.Factory(History)
     interrupts: InterruptGuard = attrs.Factory(InterruptGuard)
     place: Place = attrs.Factory(Place)
     """Where it is, for whoever speaks after a crash."""

@@ -11,7 +11,8 @@ from oneflow.optim import Optimizer
 
 from ofengine.errors import ConfigurationError, UnknownAttributeError
 from ofengine.loggers.base import Logger
-from ofengine.metrics import Metrics
+from ofengine.metrics.history import History
+from ofengine.metrics.log import Metrics
 from ofengine.rates.plan import RatePlan
 from ofengine.run import report
 from ofengine.run.lightning import TRAINER_ATTRIBUTES, mend_for
@@ -261,6 +262,16 @@ class RunView:
     def callback_metrics(self) -> Dict[str, float]:
         """The latest value of every logged metric. Waits for the device where one is pending."""
         return self._run.metrics.values
+
+    @property
+    def logged_metrics(self) -> Dict[str, float]:
+        """The latest value of every metric that the loggers were sent. Waits for nothing."""
+        return dict(self._run.metrics.logged)
+
+    @property
+    def history(self) -> History:
+        """What the loggers were sent in this run: rows by epoch and step, the newest last."""
+        return self._run.history
 
     @property
     def progress_bar_metrics(self) -> Dict[str, float]:

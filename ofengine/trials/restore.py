@@ -15,6 +15,7 @@ from oneflow.optim import Optimizer
 from ofengine._oneflow.loaders import SHARED_GENERATOR, forget_workers
 from ofengine._oneflow.session import synchronize
 from ofengine.data.generator_state import set_state_of, state_of
+from ofengine.metrics.held import metrics_held
 
 _Generator = type(flow.default_generator)
 _DEPTH = 4
@@ -59,6 +60,8 @@ class Restorer:
                 self._remember_contents(value)
         for tensor in [*self._task.parameters(), *self._task.buffers()]:
             self._remember_tensor(tensor)
+        metrics = metrics_held(self._task, ()).values()
+        self._metrics = [(metric, metric.all_sums()) for metric in metrics]
         self._walk(self._source, set(), _DEPTH)
         return self
 
@@ -77,6 +80,8 @@ class Restorer:
             if tensor.requires_grad != requires_grad:
                 tensor.requires_grad_(requires_grad)
             tensor.grad = gradient
+        for metric, sums in self._metrics:
+            metric.put_back(sums)
         for generator, state in self._states:
             _set_state(generator, state)
         flow.manual_seed(self._default_seed)  # on all devices

@@ -1,5 +1,7 @@
 """What ``log`` records: kept on the device, read in one go, averaged over epochs.
 
+A logged :class:`~ofengine.metrics.Metric` is computed at the end of the epoch, and reset.
+
 A logged tensor is read when something asks for its value: every ``log_every_n_steps``
 steps, at the end of an epoch, or when ``trainer.callback_metrics`` is looked at. In between
 nothing waits for the device.
@@ -7,85 +9,30 @@ nothing waits for the device.
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import attrs
-import oneflow as flow
 
-from ofengine.data.structure import batch_size_of, describe
-from ofengine.errors import ConfigurationError
+from ofengine.data.structure import batch_size_of
+from ofengine.errors import ConfigurationError, warn
+from ofengine.metrics.base import Metric
+from ofengine.metrics.held import metrics_held
+from ofengine.metrics.stage import (
+    LOSS,
+    Logged,
+    LogSpec,
+    Stage,
+    check_metric,
+    check_spec,
+    of_batch,
+    read_all,
+    scalar,
+    take_loss,
+)
 from ofengine.tracing import active_trace
 
-
-@attrs.frozen
-class LogSpec:
-    """How one ``log`` call wants its value reported."""
-
-    name: str
-    prog_bar: bool
-    logger: bool
-    on_step: bool
-    on_epoch: bool
-    batch_size: Optional[int]
-    suffix: str = ""
-    """Which of several dataloaders it belongs to."""
-
-    @property
-    def full_name(self) -> str:
-        """The name that stands for the newest of its values."""
-        return self.name + self.suffix
-
-    @property
-    def step_name(self) -> str:
-        """The name of single batches' values."""
-        return (f"{self.name}_step" if self.on_epoch else self.name) + self.suffix
-
-    @property
-    def epoch_name(self) -> str:
-        """The name of the epoch's mean."""
-        return (f"{self.name}_epoch" if self.on_step else self.name) + self.suffix
-
-
-_Place = Tuple[str, LogSpec, int, int]
-"""(full name, spec, which tensor, which of the numbers in it)."""
-
-
-class Logged:
-    """Where the numbers of some names are, in one or several tensors that are logged together.
-
-    Args:
-        places: (spec, which tensor, which of the numbers in it) in the order of the ``log`` calls.
-    """
-
-    def __init__(self, places: Sequence[Tuple[LogSpec, int, int]]) -> None:
-        named = [(spec.full_name, spec, tensor, index) for spec, tensor, index in places]
-        self.on_step: List[_Place] = [place for place in named if place[1].on_step]
-        self.on_epoch: List[_Place] = [place for place in named if place[1].on_epoch]
-
-
-_LOSS = LogSpec("loss", prog_bar=True, logger=True, on_step=True, on_epoch=False, batch_size=None)
 _MOST_PENDING = 4000
 """So many tensors wait on the device before they are read, to bound the memory."""
-
-
-class Stage:
-    """The values of one running stage: the last of each step, sums for each epoch mean."""
-
-    def __init__(self, per_step: bool, suffix: str) -> None:
-        self.per_step = per_step
-        self.suffix = suffix
-        self.batch: Any = None
-        """The training batch that was stepped last."""
-        self.loss: Any = None
-        """Its loss, where nothing has taken it up yet."""
-        self.current: List[Tuple[Logged, Sequence[Any]]] = []
-        """What was logged since the last batch was closed, and its tensors or numbers."""
-        self.last: Dict[str, Tuple[LogSpec, Any, int]] = {}
-        """By name the newest: its tensor or number, and which of the numbers in it."""
-        self.pending: List[Tuple[Logged, Sequence[Any], int]] = []
-        """What goes into epoch means, and the size of its batch."""
-        self.sums: Dict[str, List[Any]] = {}
-        """By name [spec, sum of the weighted values, sum of the weights]."""
 
 
 class Metrics:
@@ -97,8 +44,28 @@ class Metrics:
         self._known: Dict[str, float] = {}
         self.newest_loss = 0.0
         """The training loss that was read last, or what the task logs in its place."""
+        self._task: Any = None
+        self._callbacks: Iterable[Any] = ()
+        self.logged: Dict[str, float] = {}
+        """The latest value of each metric that the loggers were sent."""
         self.progress_bar_names: Dict[str, None] = {}
         """The names logged with ``prog_bar=True``, in the order of their first log."""
+
+    # ------------------------------------------------------------------ who counts
+
+    def attach(self, task: Any, callbacks: Iterable[Any]) -> None:
+        """From now on ``task`` is run: a checkpoint keeps the metrics that these hold."""
+        self._task, self._callbacks = task, callbacks
+
+    @property
+    def held(self) -> Dict[str, Metric]:
+        """The metrics that the task and the callbacks hold, by place."""
+        return {} if self._task is None else metrics_held(self._task, self._callbacks)
+
+    def count_anew(self, evaluation: bool) -> None:
+        """Training, or an evaluation, begins, and so do the sums that metrics have of it."""
+        for metric in self.held.values():
+            metric.begin(evaluation)
 
     # ------------------------------------------------------------------ stages
 
@@ -130,6 +97,7 @@ class Metrics:
     def forget(self) -> None:
         """Forget all values: those of the sanity check, or of the run before."""
         self._known.clear()
+        self.logged.clear()
         self.progress_bar_names.clear()
 
     @property
@@ -155,8 +123,37 @@ class Metrics:
                 "last": [[attrs.asdict(spec), value] for spec, value, _ in stage.last.values()],
                 "sums": [[attrs.asdict(s), total, w] for s, total, w in stage.sums.values()],
             }
-        bar = list(self.progress_bar_names)
-        return {**stages, "known": dict(self._known), "progress_bar": bar}
+        return {
+            **stages,
+            **self._counted_state(),
+            "known": dict(self._known),
+            "logged": dict(self.logged),
+            "progress_bar": list(self.progress_bar_names),
+        }
+
+    def _counted_state(self) -> Dict[str, Any]:
+        held = self.held
+        counted = list(self._stages[0].counted.values()) if self._stages else []
+        places = {id(metric): place for place, metric in held.items()}
+        for spec, metric in counted:
+            if id(metric) not in places:
+                warn(
+                    f"log({spec.name!r}, {type(metric).__name__}): no checkpoint can keep the sums "
+                    "of a metric that is no attribute of the task: make it in the task's __init__, "
+                    "as in self.acc = Accuracy()."
+                )
+        in_evaluation = len(self._stages) > 1  # which begins anew where it is cut off
+        return {
+            "counted": [
+                [attrs.asdict(spec), places[id(metric)]]
+                for spec, metric in counted
+                if id(metric) in places
+            ],
+            "held": {
+                place: {"class": type(metric).__qualname__, **metric.states(not in_evaluation)}
+                for place, metric in held.items()
+            },
+        }
 
     def load_state(self, state: Dict[str, Any]) -> None:
         """Go on from :meth:`state`, in the stage of training."""
@@ -167,8 +164,24 @@ class Metrics:
         for options, total, weights in state.get("sums", []):
             spec = LogSpec(**options)
             stage.sums[spec.full_name] = [spec, total, weights]
+        self._load_counted(stage, state)
         self._known.update(state["known"])
+        self.logged.update(state.get("logged", {}))
         self.progress_bar_names.update(dict.fromkeys(state["progress_bar"]))
+
+    def _load_counted(self, stage: Stage, state: Dict[str, Any]) -> None:
+        held = self.held
+        for place, kept in state.get("held", {}).items():
+            if place in held:
+                held[place].load_states({n: s for n, s in kept.items() if n != "class"})
+            elif kept["training"]:
+                warn(
+                    f"the checkpoint has sums of the metric {place}, which is gone: they are lost."
+                )
+        for options, place in state.get("counted", []):
+            if place in held:
+                spec = LogSpec(**options)
+                stage.counted[spec.full_name] = (spec, held[place])
 
     # ------------------------------------------------------------------ recording
 
@@ -184,7 +197,11 @@ class Metrics:
     ) -> None:
         """See :meth:`ofengine.TaskModule.log`."""
         stage = self._stage
-        key = (name, prog_bar, logger, on_step, on_epoch, batch_size, stage.per_step, stage.suffix)
+        is_counted = isinstance(value, Metric)
+        key = (
+            name, prog_bar, logger, on_step, on_epoch, batch_size, stage.per_step, stage.suffix,
+            is_counted,
+        )  # fmt: skip
         known = self._logged.get(key)
         if known is None:
             spec = LogSpec(
@@ -196,9 +213,13 @@ class Metrics:
                 batch_size=batch_size,
                 suffix=stage.suffix,
             )
-            _check_spec(spec)
-            known = self._logged[key] = (spec, Logged([(spec, 0, 0)]))
-        value = _scalar(name, value)
+            check_spec(spec)
+            logged = Logged([], [(spec, 0, 0)]) if is_counted else Logged([(spec, 0, 0)])
+            known = self._logged[key] = (spec, logged)
+        if is_counted:
+            check_metric(name, value)
+        else:
+            value = scalar(name, value)
         trace = active_trace()
         if trace is not None:
             trace.record(known[0], value)
@@ -214,7 +235,7 @@ class Metrics:
         stage = self._stages[-1]
         if not stage.current:
             return
-        _take_loss(stage)  # the task may have logged another "loss" since
+        take_loss(stage)  # the task may have logged another "loss" since
         batch_size = 1 if batch is None else batch_size_of(batch)
         last, pending = stage.last, stage.pending
         for logged, values in stage.current:
@@ -222,6 +243,11 @@ class Metrics:
                 last[name] = (spec, values[tensor], index)
             if logged.on_epoch:
                 pending.append((logged, values, batch_size))
+            for name, spec, tensor, _ in logged.counted:
+                metric = values[tensor]
+                stage.counted[name] = (spec, metric)
+                if spec.on_step:
+                    last[name] = (spec, of_batch(spec, metric), 0)
         stage.current.clear()
         if len(stage.pending) >= _MOST_PENDING:
             self._fold_pending(stage)
@@ -244,20 +270,20 @@ class Metrics:
             self._peek(stage)
 
     def _peek(self, stage: Stage) -> None:
-        _take_loss(stage)
+        take_loss(stage)
         values = {id(value): value for _, value, _ in stage.last.values()}
         numbers = dict(zip(values, self._fold_pending(stage, list(values.values()))))
         for name, (spec, value, index) in stage.last.items():
             number = numbers[id(value)][index]
             stage.last[name] = (spec, number, 0)
-            if name == _LOSS.name and stage is self._stages[0]:
+            if name == LOSS.name and stage is self._stages[0]:
                 self.newest_loss = number
             self._publish(spec, spec.step_name, number)
 
     def _fold_pending(self, stage: Stage, others: Sequence[Any] = ()) -> List[List[float]]:
         """Add the pending values to their sums; ``others`` are read along and returned."""
         waiting, sums = stage.pending, stage.sums
-        read = iter(_read([*others, *(each for _, values, _ in waiting for each in values)]))
+        read = iter(read_all([*others, *(each for _, values, _ in waiting for each in values)]))
         of_others = [next(read) for _ in others]
         for logged, values, size in waiting:
             numbers = [next(read) for _ in values]
@@ -285,7 +311,23 @@ class Metrics:
             if spec.logger:
                 means[spec.epoch_name] = mean
         stage.sums.clear()
+        means.update(self._close_counted(stage))
         return means
+
+    def _close_counted(self, stage: Stage) -> Dict[str, float]:
+        """Compute the metrics that were logged ``on_epoch``, and reset all that were."""
+        values: Dict[str, float] = {}
+        for spec, metric in stage.counted.values():
+            if spec.on_epoch:
+                value = float(metric.compute())
+                self._publish(spec, spec.epoch_name, value)
+                self._known[spec.full_name] = value
+                if spec.logger:
+                    values[spec.epoch_name] = value
+        for _, metric in stage.counted.values():
+            metric.reset()
+        stage.counted.clear()
+        return values
 
     @property
     def values(self) -> Dict[str, float]:
@@ -299,65 +341,11 @@ class Metrics:
         return {name: self._known[name] for name in self.progress_bar_names if name in self._known}
 
     def put(self, values: Dict[str, float]) -> None:
-        """Publish numbers that did not come from ``log``, such as learning rates."""
+        """Publish numbers that the loggers are sent, such as learning rates."""
         self._known.update(values)
+        self.logged.update(values)
 
     def _publish(self, spec: LogSpec, name: str, number: float) -> None:
         self._known[name] = number
         if spec.prog_bar:
             self.progress_bar_names[name] = None
-
-
-def _take_loss(stage: Stage) -> None:
-    if stage.loss is not None:
-        stage.last["loss"] = (_LOSS, stage.loss, 0)
-        stage.loss = None
-
-
-def _check_spec(spec: LogSpec) -> None:
-    if not isinstance(spec.name, str) or not spec.name:
-        raise ConfigurationError(f"log({spec.name!r}, ...): a metric's name is a text.")
-    if not spec.on_step and not spec.on_epoch:
-        raise ConfigurationError(
-            f"log({spec.name!r}, ...) with on_step=False and on_epoch=False would report nothing: "
-            "set one of them to True."
-        )
-
-
-def _scalar(name: str, value: Any) -> Any:
-    """``value`` as a detached tensor of no dimension, or as a float."""
-    if isinstance(value, flow.Tensor):
-        if not value.dim():
-            return value.detach()
-        if value.numel() != 1:
-            raise ConfigurationError(
-                f"log({name!r}, ...) got a tensor of shape {tuple(value.shape)}: log one number, "
-                "for example its .mean()."
-            )
-        return value.detach().reshape(())
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ConfigurationError(
-            f"log({name!r}, ...) got {describe(value)}: log a tensor of one element or a number; "
-            "use log_dict for a dict."
-        ) from None
-
-
-def _read(values: Sequence[Any]) -> List[List[float]]:
-    """The numbers in each of the values, with one transfer for each type and shape."""
-    numbers: List[List[float]] = [[] for _ in values]
-    alike: Dict[Tuple[Any, ...], List[int]] = {}
-    for position, value in enumerate(values):
-        if isinstance(value, flow.Tensor):
-            kind = (value.type(), value.shape) if value.is_local else (value.dtype, value.shape)
-            alike.setdefault(kind, []).append(position)
-        else:
-            numbers[position] = [value]
-    for positions in alike.values():
-        together = [values[position] for position in positions]
-        read = (flow.stack(together) if len(together) > 1 else together[0]).numpy()
-        rows = read.reshape(len(together), -1).astype("float64").tolist()
-        for position, row in zip(positions, rows):
-            numbers[position] = row
-    return numbers
