@@ -16,6 +16,7 @@ from ofengine.callbacks import (
 )
 from ofengine.errors import ConfigurationError
 from ofengine.loggers import CSVLogger, Logger
+from ofengine.loggers._folder import share_folders
 from ofengine.run.settings import Settings
 
 log = logging.getLogger("ofengine")
@@ -27,7 +28,9 @@ def make_loggers(logger: Union[bool, Logger, Sequence[Logger]], settings: Settin
         return []
     if isinstance(logger, bool):
         return [CSVLogger(settings.default_root_dir)] if logger else []
-    return _as_list("logger", logger, Logger)
+    loggers: List[Logger] = _as_list("logger", logger, Logger)
+    share_folders(loggers)
+    return loggers
 
 
 def _as_list(argument: str, given: Any, kind: type) -> List[Any]:

@@ -32,7 +32,7 @@ from ofengine.rates.plan import RatePlan
 from ofengine.rates.planning import plan_run
 from ofengine.rates.preview import Preview, epoch_length, preview
 from ofengine.rates.resume import POLICIES
-from ofengine.run import connect, course
+from ofengine.run import connect, course, report
 from ofengine.run.arguments import Limit, MaxTime, check_choice
 from ofengine.run.devices import move
 from ofengine.run.finite import Expected
@@ -298,6 +298,7 @@ class Trainer(RunView):
             resumed.restore_rates(run, rates_on_resume)
         step = run.progress.global_step
         check_rates(run.plan, run.optimization, run.total_steps, settings.max_epochs, step)
+        report.log_hyperparams(run)
         run.begun_at = time.monotonic()
         if settings.max_time is not None:
             run.deadline = run.begun_at + settings.max_time - run.seconds_before

@@ -3,5 +3,7 @@
 import ofengine._oneflow  # noqa: F401  first: it imports OneFlow quietly
 from ofengine.loggers.base import Logger
 from ofengine.loggers.csv_logger import CSVLogger
+from ofengine.loggers.json_lines import JSONLinesLogger
+from ofengine.loggers.tensorboard import TensorBoardLogger
 
-__all__ = ["CSVLogger", "Logger"]
+__all__ = ["CSVLogger", "JSONLinesLogger", "Logger", "TensorBoardLogger"]

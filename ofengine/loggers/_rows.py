@@ -13,6 +13,7 @@ import attrs
 
 from ofengine.disk import open_regular
 from ofengine.errors import CheckpointError
+from ofengine.loggers._folder import plain_name
 
 KEYS = ("epoch", "step")
 
@@ -87,8 +88,7 @@ class Kept:
             good = False
         if not good:
             raise CheckpointError("the checkpoint's state of a CSVLogger is not one.")
-        name = Path(folder).name  # earlier versions kept the way to it
-        return cls("" if name == ".." else name, columns, written, digest, made, next_flush)
+        return cls(plain_name(folder), columns, written, digest, made, next_flush)
 
 
 def _is_count(value: Any) -> bool:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Mapping, Optional
 
 
 class Logger:
-    """Receives metrics. Subclass it to send them elsewhere."""
+    """Receives metrics. Subclass it to send them elsewhere.
+
+    A logger of your own writes :meth:`log_metrics`; where it has a use for them,
+    :meth:`log_hyperparams` and :meth:`finalize`; and, so that a resumed run goes on where it was,
+    :meth:`state_dict` and :meth:`load_state_dict`.
+    """
 
     resumed_from: Optional[Path] = None
     """The checkpoint file that the run goes on from; set before :meth:`load_state_dict`."""
@@ -20,6 +25,12 @@ class Logger:
     def log_metrics(self, metrics: Dict[str, float], step: int, epoch: int) -> None:
         """Take the ``metrics`` known after ``step`` optimizer steps, in ``epoch`` (from 0)."""
         raise NotImplementedError
+
+    def log_hyperparams(self, hparams: Mapping[str, Any]) -> None:
+        """Take what ``save_hyperparameters`` of the task was told, when ``fit`` begins.
+
+        A resumed run gives them again. Default: nothing.
+        """
 
     def save_due(self, step: int) -> None:
         """Store what is due before ``step`` is logged, whose values nobody has waited for yet.

@@ -6,24 +6,22 @@ import csv
 import io
 import itertools
 import os
-import re
 import warnings
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 from ofengine.disk import (
     give_name,
     open_regular,
     remove_leftovers,
     temporary_file,
-    why_no_path,
 )
 from ofengine.errors import ConfigurationError, OFEngineWarning, warn
+from ofengine.loggers._folder import FolderLogger, size_of
 from ofengine.loggers._rows import KEYS, Digest, Kept, Row, digest_if_own, padded
-from ofengine.loggers.base import Logger
 
 
-class CSVLogger(Logger):
+class CSVLogger(FolderLogger):
     """Writes ``<save_dir>/<name>/version_<n>/metrics.csv``.
 
     The columns are ``epoch`` (from 0), ``step`` (optimizer steps done), then the metrics in the
@@ -55,6 +53,8 @@ class CSVLogger(Logger):
             ``log_dir`` is asked for, where the folder cannot be made.
     """
 
+    file_name = "metrics.csv"
+
     def __init__(
         self,
         save_dir: Union[str, Path],
@@ -62,34 +62,13 @@ class CSVLogger(Logger):
         version: Union[int, str, None] = None,
         flush_logs_every_n_steps: int = 100,
     ) -> None:
-        every = flush_logs_every_n_steps
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ConfigurationError(
-                f"CSVLogger(flush_logs_every_n_steps={every!r}): give a whole number of optimizer "
-                "steps, from 1 on."
-            )
-        if version is not None and (isinstance(version, bool) or version == ""):
-            raise ConfigurationError(
-                f"CSVLogger(version={version!r}): give a number, a folder's name, or None."
-            )
-        for argument, value in (("save_dir", save_dir), ("name", name), ("version", version)):
-            problem = why_no_path(str(value))
-            if problem is not None:
-                raise ConfigurationError(f"CSVLogger({argument}=...): the path {problem}.")
-        self.save_dir = Path(save_dir)
-        self.name = name or ""
-        self.version = version
-        self._every = every
-        self._folder: Optional[Path] = None
+        super().__init__(save_dir, name, version, flush_logs_every_n_steps)
         self._columns: List[str] = []
         self._written_columns = 0
         self._rows: List[Row] = []
-        self._next_flush = every
-        self._warned = False
         self._written_rows = 0
         self._digest = Digest()
         self._history: Optional[Tuple[Path, int]] = None
-        self._resumed = False
         self._untouched = False
 
     def state_dict(self) -> Dict[str, Any]:
@@ -119,9 +98,7 @@ class CSVLogger(Logger):
         kept = Kept.of(state)
         source, digest = self._find(kept)
         if continue_files:
-            folder = source if source is not None else next(self._empty_places(kept), None)
-            self._folder = None if folder is None else self._own_name(folder)
-            self._resumed = self._folder is not None
+            self._go_on_in(source, kept.folder)
         if source is None and kept.written_rows:
             warn(
                 f"the {kept.written_rows:,} rows that the run had logged before are in no "
@@ -142,59 +119,11 @@ class CSVLogger(Logger):
 
     def _find(self, kept: Kept) -> Tuple[Optional[Path], Digest]:
         """The folder with the rows of the run, and their digest; None where there is none."""
-        for folder, is_beside in self._places(kept):
+        for folder, is_beside in self._places(kept.folder):
             digest = digest_if_own(folder / "metrics.csv", kept, is_beside)
             if digest is not None:
                 return folder, digest
         return None, Digest()
-
-    def _places(self, kept: Kept) -> Iterator[Tuple[Path, bool]]:
-        """Where the file may be, and whether that is beside the checkpoint."""
-        if self.resumed_from is not None:
-            for folder in list(self.resumed_from.parents)[:4]:  # "checkpoints", one in it
-                yield folder, True
-        if self.version is not None:
-            yield self._own_folder(), False
-        elif kept.folder:
-            yield self.save_dir / self.name / kept.folder, False
-
-    def _empty_places(self, kept: Kept) -> Iterator[Path]:
-        """Folders of the run, by their place, in which there is no file yet."""
-        for folder, _ in self._places(kept):
-            is_ours = folder.is_dir() and self._own_name(folder) is not None
-            if is_ours and not os.path.lexists(folder / "metrics.csv"):
-                yield folder
-
-    def _own_name(self, folder: Path) -> Optional[Path]:
-        """The name of ``folder`` where it is one that this logger may write to, else None."""
-        own = self.save_dir / self.name
-        if self.version is not None:
-            return self._own_folder() if _is_same(folder, self._own_folder()) else None
-        return own / folder.name if _is_same(folder.parent, own) else None
-
-    def run_dirs(self) -> List[Path]:
-        """The folders of this and of earlier runs with this ``save_dir`` and ``name``."""
-        root = self.save_dir / self.name
-        if self.version is not None:
-            return [self._own_folder()]
-        return [each for each in root.iterdir() if each.is_dir()] if root.is_dir() else []
-
-    @property
-    def log_dir(self) -> str:
-        """The folder of this run; the first look makes it. The same from then on."""
-        try:
-            return str(self._claim())
-        except OSError as error:
-            raise ConfigurationError(
-                f"CSVLogger cannot make a folder in {self.save_dir}: {error.strerror or error}. "
-                "Give a save_dir (Trainer: default_root_dir) that can be written to, or "
-                "Trainer(logger=False)."
-            ) from error
-
-    @property
-    def path(self) -> str:
-        """The file, ``metrics.csv`` in ``log_dir``."""
-        return str(Path(self.log_dir) / "metrics.csv")
 
     def log_metrics(self, metrics: Dict[str, float], step: int, epoch: int) -> None:
         """Add ``metrics`` to the row of (``epoch``, ``step``)."""
@@ -231,48 +160,8 @@ class CSVLogger(Logger):
     def finalize(self, status: str) -> None:
         """Write what is left; take the folder away again where nothing ever came into it."""
         self._write()
-        if self._folder is not None and not self._columns:
-            try:
-                self._folder.rmdir()
-            except OSError:
-                return  # checkpoints are in it, or it is gone
-            self._folder = None
-
-    # ------------------------------------------------------------------ the folder
-
-    def _claim(self) -> Path:
-        """Make this run's folder, once. Raises OSError where that fails."""
-        if self._folder is None:
-            if self.version is None:
-                self._folder = self._next_version()
-            else:
-                taken = self._own_folder() / "metrics.csv"
-                if os.path.lexists(taken) and not self._resumed:
-                    raise ConfigurationError(
-                        f"CSVLogger(version={self.version!r}): {taken} is there already, from "
-                        "another run: give another version, or remove it."
-                    )
-                self._own_folder().mkdir(parents=True, exist_ok=True)
-                self._folder = self._own_folder()
-        return self._folder
-
-    def _own_folder(self) -> Path:
-        own = f"version_{self.version}" if isinstance(self.version, int) else str(self.version)
-        return self.save_dir / self.name / own
-
-    def _next_version(self) -> Path:
-        root = self.save_dir / self.name
-        root.mkdir(parents=True, exist_ok=True)
-        taken = [re.fullmatch(r"version_(\d+)", entry.name) for entry in root.iterdir()]
-        number = max([int(match.group(1)) for match in taken if match], default=-1) + 1
-        while True:
-            folder = root / f"version_{number}"
-            try:
-                folder.mkdir()
-            except FileExistsError:  # another run was faster
-                number += 1
-            else:
-                return folder
+        if not self._columns:
+            self._give_back()
 
     # ------------------------------------------------------------------ the file
 
@@ -286,13 +175,13 @@ class CSVLogger(Logger):
             if self._history is not None:
                 self._begin_with(path, *self._history)
                 self._history = None
-            size = _size(path)
+            size = size_of(path)
             if size is None:  # at first, or somebody took it away
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._written_columns = 0
             if len(self._columns) > self._written_columns:
                 self._add_columns(path)
-                size = _size(path)
+                size = size_of(path)
             self._append(path, size or 0)
         except OSError as error:
             if not self._warned:
@@ -366,13 +255,6 @@ class CSVLogger(Logger):
         self._rows.clear()
 
 
-def _size(path: Path) -> Optional[int]:
-    try:
-        return os.lstat(path).st_size
-    except FileNotFoundError:
-        return None
-
-
 def _number(name: str, value: Any) -> float:
     try:
         return float(value)
@@ -380,11 +262,3 @@ def _number(name: str, value: Any) -> float:
         raise ConfigurationError(
             f"log_metrics got {name!r} as a {type(value).__name__}: give a number."
         ) from None
-
-
-def _is_same(folder: Path, other: Path) -> bool:
-    """True where both are one folder, whatever the way to it."""
-    try:
-        return folder.samefile(other)
-    except OSError:
-        return False

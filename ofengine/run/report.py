@@ -17,6 +17,13 @@ def log_metrics(run: Run, metrics: Dict[str, float]) -> None:
         each.log_metrics(metrics, run.progress.global_step, run.progress.epoch)
 
 
+def log_hyperparams(run: Run) -> None:
+    """Send the task's hyper-parameters to the loggers, where it has some."""
+    if run.task.hparams:
+        for each in run.loggers:
+            each.log_hyperparams(dict(run.task.hparams))
+
+
 def log_step(run: Run) -> None:
     """Read what the last steps logged, which waits for the device, and send it on."""
     for each in run.loggers:
