@@ -96,8 +96,7 @@ class FolderLogger(Logger):
         """Make this run's folder, once. Raises OSError where that fails."""
         if self._folder is None:
             if self.version is None:
-                shared = next((each._folder for each in self._beside if each._folder), None)
-                self._folder = shared or self._next_version()
+                self._folder = self._shared() or self._next_version()
             else:
                 taken = self._own_folder() / self.file_name
                 if os.path.lexists(taken) and not self._resumed:
@@ -108,6 +107,12 @@ class FolderLogger(Logger):
                 self._own_folder().mkdir(parents=True, exist_ok=True)
                 self._folder = self._own_folder()
         return self._folder
+
+    def _shared(self) -> Optional[Path]:
+        """The run's folder as another of its loggers knows it, where no such file is in it yet."""
+        found = (each._folder for each in self._beside if each._folder is not None)
+        free = (each for each in found if not os.path.lexists(each / self.file_name))
+        return next(free, None)
 
     def _own_folder(self) -> Path:
         own = f"version_{self.version}" if isinstance(self.version, int) else str(self.version)
