@@ -324,7 +324,10 @@ def _rows(path: Path) -> List[List[str]]:
 
 
 @LANGUAGES
-@pytest.mark.parametrize("module", ["ofengine", "ofengine.callbacks", "ofengine.rates"])
+@pytest.mark.parametrize(
+    "module",
+    ["ofengine", "ofengine.callbacks", "ofengine.loggers", "ofengine.metrics", "ofengine.rates"],
+)
 def test_every_public_name_is_told(module: str, language: str) -> None:
     text = "".join(map(read, (DOCS / language).glob("*.md")))
     names = [name for name in importlib.import_module(module).__all__ if name[0] != "_"]
