@@ -111,8 +111,8 @@ TRAINER_ARGUMENTS: Mapping[str, str] = {
     "from ofengine.loggers",
     "log_gpu_memory": "nothing here measures the GPU's memory: watch nvidia-smi",
     "move_metrics_to_cpu": "logged tensors become numbers by themselves: leave it out",
-    "enable_autolog_hparams": "save_hyperparameters() puts them into the checkpoints, and no "
-    "logger gets them: leave it out",
+    "enable_autolog_hparams": "what save_hyperparameters() was told goes to the loggers and into "
+    "checkpoints: leave it out",
     "model_registry": "nothing is uploaded here: list a ModelCheckpoint(dirpath=...) in callbacks, "
     "and upload its best_model_path after fit",
     # fit, validate, test and predict.
@@ -386,7 +386,8 @@ HOOKS: Mapping[str, str] = {
 
 LOG_ARGUMENTS: Dict[str, str] = {
     **_each("sync_dist sync_dist_group rank_zero_only", "one process trains here: leave it out"),
-    "reduce_fx": "an epoch's value is the mean, weighted by batch_size: reduce it in a hook",
+    "reduce_fx": "an epoch's value is the mean, weighted by batch_size: for another, log an object "
+    "of ofengine.metrics",
     "add_dataloader_idx": "a name ends in /dataloader_idx_N where there are several loaders",
     "enable_graph": "what is logged is always detached: leave it out",
     "metric_attribute": "log the metric object itself, as in log(name, self.acc)",

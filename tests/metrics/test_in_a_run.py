@@ -308,6 +308,32 @@ def test_a_number_in_a_compiled_step_is_refused() -> None:
         quiet_trainer(mode="graph", max_epochs=1).fit(Counts(), batches())
 
 
+def test_an_update_in_a_graph_of_one_s_own_is_refused() -> None:
+    class Own(Classifier):
+        def build_graph(self) -> nn.Graph:
+            layer, optimizer, metric = self.layer, self.optimizer, self.acc
+
+            class Step(nn.Graph):
+                def __init__(self) -> None:
+                    super().__init__()
+                    self.layer = layer
+                    self.add_optimizer(optimizer)
+
+                def build(self, inputs: Any, labels: Any) -> Any:
+                    logits = self.layer(inputs)
+                    metric.update(logits, labels)
+                    loss = nn.functional.cross_entropy(logits, labels)
+                    loss.backward()
+                    return loss
+
+            return Step()
+
+    with pytest.raises(
+        GraphModeError, match=r"Accuracy.update\(\) is called in a graph of your own"
+    ):
+        quiet_trainer(mode="graph", max_epochs=1).fit(Own(), batches())
+
+
 def test_a_metric_that_no_checkpoint_finds_is_told(tmp_path: Path) -> None:
     somewhere = Accuracy()
 
