@@ -76,7 +76,7 @@ def test_an_argument_of_log(mode: str) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("logged_metrics", "callback_metrics"),
+        ("progress_bar_dict", "progress_bar_metrics"),
         ("estimated_stepping_batches", "total_steps"),
         ("is_global_zero", "process"),
     ],

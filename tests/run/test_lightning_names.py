@@ -43,7 +43,7 @@ EXPECTED = {
     "TRAINER_ATTRIBUTES": """
         checkpoint_callback checkpoint_callbacks ckpt_path datamodule early_stopping_callback
         estimated_stepping_batches fit_loop global_rank is_global_zero is_last_batch
-        lightning_module local_rank logged_metrics lr_scheduler_configs model num_devices
+        lightning_module local_rank lr_scheduler_configs model num_devices
         num_test_batches num_val_batches optimizers predicting print progress_bar_callback
         received_sigterm state strategy testing train_dataloader training val_dataloaders
         validating world_size
