@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 from oneflow import nn
 
@@ -34,6 +34,7 @@ class GraphLRScaleCallback(Callback):
         key: Optional[str] = None,
     ) -> None:
         self._decay: Optional[DecayEvents] = None
+        self._check: Optional[Callable[[], None]] = None
         if (every_n_batches, per_epoch, key) != (None, None, None):
             default = DecayEvents()
             self._decay = checked_decay(
@@ -50,16 +51,22 @@ class GraphLRScaleCallback(Callback):
 
     def on_train_start(self, trainer: RunView, task: TaskModule) -> None:
         """Remember the groups' rates, to notice where somebody changes them."""
+        self._check = None
         if trainer.mode == "graph":
             trainer.rates.watch(trainer.optimizer)
+            self._check = trainer.rates.check_untouched
 
     def on_train_batch_end(
         self, trainer: RunView, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Refuse a rate written into a group by hand, which the graph would not see."""
-        if trainer.mode == "graph":
-            trainer.rates.check_untouched()
+        if self._check is not None:
+            self._check()
 
     def on_before_graph_compile(self, trainer: RunView, task: TaskModule, graph: nn.Graph) -> None:
         """Lower the rates from this step on into ``graph``."""
         trainer.lower_rates(graph)
+
+    def teardown(self, trainer: RunView, task: TaskModule, stage: str) -> None:
+        """Let go of the plan."""
+        self._check = None

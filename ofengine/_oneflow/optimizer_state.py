@@ -15,14 +15,6 @@ def default_options(optimizer: Optimizer) -> Dict[str, Any]:
     return optimizer._default_options
 
 
-def in_some_group(optimizer: Optimizer, option: str) -> bool:
-    """True where a group of ``optimizer`` has ``option``; asked at every step."""
-    for group in optimizer.param_groups:  # noqa: SIM110, any() takes twice as long
-        if option in group._options:
-            return True
-    return False
-
-
 def own_options(optimizer: Optimizer) -> Set[str]:
     """The options that ``optimizer`` writes itself, such as ``bias_correction1`` of Adam.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, Iterator, List, NamedTuple, Tuple
+import operator
+from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
 
 import numpy as np
 import oneflow as flow
@@ -56,13 +57,16 @@ def _first_dimension(batch: Any) -> int:
     return next((size for size in map(_first_dimension, batch) if size), 0)
 
 
+_SHAPE = operator.attrgetter("shape")
+
+
 def shapes_of(batch: Any) -> Any:
     """The shapes of the tensors and arrays in ``batch``, nested. Asked at each step, so quick."""
-    kind = type(batch)
-    if kind is flow.Tensor:
-        return batch.shape
-    if kind is tuple or kind is list:
-        return [each.shape if type(each) is flow.Tensor else shapes_of(each) for each in batch]
+    if type(batch) is tuple or type(batch) is list:
+        try:
+            return [*map(_SHAPE, batch)]
+        except AttributeError:
+            pass
     if isinstance(batch, (list, tuple)):
         return [shapes_of(each) for each in batch]
     if isinstance(batch, dict):
@@ -110,10 +114,20 @@ class Structure(NamedTuple):
 
 
 _LEAF = Structure(flow.Tensor, (), ())
+_ONLY_TENSORS = {flow.Tensor}
+_FLAT: Dict[Tuple[type, int], Structure] = {}
+"""The structures of most batches, tuples and lists of so many tensors; made at every step."""
 
 
 def flatten(batch: Any, tensors: List[Any], what: str = "a batch holds") -> Structure:
     """Append the tensors in ``batch`` to ``tensors``, depth first; return their structure."""
+    kind = type(batch)
+    if (kind is tuple or kind is list) and {*map(type, batch)} == _ONLY_TENSORS:
+        tensors += batch
+        flat = _FLAT.get((kind, len(batch)))
+        if flat is None:
+            flat = _FLAT[(kind, len(batch))] = Structure(kind, (), (_LEAF,) * len(batch))
+        return flat
     if isinstance(batch, flow.Tensor):
         tensors.append(batch)
         return _LEAF

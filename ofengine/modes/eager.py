@@ -11,7 +11,7 @@ from ofengine._oneflow import optimizer_state
 from ofengine._oneflow.bias_correction import STEPPING, let_optimizers_ask
 from ofengine._oneflow.operators import backward_of
 from ofengine._oneflow.optimizer_copies import replace_state
-from ofengine._oneflow.optimizer_state import in_some_group
+from ofengine._oneflow.watched_options import watch_options
 from ofengine.errors import ConfigurationError
 from ofengine.modes.steps import (
     clip,
@@ -44,6 +44,11 @@ class EagerMode:
         optimizer.zero_grad(set_to_none=True)  # what a run that was cut off left behind
         let_optimizers_ask()
         self._clips = self._run.settings.gradient_clip_val is not None
+        self._watch_groups()
+
+    def _watch_groups(self) -> None:
+        self._groups = list(self._optimizer.param_groups)
+        self._mark = watch_options(self._optimizer)
 
     def train_step(self, batch: Any, batch_idx: int, window: int, closes: bool) -> Dict[str, Any]:
         """See :class:`~ofengine.run.mode.Mode`."""
@@ -63,7 +68,9 @@ class EagerMode:
                 drop_gradients_of_frozen(optimizer)
             for call in self._before_update:
                 call(optimizer)
-            if self._clips or in_some_group(optimizer, "clip_grad_max_norm"):
+            if optimizer.param_groups != self._groups:  # load_state_dict makes new ones
+                self._watch_groups()
+            if self._clips or self._mark.clips:
                 clip(self._run)
             STEPPING.on = True  # Adam and its like correct their bias as graphs do
             try:

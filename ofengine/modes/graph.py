@@ -48,6 +48,7 @@ from ofengine.task import TaskModule
 log = logging.getLogger("ofengine")
 
 
+_EMPTY = flatten({}, [])
 _MANY_GRAPHS = 8
 _TABLE_STEPS = 10_000
 """How many steps of rates are compiled in at first where the run's length is not known."""
@@ -166,7 +167,7 @@ class GraphMode:
             self._run.metrics.record_traced(graph.logged, values)
         for metric, names in graph.updates:
             metric.add({name: next(rest) for name in names})
-        return unflatten(graph.rest, rest)
+        return {} if graph.rest == _EMPTY else unflatten(graph.rest, rest)
 
     def settle(self) -> None:
         """Count the batches of batch norms, which compiled steps leave out."""

@@ -15,6 +15,7 @@ from oneflow.optim import Optimizer
 
 from ofengine._oneflow.graphs import updates_many_tensors_at_once
 from ofengine._oneflow.lowering import lower_rates
+from ofengine._oneflow.watched_options import set_quietly, watch_options
 from ofengine.errors import RateError
 from ofengine.rates.calendar import Calendar
 from ofengine.rates.groups import Group
@@ -254,6 +255,7 @@ class RatePlan:
 
     def _find_options(self) -> None:
         self._live_groups = list(self._optimizer.param_groups)
+        self._mark = watch_options(self._optimizer)
         self._options = [group.options for group in self._live_groups]
 
     def check_untouched(self) -> None:
@@ -261,10 +263,11 @@ class RatePlan:
         if self._optimizer.param_groups != self._live_groups:  # load_state_dict makes new ones
             self.check_number_of_groups()
             self._find_options()
-        if [*map(_lr_of, self._options)] != self._standing:
-            raise self._changed_by_hand()
-        if _scales_of(self._options) != self._standing_scales:
-            raise self._changed_by_hand()
+        if self._mark.rates:
+            now = [*map(_lr_of, self._options)], _scales_of(self._options)
+            if now != (self._standing, self._standing_scales):
+                raise self._changed_by_hand()
+            self._mark.rates = False
 
     def check_number_of_groups(self) -> None:
         """Raise :class:`RateError` where groups were added or taken away since :meth:`watch`."""
@@ -304,7 +307,7 @@ class RatePlan:
         rates = self._rates(step)
         if rates != self._standing:
             for options, rate in zip(self._options, rates):
-                options["lr"] = rate
+                set_quietly(options, "lr", rate)
             self._standing = rates
 
     def _forget(self) -> None:
