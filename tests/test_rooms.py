@@ -16,7 +16,9 @@ ROOMS: List[List[str]] = [
     ["ofengine"],  # the package itself: only names, looked up when they are first used
     ["errors", "lines", "disk"],
     ["_oneflow"],
+    ["launch.environment", "launch.slot", "launch.heartbeat"],
     ["processes"],
+    ["launch"],
     ["run"],
     ["run.arguments", "run.devices", "run.lightning", "run.settings"],
     ["run.progress", "run.finite"],

@@ -11,6 +11,7 @@ from ofengine.checkpoint.resume import Entry, Resumed
 from ofengine.checkpoint.snapshot import note_start
 from ofengine.data.batches import STEPPED, Batches
 from ofengine.data.structure import shapes_of
+from ofengine.launch.heartbeat import beat
 from ofengine.modes.labels import LabelWatch, checking
 from ofengine.run import course, report
 from ofengine.run.connect import STEP_OF_STAGE
@@ -131,6 +132,7 @@ def _train_epoch(
     for batch_idx, batch, window, closes, is_last in steps:
         interrupts.waiting = False
         progress.batch_idx = batch_idx
+        beat()
         if batch is not STEPPED:
             place[0] = batch_idx
             now = shapes_of(batch)
@@ -328,6 +330,7 @@ def _evaluate(
     for batch_idx, batch in enumerate(loader.first(taken)):
         interrupts.waiting = False
         place[0] = batch_idx
+        beat()
         now = shapes_of(batch)
         if now != shapes:
             course.note_batch(run, loader.what, batch_idx, batch)

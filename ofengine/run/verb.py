@@ -9,6 +9,7 @@ from typing import Callable, Dict, Iterator, List, TypeVar
 
 from ofengine._oneflow.loaders import end_workers, workers_noted
 from ofengine.errors import ConfigurationError, GraphModeError
+from ofengine.launch import heartbeat
 from ofengine.modes.eager import EagerMode
 from ofengine.modes.graph import GraphMode
 from ofengine.processes.crash_report import CrashReport
@@ -73,7 +74,7 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
         run.mode = modes[settings.mode]
     run.interrupts, run.told_not_finite = InterruptGuard(), False
     status = "failed"
-    with CrashReport() as report, workers_noted(), run.interrupts:
+    with CrashReport() as report, workers_noted(), run.interrupts, heartbeat.verb:
         place_before, run.place = run.place, report.place
         try:
             hooks.fire("setup", verb)
@@ -83,6 +84,7 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
             return result
         except BaseException as raised:
             error = run.interrupts.reason(raised)
+            heartbeat.leaving()
             tell_culprit(error, run.progress)
             _tell_of_exception(hooks, error)
             if error is not raised:
