@@ -31,6 +31,8 @@ _TICK = 0.1
 _HEAD_START = 10.0
 """Seconds that rank 0 is given to reach OneFlow's rendezvous before the others are started. One
 that is there before it costs about as much."""
+_MEETING = 120.0
+"""Seconds that OneFlow's rendezvous may take, or the limit for a hang where that is more."""
 _SAME_SIGNAL = 0.5
 """Seconds in which a signal that comes again is the same one, sent to the group as well."""
 _PATIENCE, _PATIENCE_WHEN_STOPPING = 0.5, 30.0
@@ -261,10 +263,11 @@ class _Session:
 
     def _missed(self) -> Optional[verdict.Fault]:
         """Not all ranks have come to OneFlow's rendezvous."""
-        if self._met <= self._limit:
+        limit = max(self._limit, _MEETING)
+        if self._met <= limit:
             return None
         at = f"{self._where.master_addr}:{self._where.master_port}"
-        what = f"waited {duration(self._limit)} at {at} for ranks that did not come"
+        what = f"waited {duration(limit)} at {at} for ranks that did not come"
         return verdict.Fault(self._where.node_rank * self._where.ranks, what, 1, "hang")
 
     # ------------------------------------------------------------------ the start

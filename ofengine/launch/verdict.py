@@ -8,6 +8,11 @@ from typing import Iterator, List, NamedTuple, Optional, Tuple
 from ofengine.launch import slot
 from ofengine.processes.supervisor import CRASHES, duration
 
+_ORDER = {"crash": 0, "exception": 1, "exit": 2, "early": 3}
+"""What is told first of what is seen at the same moment."""
+_STUCK, _STUCK_WHILE_ALL_LIVE = 1.0, 5.0
+"""Seconds for which a rank is waiting for another that is done with what it is waiting in."""
+
 
 class Seen(NamedTuple):
     """What is seen of one rank."""
@@ -78,8 +83,7 @@ def death(ranks: List[Seen], stopping: bool) -> Optional[Fault]:
     for each in ranks:
         fault = _own_fault(each, stopping)
         if fault is not None:
-            order = {"crash": 0, "exception": 1, "exit": 2}[fault.kind]
-            order = 3 if each.code == -signal.SIGABRT else order
+            order = _ORDER[fault.kind] if each.code != -signal.SIGABRT else len(_ORDER)
             found.append((order, each.failed_at, each.rank, fault))
     return min(found)[3] if found else None
 
@@ -96,6 +100,8 @@ def _own_fault(each: Seen, stopping: bool) -> Optional[Fault]:
         return Fault(each.rank, what, 128 - code, "crash" if words else "exit")
     if code > 0:
         return Fault(each.rank, f"ended with exit code {code}", code, "exit")
+    if each.code == 0 and each.begun > each.ended and each.leaving == 0 and not stopping:
+        return Fault(each.rank, "ended amid its work, with exit code 0", 1, "early")
     return None
 
 
@@ -113,7 +119,9 @@ def early(ranks: List[Seen], patience: float) -> Optional[Fault]:
                 what = f"was at its end{code} while rank {waiting.rank} was still at work"
                 return Fault(each.rank, what, each.exit or 1, "early")
             left = each.ended >= verb or (each.leaving == 2 and each.begun == verb)
-            if left and waiting.waits >= max(patience, 1.0):
+            since = each.gone if each.is_gone else each.silent
+            enough = max(patience, _STUCK if each.is_gone else _STUCK_WHILE_ALL_LIVE)
+            if left and min(since, waiting.waits) >= enough:
                 what = f"did not go on while rank {waiting.rank} was waiting for it"
                 return Fault(each.rank, what, 1, "early")
     return None
