@@ -128,11 +128,16 @@ def early(ranks: List[Seen], patience: float) -> Optional[Fault]:
 
 
 def hang(ranks: List[Seen], limit: float) -> Optional[Fault]:
-    """The rank that keeps the others waiting, once one has been silent for ``limit`` seconds."""
-    verbs = [each.inside for each in ranks if each.inside and each.silent > limit]
+    """The rank that keeps the others waiting, once one has been silent for ``limit`` seconds.
+
+    One that waits for the others may do so for as long as any of them is at work.
+    """
+    inside = [each for each in ranks if each.inside]
+    silent = [each for each in inside if each.silent > limit]
+    verbs = [each.inside for each in silent if not each.waits or len(silent) == len(inside)]
     if not verbs:
         return None
-    verb = max(verbs)
+    verb = max(filter(None, verbs))
     away = [each for each in ranks if each.inside != verb]
     if away:
         each = away[0]

@@ -30,11 +30,17 @@ def meet():
             server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             server.bind(("", at[1]))
             server.listen()
-            others = [server.accept()[0] for _ in range(world.world_size - 1)]
+            others = []
+            while len(others) < world.world_size - 1:
+                other = server.accept()[0]
+                if other.recv(1):  # else it was a launcher that looks for this
+                    others.append(other)
             for each in others:
                 each.sendall(b"x")
     else:
-        socket.create_connection(at).recv(1)
+        connection = socket.create_connection(at)
+        connection.sendall(b"x")
+        connection.recv(1)
 
 def forever():
     while True:
