@@ -40,15 +40,6 @@ def is_listening(port: int) -> bool:
     return False
 
 
-def answers(address: str, port: int) -> bool:
-    """Whether somebody listens at ``port`` of another host."""
-    try:
-        socket.create_connection((address, port), timeout=0.5).close()
-    except OSError:
-        return False
-    return True
-
-
 def public_addresses() -> List[str]:
     """The addresses of this host that are reached from the internet."""
     version_4, at = set(), ""

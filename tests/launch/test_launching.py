@@ -13,7 +13,7 @@ import pytest
 from launching import PRELUDE, end, launch, program, start
 
 from ofengine.errors import ConfigurationError
-from ofengine.launch import launcher, network, start_ranks
+from ofengine.launch import network, session, start_ranks
 
 TELL = """
 write("told", repr((world, sys.argv[1:], os.environ["MASTER_PORT"], os.getsid(0) == os.getpid())))
@@ -67,7 +67,7 @@ def test_ranks_share_the_processors(tmp_path: Path) -> None:
     launch(tmp_path, "--nproc", 2, script, env={"OMP_NUM_THREADS": "3"})
     assert (tmp_path / "threads-1").read_text() == "3"
     share = max(1, len(os.sched_getaffinity(0)) // 2)
-    assert launcher._threads(2) in ({"OMP_NUM_THREADS": str(share)}, {})
+    assert session._threads(2) in ({"OMP_NUM_THREADS": str(share)}, {})
 
 
 # ---------------------------------------------------------------------- refused
