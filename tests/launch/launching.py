@@ -62,8 +62,9 @@ def program(folder: Path, text: str, prelude: str = MEET) -> Path:
 
 
 def start(folder: Path, *arguments: object, **options: Any) -> subprocess.Popen[str]:
-    """Begin ``ofengine launch`` with these arguments."""
-    command = [sys.executable, "-m", "ofengine", "launch", *map(str, arguments)]
+    """Begin ``ofengine launch`` with these arguments, behind the command ``within``."""
+    command = [*options.pop("within", []), sys.executable, "-m", "ofengine", "launch"]
+    command = [*command, *map(str, arguments)]
     root = str(Path(ofengine.__file__).parent.parent)  # the ofengine that is tested
     given = {"FOLDER": str(folder), "PYTHONPATH": root, **options.pop("env", {})}
     environment = {**os.environ, **given}
