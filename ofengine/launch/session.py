@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import time
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from typing import Dict, List, NamedTuple, Optional, Sequence, Set
 
 from ofengine.launch import environment, network, slot, verdict
 from ofengine.launch.link import Link, Message, Nodes
@@ -65,6 +65,19 @@ class Outcome(NamedTuple):
     seconds: float = 0.0
 
 
+class _Away(NamedTuple):
+    """A rank of another host that is at its end."""
+
+    since: float
+    seen: verdict.Seen
+    host: str
+    words: str
+
+    def now(self) -> verdict.Seen:
+        """What is seen of it."""
+        return self.seen._replace(gone=time.monotonic() - self.since)
+
+
 class Session:
     """The ranks of this host, started once.
 
@@ -104,6 +117,10 @@ class Session:
         """Seconds for which it has been there; -1 once all have met."""
         self._elsewhere: Optional[Outcome] = None
         """What the launcher of another host has told of the end."""
+        self._away: Dict[int, _Away] = {}
+        """Ranks of other hosts that are at their end."""
+        self._told_of: Set[int] = set()
+        """Ranks of this host that others have been told are."""
 
     def run(self) -> Outcome:
         """Start the ranks, and wait for their end."""
@@ -145,7 +162,10 @@ class Session:
         stopping = self._stopped_by is not None
         return (
             verdict.death(self._seen, stopping)
-            or verdict.early(self._seen, _PATIENCE_WHEN_STOPPING if stopping else _PATIENCE)
+            or verdict.early(
+                [*self._seen, *(each.now() for each in self._away.values())],
+                _PATIENCE_WHEN_STOPPING if stopping else _PATIENCE,
+            )
             or verdict.hang(self._seen, self._limit)
             or self._missed()
         )
@@ -158,6 +178,11 @@ class Session:
         for each in self._ranks:
             each.read()
         self._seen = [each.look(seconds) for each in self._ranks]
+        for seen, rank in zip(self._seen, self._ranks):
+            if seen.is_gone and seen.rank not in self._told_of:
+                self._told_of.add(seen.rank)
+                numbers = [seen.rank, seen.begun, seen.ended, seen.leaving, seen.exit]
+                self._tell(gone=numbers, host=socket.gethostname(), words=rank.last_words())
         if self._stopped_by is not None:
             self._stopping += seconds
         if self._where.node_rank == 0 and self._meeting >= 0:
@@ -219,6 +244,9 @@ class Session:
                 self._stopped_by = int(stop)
                 self._send(self._stopped_by)
             self._kill |= "kill" in message and self._stopped_by is not None
+            away = _told_of_an_end(message)
+            if away is not None:
+                self._away[away.seen.rank] = away
             self._elsewhere = self._elsewhere or _told(message, self._where)
 
     def _account_of(self, fault: verdict.Fault) -> Outcome:
@@ -233,8 +261,9 @@ class Session:
             self._heed_others()
         if self._elsewhere is not None:
             return self._elsewhere
+        away = self._away.get(fault.rank)
         words = "".join(each.last_words() for each in self._ranks if each.rank == fault.rank)
-        host = socket.gethostname()
+        host, words = (socket.gethostname(), words) if away is None else (away.host, away.words)
         self._tell(fault=list(fault), host=host, words=words)
         return Outcome(fault.code, fault, host, words)
 
@@ -324,6 +353,21 @@ def _told(message: Message, where: Nodes) -> Optional[Outcome]:
         return None
     fault = verdict.Fault(fields[0], _plain(fields[1]), fields[2], fields[3])
     return Outcome(fault.code, fault, _plain(host), _plain(words))
+
+
+def _told_of_an_end(message: Message) -> Optional[_Away]:
+    """The rank of another host that ``message`` says is at its end, if it does."""
+    numbers, host, words = (message.get(each) for each in ("gone", "host", "words"))
+    if not isinstance(numbers, list) or [type(each) for each in numbers] != [int] * 5:
+        return None
+    if not isinstance(host, str) or not isinstance(words, str):
+        return None
+    rank, begun, ended, leaving, code = numbers
+    seen = verdict.Seen(
+        rank, connected=True, begun=begun, ended=ended, leaving=leaving, over=True,
+        exit=min(max(code, 0), 255),
+    )  # fmt: skip
+    return _Away(time.monotonic(), seen, _plain(host), _plain(words))
 
 
 def _plain(text: str) -> str:

@@ -23,11 +23,18 @@ def receive(number, frame):
 
 signal.signal(signal.SIGTERM, receive)
 write("ready")
+first_there = world.local_world_size
 with heartbeat.verb:
-    if rank == 2 and sys.argv[1] == "raise":
+    if rank == first_there and sys.argv[1] == "raise":
         raise ValueError("on the other host")
-    if rank == 2 and sys.argv[1] == "kill":
+    if rank == first_there and sys.argv[1] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if rank == first_there and sys.argv[1] == "exit":
+        import atexit
+        heartbeat.atexit.unregister(heartbeat._over)
+        atexit.register(forever)  # as OneFlow's, which waits for the others
+        atexit.register(heartbeat._over)
+        sys.exit(3)
     while not counts:
         heartbeat.beat()
         time.sleep(0.02)
@@ -37,28 +44,36 @@ with heartbeat.verb:
 """
 
 
-def both(folder: Path, *arguments: object) -> Tuple[subprocess.Popen[str], subprocess.Popen[str]]:
+def both(
+    folder: Path, *arguments: object, ranks: int = 2
+) -> Tuple[subprocess.Popen[str], subprocess.Popen[str]]:
     """Launchers of two nodes with two ranks each."""
     port = next(p for p in iter(network.free_port, 0) if p < 65535 and network.is_free(p + 1))
     script = program(folder, WAITING)
-    of_all = ["--nproc", 2, "--nnodes", 2, "--master-port", port]
+    of_all = ["--nproc", ranks, "--nnodes", 2, "--master-port", port]
     second = start(folder, *of_all, "--node-rank", 1, script, *arguments)
     return start(folder, *of_all, script, *arguments), second
 
 
 @pytest.mark.parametrize(
-    ("how", "code", "said"), [("raise", 1, "ended with the error above"), ("kill", 137, "SIGKILL")]
+    ("how", "ranks", "code", "said"),
+    [
+        ("raise", 2, 1, "ended with the error above"),
+        ("kill", 2, 137, "SIGKILL"),
+        ("exit", 1, 3, "was at its end by sys.exit(3) while rank 0 was still at work"),
+    ],
 )
 def test_both_hosts_end_and_name_the_same_rank(
-    tmp_path: Path, how: str, code: int, said: str
+    tmp_path: Path, how: str, ranks: int, code: int, said: str
 ) -> None:
-    processes = both(tmp_path, how)
+    processes = both(tmp_path, how, ranks=ranks)
     for done in [end(each, tmp_path) for each in processes[::-1]]:
         assert done.returncode == code
         last = done.stderr.splitlines()[-1]
-        assert f"rank 2 of 4, on host {os.uname().nodename}," in last
+        assert f"rank {ranks} of {2 * ranks}, on host {os.uname().nodename}," in last
         assert said in last
         assert done.stderr.count("ValueError: on the other host") == (how == "raise")
+        assert done.stderr.count("SystemExit: 3") == (how == "exit")
 
 
 @pytest.mark.parametrize("to", [0, 1])
