@@ -148,12 +148,13 @@ def why_not_again(call: str, instead: str) -> Optional[str]:
         instead: what a user can do who has no program in a file.
     """
     main = sys.modules["__main__"]
-    script = getattr(main, "__file__", None)
+    # In Python 3.8 it is relative, to where the process was started.
+    script = os.path.join(FOLDER, getattr(main, "__file__", None) or "")
     advice = f"Put the program into a file and run that, or {instead}."
     if _in_notebook() or sys.flags.interactive or sys.flags.inspect or hasattr(sys, "ps1"):
         return f"an interactive session cannot be started again. {advice}"
     # A module (-m), a folder or a zip file has a spec; a script does not, but is a file.
-    if getattr(main, "__spec__", None) is None and not (script and os.path.isfile(script)):
+    if getattr(main, "__spec__", None) is None and not os.path.isfile(script):
         return f"a program from the command line or a pipe cannot be started again. {advice}"
     if sys.platform != "linux" or not sys.executable:
         return "this works on Linux only, with a Python that knows where it is."
