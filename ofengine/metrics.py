@@ -63,8 +63,8 @@ class Logged:
         self.on_epoch: List[_Place] = [place for place in named if place[1].on_epoch]
 
 
-_LOSS = LogSpec("loss", prog_bar=True, logger=True, on_step=True, on_epoch=False, batch_size=None)
-_MOST_PENDING = 4000
+LOSS = LogSpec("loss", prog_bar=True, logger=True, on_step=True, on_epoch=False, batch_size=None)
+MOST_PENDING = 4000
 """So many tensors wait on the device before they are read, to bound the memory."""
 
 
@@ -76,6 +76,8 @@ class Stage:
         self.suffix = suffix
         self.batch: Any = None
         """The training batch that was stepped last."""
+        self.batch_idx = 0
+        """Its index in the pass; of evaluation, the batch being gone through."""
         self.loss: Any = None
         """Its loss, where nothing has taken it up yet."""
         self.current: List[Tuple[Logged, Sequence[Any]]] = []
@@ -109,6 +111,10 @@ class Metrics:
     def end(self) -> None:
         """Leave the stage entered last."""
         self._stages.pop()
+
+    def at_batch(self, batch_idx: int) -> None:
+        """The batch of this index is gone through from now on."""
+        self._stages[-1].batch_idx = batch_idx
 
     def begin_batches(self) -> Stage:
         """Training batches begin: ``log`` reports single steps. Returns the stage of training.
@@ -223,7 +229,7 @@ class Metrics:
             if logged.on_epoch:
                 pending.append((logged, values, batch_size))
         stage.current.clear()
-        if len(stage.pending) >= _MOST_PENDING:
+        if len(stage.pending) >= MOST_PENDING:
             self._fold_pending(stage)
 
     # ------------------------------------------------------------------ reading
@@ -250,14 +256,14 @@ class Metrics:
         for name, (spec, value, index) in stage.last.items():
             number = numbers[id(value)][index]
             stage.last[name] = (spec, number, 0)
-            if name == _LOSS.name and stage is self._stages[0]:
+            if name == LOSS.name and stage is self._stages[0]:
                 self.newest_loss = number
             self._publish(spec, spec.step_name, number)
 
     def _fold_pending(self, stage: Stage, others: Sequence[Any] = ()) -> List[List[float]]:
         """Add the pending values to their sums; ``others`` are read along and returned."""
         waiting, sums = stage.pending, stage.sums
-        read = iter(_read([*others, *(each for _, values, _ in waiting for each in values)]))
+        read = iter(read_values([*others, *(each for _, values, _ in waiting for each in values)]))
         of_others = [next(read) for _ in others]
         for logged, values, size in waiting:
             numbers = [next(read) for _ in values]
@@ -310,7 +316,7 @@ class Metrics:
 
 def _take_loss(stage: Stage) -> None:
     if stage.loss is not None:
-        stage.last["loss"] = (_LOSS, stage.loss, 0)
+        stage.last["loss"] = (LOSS, stage.loss, 0)
         stage.loss = None
 
 
@@ -344,7 +350,7 @@ def _scalar(name: str, value: Any) -> Any:
         ) from None
 
 
-def _read(values: Sequence[Any]) -> List[List[float]]:
+def read_values(values: Sequence[Any]) -> List[List[float]]:
     """The numbers in each of the values, with one transfer for each type and shape."""
     numbers: List[List[float]] = [[] for _ in values]
     alike: Dict[Tuple[Any, ...], List[int]] = {}

@@ -150,7 +150,7 @@ class Resumed:
             run.id, run.data_seed = begun["id"], begun["run_seed"]
             run.seconds_before = begun["seconds"]
             run.changed_before = {*state.get("tensors", {}), *state.get("seen", {})}
-            run.progress.load(loop)
+            run.progress.load(loop, run.settings.world_size)
             run.should_stop = loop["should_stop"]
             run.cut_short = loop["cut_short"]
             self._tell_differences(run)

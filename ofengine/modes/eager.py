@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import oneflow as flow
 from oneflow import Tensor, nn
@@ -19,6 +19,8 @@ from ofengine.modes.steps import (
     split_outputs,
     step_arity,
 )
+from ofengine.ranks.gradients import GradientExchange
+from ofengine.ranks.shares import ABSENT
 from ofengine.run.mode import HookCalls, ParameterStates
 from ofengine.run.state import Run
 from ofengine.task import TaskModule
@@ -36,6 +38,8 @@ class EagerMode:
         self._before_zero_grad = calls["on_before_zero_grad"]
         self._arity: Dict[str, int] = {}
         self._task_name = type(task).__name__
+        self._exchange: Optional[GradientExchange] = None
+        """Where there are several ranks: what the window has of all of them."""
 
     def start(self) -> None:
         """See :class:`~ofengine.run.mode.Mode`."""
@@ -44,19 +48,26 @@ class EagerMode:
         optimizer.zero_grad(set_to_none=True)  # what a run that was cut off left behind
         let_optimizers_ask()
         self._clips = self._run.settings.gradient_clip_val is not None
+        if self._run.ranks is not None:
+            every = [each for group in optimizer.param_groups for each in group.parameters]
+            self._exchange = GradientExchange(self._run.ranks, every)
 
     def train_step(self, batch: Any, batch_idx: int, window: int, closes: bool) -> Dict[str, Any]:
         """See :class:`~ofengine.run.mode.Mode`."""
         rest: Dict[str, Any] = {}
-        step: Callable[..., Any] = self._task.training_step
-        loss = step(batch, batch_idx) if self._takes_both else step(batch)
-        if type(loss) is not Tensor or loss.dim() or not loss.requires_grad:
-            loss, rest = split_outputs(loss, self._task_name)
-        for call in self._before_backward:
-            call(loss)
-        backward_of(loss if window == 1 else loss / window)
-        for call in self._after_backward:
-            call()
+        if batch is not ABSENT:
+            step: Callable[..., Any] = self._task.training_step
+            loss = step(batch, batch_idx) if self._takes_both else step(batch)
+            if type(loss) is not Tensor or loss.dim() or not loss.requires_grad:
+                loss, rest = split_outputs(loss, self._task_name)
+            for call in self._before_backward:
+                call(loss)
+            backward_of(loss if window == 1 else loss / window)
+            for call in self._after_backward:
+                call()
+            rest["loss"] = loss.detach()
+        if self._exchange is not None:
+            self._exchange_gradients(self._exchange, closes)
         if closes:
             optimizer = self._optimizer
             if window > 1:
@@ -73,8 +84,14 @@ class EagerMode:
             for call in self._before_zero_grad:
                 call(optimizer)
             optimizer.zero_grad(set_to_none=True)
-        rest["loss"] = loss.detach()
         return rest
+
+    def _exchange_gradients(self, exchange: GradientExchange, closes: bool) -> None:
+        """Add the gradients of all ranks; where the window ``closes``, they are in ``.grad``."""
+        train = self._run.train
+        exchange.add(0 if train is None else train.check_of(self._run.progress.batch_idx))
+        if closes:
+            exchange.put()
 
     def eval_step(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
         """See :class:`~ofengine.run.mode.Mode`."""
@@ -96,10 +113,16 @@ class EagerMode:
 
     def gradients(self) -> Dict[str, Any]:
         """See :class:`~ofengine.run.mode.Mode`."""
+        if self._exchange is not None:
+            return self._exchange.totals({id(p): n for n, p in self._task.named_parameters()})
         return {n: p.grad for n, p in self._task.named_parameters() if p.grad is not None}
 
     def load_gradients(self, gradients: Dict[str, Any]) -> None:
         """See :class:`~ofengine.run.mode.Mode`."""
+        if self._exchange is not None:
+            named = dict(self._task.named_parameters())
+            self._exchange.load({id(named[name]): each for name, each in gradients.items()})
+            return
         for name, parameter in self._task.named_parameters():
             parameter.grad = gradients.get(name)
 
