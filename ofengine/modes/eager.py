@@ -21,6 +21,7 @@ from ofengine.modes.steps import (
 )
 from ofengine.ranks.gradients import GradientExchange
 from ofengine.ranks.shares import ABSENT
+from ofengine.ranks.statistics import RunningStatistics
 from ofengine.run.mode import HookCalls, ParameterStates
 from ofengine.run.state import Run
 from ofengine.task import TaskModule
@@ -40,6 +41,7 @@ class EagerMode:
         self._task_name = type(task).__name__
         self._exchange: Optional[GradientExchange] = None
         """Where there are several ranks: what the window has of all of them."""
+        self._statistics: Optional[RunningStatistics] = None
 
     def start(self) -> None:
         """See :class:`~ofengine.run.mode.Mode`."""
@@ -51,6 +53,7 @@ class EagerMode:
         if self._run.ranks is not None:
             every = [each for group in optimizer.param_groups for each in group.parameters]
             self._exchange = GradientExchange(self._run.ranks, every)
+            self._statistics = RunningStatistics(self._run.ranks, self._task)
 
     def train_step(self, batch: Any, batch_idx: int, window: int, closes: bool) -> Dict[str, Any]:
         """See :class:`~ofengine.run.mode.Mode`."""
@@ -89,7 +92,11 @@ class EagerMode:
     def _exchange_gradients(self, exchange: GradientExchange, closes: bool) -> None:
         """Add the gradients of all ranks; where the window ``closes``, they are in ``.grad``."""
         train = self._run.train
-        exchange.add(0 if train is None else train.check_of(self._run.progress.batch_idx))
+        check = 0 if train is None else train.check_of(self._run.progress.batch_idx)
+        statistics = self._statistics
+        calls = exchange.add(check, 0 if statistics is None else statistics.calls)
+        if calls and statistics is not None:
+            statistics.exchange(calls)
         if closes:
             exchange.put()
 
@@ -134,7 +141,9 @@ class EagerMode:
         """Nothing to bring up to date."""
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Let go of the batch norms."""
+        if self._statistics is not None:
+            self._statistics.close()
 
     def default_train_graph(self) -> nn.Graph:
         """There is none."""

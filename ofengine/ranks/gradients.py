@@ -49,10 +49,11 @@ class GradientExchange:
         """True where the window has gradients."""
         return bool(self._flags.any())
 
-    def add(self, check: int = 0) -> None:
+    def add(self, check: int = 0, note: int = 0) -> int:
         """Take the gradients of this rank's batch out of ``.grad``, and add those of all ranks.
 
-        A rank without a batch has none. ``check`` must be the same on all ranks.
+        A rank without a batch has none. ``check`` must be the same on all ranks. Returns the
+        largest ``note`` of all.
         """
         gradients = [parameter.grad for parameter in self.parameters]
         for parameter in self.parameters:
@@ -61,7 +62,7 @@ class GradientExchange:
         narrow, wide = (part.flat(gradients) for part in self._parts)
         own = np.concatenate([flags, narrow])
         seen = np.empty_like(own)
-        rows = self._meetings.step(own[: self._in_meeting], check)
+        rows, note = self._meetings.step(own[: self._in_meeting], check, note)
         count = self._flags.size
         seen[:count] = self._flags
         seen[count:] = self._parts[0].total
@@ -71,6 +72,7 @@ class GradientExchange:
             self._gather_into(self._parts[1].total, wide, 0)
         self._flags = np.minimum(seen[:count], 1.0)
         self._parts[0].total = seen[count:]
+        return note
 
     def _gather_into(self, total: np.ndarray, own: np.ndarray, first: int) -> None:
         most = self._meetings.most_numbers

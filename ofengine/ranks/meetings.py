@@ -12,7 +12,7 @@ others serve it at their next meeting.
 from __future__ import annotations
 
 import enum
-from typing import Any, Callable, List, Optional, Sequence
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import attrs
 import numpy as np
@@ -97,13 +97,14 @@ class Meetings:
 
     # ------------------------------------------------------------------ what a rank calls
 
-    def step(self, body: np.ndarray, check: int) -> np.ndarray:
+    def step(self, body: np.ndarray, check: int, note: int) -> Tuple[np.ndarray, int]:
         """Exchange ``body``, of the size that there is room for; one row for each rank.
 
-        ``check`` is a number below 2**24 that must be the same on all ranks.
+        ``check`` is a number below 2**24 that must be the same on all ranks; of the ``note`` of
+        all, the largest is returned too.
         """
-        rows = self._meet(Purpose.STEP, body, check)
-        return rows[:, _CONTROL:]
+        rows = self._meet(Purpose.STEP, body, check, note=note)
+        return rows[:, _CONTROL:], int(rows[:, 7].max())
 
     def all_stop(self) -> bool:
         """True where all ranks were told to end training after this batch.
@@ -159,6 +160,7 @@ class Meetings:
         purpose: Purpose,
         body: Optional[np.ndarray] = None,
         check: int = 0,
+        note: int = 0,
         message: bytes = b"",
         mixed: bool = False,
     ) -> Any:
@@ -172,7 +174,7 @@ class Meetings:
             buffer = np.zeros(_CONTROL + self._room, np.float32)
             high, low = divmod(len(metrics), 2**20)
             buffer[:_CONTROL] = (
-                purpose, wishes.stop, wishes.signal, wishes.out_of_time, check, high, low, 0,
+                purpose, wishes.stop, wishes.signal, wishes.out_of_time, check, high, low, note,
             )  # fmt: skip
             if body is not None:
                 buffer[_CONTROL:] = body

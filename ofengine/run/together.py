@@ -161,9 +161,9 @@ def _share(ranks: Meetings, tensors: Dict[str, Any]) -> None:
 
 
 def share_buffers(run: Run) -> None:
-    """Let an evaluation of all ranks use rank 0's running statistics.
+    """Let an evaluation of all ranks use rank 0's buffers, which are what a checkpoint holds.
 
-    Each rank's batch norms see its own batches; those of rank 0 are what a checkpoint holds.
+    Running statistics of batch norms are equal anyway; what a step writes elsewhere may not be.
     """
     if run.ranks is not None and not run.ranks.over:
         _share(run.ranks, dict(run.task.named_buffers()))

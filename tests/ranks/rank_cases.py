@@ -181,6 +181,30 @@ def plateau_and_early_stopping(place: Place) -> Result:
     return {**result, "epochs": trainer.current_epoch, "state": stopping.state_dict()}
 
 
+class Normed(Net):
+    """With a batch norm that is called twice in a step, in eval mode in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8, momentum=0.3)
+        self.other_norm = nn.BatchNorm1d(6)
+
+    def scores(self, x: Any) -> Any:
+        if self.training:
+            self.norm(self.first(x) + 1.0)
+            self.norm.eval()
+            self.norm(self.first(x))  # by the running statistics, which it leaves alone
+            self.norm.train()
+        return self.second(self.norm(self.first(self.other_norm(x))).relu())
+
+
+@case
+def batch_norms(place: Place) -> Result:
+    """Each batch by its own statistics; the running ones see the batches of all."""
+    loader = DataLoader(dataset(), batch_size=4, shuffle=True)
+    return fitted(Normed(), place.trainer(), loader, loader)
+
+
 # ---------------------------------------------------------------------- data
 
 
@@ -357,9 +381,8 @@ def resumed_from_the_same(place: Place) -> Result:
 def saved_for_the_other(place: Place) -> Result:
     """Alone after a batch in the middle of a round; the other goes on from it."""
     done = 2 * place.size + 1 if place.alone else 3 * place.size
-    resumable(
-        place, [SavesAt(done, place.shared / f"{'alone' if place.alone else 'ranks'}.safetensors")]
-    )
+    name = "alone" if place.alone else "ranks"
+    resumable(place, [SavesAt(done, place.shared / f"{name}.safetensors")])
     return {}
 
 

@@ -28,12 +28,8 @@ def start_rank(rank: int, size: int, port: int, folder: Path) -> subprocess.Pope
         "LOCAL_WORLD_SIZE": str(size),
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
-    command = [
-        sys.executable,
-        str(Path(__file__).with_name("rank_cases.py")),
-        str(folder),
-        "--rank",
-    ]
+    script = Path(__file__).with_name("rank_cases.py")
+    command = [sys.executable, str(script), str(folder), "--rank"]
     with (folder / f"output_{rank}.txt").open("wb") as output:
         return subprocess.Popen(
             [*command, *CASES], env={**os.environ, **world}, stdout=output,
