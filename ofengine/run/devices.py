@@ -127,10 +127,6 @@ def check_ranks(values: Dict[str, Any], world: Optional[World]) -> None:
                 f'{name}="graph" trains on one rank, and there are {asked}: use {name}="eager" '
                 "(OneFlow would send rank 0's graph to all ranks)."
             )
-    if values["restart_on_crash"]:
-        raise ConfigurationError(
-            f"restart_on_crash starts one process again, and there are {asked} ranks: leave it out."
-        )
     if world is not None and values["device"].type == "cuda":
         if world.local_rank >= flow.cuda.device_count():
             raise DeviceError(
