@@ -6,7 +6,9 @@ Run as a program, one rank goes through all of them and writes down what it got.
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -17,7 +19,7 @@ import oneflow as flow
 from oneflow import nn
 from oneflow.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, TensorDataset
 
-from ofengine import Callback, TaskModule, Trainer, in_memory_loader
+from ofengine import Callback, RankError, TaskModule, Trainer, in_memory_loader
 from ofengine.callbacks import EarlyStopping, EMAWeightAveraging, LRDecayCallback, ModelCheckpoint
 
 Result = Dict[str, Any]
@@ -343,6 +345,45 @@ def steps_are_limited(place: Place) -> Result:
     return fitted(Net(), place.trainer(max_epochs=-1, max_steps=9), loader)
 
 
+@case
+def a_signal_to_one_rank(place: Place) -> Result:
+    """All end after the same batch, and rank 0 saves."""
+
+    class Signals(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 2 and trainer.global_rank == trainer.world_size - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = place.trainer(callbacks=[Signals(), ModelCheckpoint()])
+    try:
+        trainer.fit(Net(), DataLoader(dataset(), batch_size=4))
+    except SystemExit as end:
+        saved = [path.name for path in place.folder.rglob("*.safetensors")]
+        return {"code": end.code, "saved": len(saved)}
+    return {}
+
+
+@case
+def ranks_that_do_different_things(place: Place) -> Result:
+    """All raise; a process that is alone cannot be at odds with itself."""
+    if place.alone:
+        return {"verbs": "RankError", "data": "RankError"}
+    trainer, raised = place.trainer(), {}
+    verb = trainer.validate if trainer.global_rank else trainer.test
+    loader = DataLoader(dataset(), batch_size=4)
+    samples = 46 if trainer.global_rank else 30
+    other = DataLoader(dataset(samples), batch_size=4)
+    for name, call in (
+        ("verbs", lambda: verb(Net(), loader)),
+        ("data", lambda: place.trainer().fit(Net(), other)),
+    ):
+        try:
+            call()
+        except RankError as error:
+            raised[name] = type(error).__name__
+    return raised
+
+
 # ---------------------------------------------------------------------- files
 
 
@@ -429,6 +470,4 @@ if __name__ == "__main__":
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
-        import os
-
         os._exit(1)
