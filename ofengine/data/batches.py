@@ -6,9 +6,8 @@ import contextlib
 import copy
 import itertools
 import operator
-from typing import Any, Callable, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Iterable, Iterator, List, Optional, Tuple
 
-import attrs
 import oneflow as flow
 from oneflow.utils.data import DataLoader
 
@@ -29,42 +28,14 @@ from ofengine.data.sources import (
     refuse_shared,
     set_epoch,
 )
+from ofengine.data.steps import STEPPED, Resumption, Step, listed, resumed_step, step_of
 from ofengine.data.structure import describe, to_device
 from ofengine.errors import DataError, warn
 from ofengine.ranks.shares import ABSENT, OTHERS, Share
 from ofengine.run.arguments import Limit
 
-Step = Tuple[int, Any, int, bool, bool]
-"""One batch of an epoch, with its place in the accumulation window.
-
-The batch's index; the batch, or :data:`STEPPED` where a resumed run has only what follows it left
-to do; how many batches its window has; True where the window closes, so that the optimizer steps
-after this batch; True for the last batch of the epoch. A tuple, for it is made at every step.
-"""
-
-
-class _Stepped:
-    def __repr__(self) -> str:
-        return "STEPPED"
-
-
-STEPPED: Any = _Stepped()
 _NONE: Any = object()
 _BATCH = operator.itemgetter(0)
-
-
-@attrs.frozen
-class Resumption:
-    """Where in an epoch a resumed run goes on."""
-
-    done: int
-    """Batches whose step was made."""
-    again: bool
-    """True where what follows the last of them is still to be done."""
-    begin: Callable[[], None]
-    """Puts the generators where they were at the beginning of the pass."""
-    reached: Callable[[], None]
-    """Puts the generators where they were when the run stopped."""
 
 
 class Batches:
@@ -169,7 +140,7 @@ class Batches:
             limited = itertools.islice(batches, self.count - skipped)
             batches = itertools.chain(limited, self._surplus(batches))
         if self.keep:
-            self._kept = _listed(batches)
+            self._kept = listed(batches)
             return iter(self._kept)
         return batches
 
@@ -293,9 +264,9 @@ class Batches:
         done = 0 if resumption is None else resumption.done
         batches = self._from(resumption)
         batch_idx = 0
-        window_batches = _listed(itertools.islice(batches, accumulate))
+        window_batches = listed(itertools.islice(batches, accumulate))
         while window_batches:
-            following = _listed(itertools.islice(batches, accumulate))
+            following = listed(itertools.islice(batches, accumulate))
             window = len(window_batches)
             for place, batch in enumerate(window_batches):
                 closes = place == window - 1
@@ -303,7 +274,7 @@ class Batches:
                 if resumption is None or batch_idx >= done:
                     yield step
                 else:
-                    yield from _resumed(step, resumption)
+                    yield from resumed_step(step, resumption)
                 batch_idx += 1
             window_batches = following
         if batch_idx < done:
@@ -322,14 +293,14 @@ class Batches:
             if not self.can_skip:
                 first = sum(1 for _ in itertools.islice(batches, first))
             if first:
-                yield from _resumed(_step_of(count, accumulate, first - 1, STEPPED), resumption)
+                yield from resumed_step(step_of(count, accumulate, first - 1, STEPPED), resumption)
         batch_idx = first - 1
         if accumulate == 1:  # what _step_of gives, without its call at every step
             for batch_idx, batch in enumerate(batches, first):
                 yield batch_idx, batch, 1, True, batch_idx == last
         else:
             for batch_idx, batch in enumerate(batches, first):
-                yield _step_of(count, accumulate, batch_idx, batch)
+                yield step_of(count, accumulate, batch_idx, batch)
         if batch_idx < last:
             raise DataError(f"{self.what} {self._gave(batch_idx + 1)}")
 
@@ -382,32 +353,3 @@ class Batches:
         finally:
             for holder, generator in kept:
                 holder.generator = generator
-
-
-def _listed(batches: Iterator[Any]) -> List[Any]:
-    """``list(batches)``, whose errors arrive.
-
-    An error in the middle of ``list`` lets go of the tensors it has so far, and where workers made
-    them OneFlow forgets the error meanwhile: "returned NULL without setting an exception".
-    """
-    listed: List[Any] = []
-    listed.extend(batches)
-    return listed
-
-
-def _step_of(count: int, accumulate: int, batch_idx: int, batch: Any) -> Step:
-    place = batch_idx % accumulate
-    window = min(accumulate, count - (batch_idx - place))
-    return batch_idx, batch, window, place == window - 1, batch_idx == count - 1
-
-
-def _resumed(step: Step, resumption: Resumption) -> Iterator[Step]:
-    """What a resumed run does about the batches that were done.
-
-    Behind the last of them the generators are put where they were when the run stopped.
-    """
-    batch_idx, _, window, closes, is_last = step
-    if batch_idx == resumption.done - 1:
-        resumption.reached()
-        if resumption.again:
-            yield batch_idx, STEPPED, window, closes, is_last

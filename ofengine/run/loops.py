@@ -9,7 +9,8 @@ import oneflow as flow
 
 from ofengine.checkpoint.resume import Entry, Resumed
 from ofengine.checkpoint.snapshot import note_start
-from ofengine.data.batches import STEPPED, Batches
+from ofengine.data.batches import Batches
+from ofengine.data.steps import STEPPED
 from ofengine.data.structure import shapes_of
 from ofengine.launch.heartbeat import beat
 from ofengine.modes.labels import LabelWatch, checking
