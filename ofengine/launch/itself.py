@@ -10,6 +10,7 @@ from typing import NoReturn, Optional
 
 from ofengine.errors import ConfigurationError
 from ofengine.processes import supervisor
+from ofengine.processes.signals import keep_ignored
 
 
 def launch_self(
@@ -46,6 +47,7 @@ def launch_self(
         if stream is not None:
             stream.flush()
     supervisor.close_files_on_exec()
+    keep_ignored()  # exec keeps what is ignored, and makes OneFlow's handler the default
     program = str(Path(__file__).resolve().parent / "alone.py")
     command = [sys.executable, *supervisor.original_arguments()[1:]]
     arguments = [json.dumps(options), supervisor.FOLDER, *command]

@@ -13,10 +13,10 @@ from typing import Iterator, Optional, Sequence
 from ofengine.errors import ConfigurationError
 from ofengine.launch import network
 from ofengine.launch.link import Link, Nodes
-from ofengine.launch.process import descendants, say
+from ofengine.launch.process import descendants
 from ofengine.launch.session import Around, Outcome, Session
 from ofengine.launch.signals import Signals
-from ofengine.processes.supervisor import duration
+from ofengine.processes.supervisor import duration, say
 
 DEFAULT_PORT = 29500
 """Where rank 0 is found by ranks on other hosts; OneFlow's launcher has the same."""

@@ -7,11 +7,11 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 from typing import Callable, Deque, Dict, List, Optional, Sequence
 
 from ofengine.launch import heartbeat, slot, verdict
 from ofengine.launch.environment import World
+from ofengine.processes import supervisor
 
 _LINES_KEPT = 60
 """Of what a rank other than 0 writes, to be shown where it is the first to fail."""
@@ -48,7 +48,9 @@ class RankProcess:
         self._silent = self._waits = self._gone = 0.0
         self._shown: List[int] = []
         apart = world.rank != 0
+        self._place = supervisor.new_place_file()
         variables = {**environment, slot.VARIABLE: f"{self.slot.file}:{os.getpid()}"}
+        variables[supervisor.PLACE] = str(self._place)
         if apart:
             variables["PYTHONUNBUFFERED"] = "1"  # what is in a buffer is lost when it is killed
         self.process: subprocess.Popen[bytes] = subprocess.Popen(
@@ -57,7 +59,7 @@ class RankProcess:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if apart else None,
             stderr=subprocess.STDOUT if apart else None,
-            pass_fds=[self.slot.file],
+            pass_fds=[self.slot.file, self._place],
             start_new_session=True,  # signals to the launcher's group come by the launcher, once
             preexec_fn=prepare,
         )
@@ -117,6 +119,10 @@ class RankProcess:
         lines = b"\n".join(self._lines).decode("utf-8", "replace").splitlines()
         return "".join(f"[rank {self.rank}] {line}\n" for line in lines)
 
+    def place(self) -> str:
+        """At which batch it was, as it noted; as the end of a sentence."""
+        return supervisor.place_in(self._place)
+
     # ------------------------------------------------------------------ what is done to it
 
     def send(self, number: int) -> None:
@@ -143,6 +149,7 @@ class RankProcess:
             self.process.stdout.close()
             self.output = None
         self.slot.close()
+        os.close(self._place)
 
 
 def descendants() -> List[int]:
@@ -168,11 +175,3 @@ def kill_all_but(known: Sequence[int]) -> None:
             with contextlib.suppress(ProcessLookupError, PermissionError, ChildProcessError):
                 os.kill(each, signal.SIGKILL)
                 os.waitpid(each, 0)
-
-
-def say(text: str) -> None:
-    """Write ``text`` to stderr."""
-    # On a terminal the cursor may stand behind a progress bar.
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(f"\n{text}\n" if sys.stderr.isatty() else f"{text}\n")
-        sys.stderr.flush()

@@ -263,6 +263,9 @@ class Session:
             return self._elsewhere
         away = self._away.get(fault.rank)
         words = "".join(each.last_words() for each in self._ranks if each.rank == fault.rank)
+        if fault.kind == "crash":
+            at = "".join(each.place() for each in self._ranks if each.rank == fault.rank)
+            fault = fault._replace(what=fault.what + at)
         host, words = (socket.gethostname(), words) if away is None else (away.host, away.words)
         self._tell(fault=list(fault), host=host, words=words)
         return Outcome(fault.code, fault, host, words)

@@ -106,9 +106,9 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
                 mode.close()
             # One that fails must not keep the others from theirs.
             with contextlib.ExitStack() as stack:
+                stack.callback(together.end, run)  # comes last: all files are written by then
                 for each in reversed(run.loggers):
                     stack.callback(each.finalize, status)
-                stack.callback(together.end, run)
                 for call in reversed(hooks.calls["teardown"]):
                     stack.callback(call, verb)
 

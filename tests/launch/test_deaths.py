@@ -30,9 +30,13 @@ def die(how):
     if how.startswith("SIG"):
         os.kill(os.getpid(), getattr(signal, how))
 
-with heartbeat.verb:
+from ofengine.processes.crash_report import CrashReport
+
+with heartbeat.verb, CrashReport() as report:
     for step in range(3):
         heartbeat.beat()
+        report.place.batch[0] = step
+    report.place.note("of train_dataloader", "[2, 2]", 4)
     if rank == 1:
         die(sys.argv[1])
     with heartbeat.exchange:
@@ -40,19 +44,23 @@ with heartbeat.verb:
 """
 
 
+def slow(*values: object) -> object:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("how", "code", "said"),
     [
         ("raise", 1, "ended with the error above"),
-        ("memory", 1, "ended with the error above"),
+        slow("memory", 1, "ended with the error above"),
         ("sys.exit(3)", 3, "was at its end by sys.exit(3) while rank 0 was still at work"),
-        ("sys.exit(0)", 1, "was at its end while rank 0 was still at work"),
-        ("os._exit(5)", 5, "ended with exit code 5"),
+        slow("sys.exit(0)", 1, "was at its end while rank 0 was still at work"),
+        slow("os._exit(5)", 5, "ended with exit code 5"),
         ("os._exit(0)", 1, "ended amid its work, with exit code 0"),
         ("abort", 134, "died of SIGABRT (an abort)"),
         ("SIGKILL", 137, "died of SIGKILL (killed from outside, often for want of memory)"),
-        ("SIGSEGV", 139, "died of SIGSEGV (a segmentation fault)"),
-        ("SIGTERM", 143, "died of SIGTERM"),
+        slow("SIGSEGV", 139, "died of SIGSEGV (a segmentation fault)"),
+        slow("SIGTERM", 143, "died of SIGTERM"),
     ],
 )
 def test_all_ranks_end_with_the_first_which_is_named(
@@ -67,6 +75,8 @@ def test_all_ranks_end_with_the_first_which_is_named(
     assert done.returncode == code, done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("ofengine: after ")
+    if how in ("abort", "SIGKILL", "SIGSEGV"):
+        said += " at batch 2 of train_dataloader: [2, 2]; the device may be behind"
     assert f" rank 1 of 2, on host {os.uname().nodename}, {said}. All ranks here" in last
     assert done.stderr.count("Traceback") == (how in ("raise", "memory") or "sys.exit" in how)
 

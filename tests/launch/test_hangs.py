@@ -38,8 +38,8 @@ except RuntimeError:
     ("how", "said"),
     [
         ("sleep", "hung for more than 1 s"),
-        ("stopped", "hung for more than 1 s"),
-        ("left", "did not come, and the others waited 1 s"),
+        pytest.param("stopped", "hung for more than 1 s", marks=pytest.mark.slow),
+        pytest.param("left", "did not come, and the others waited 1 s", marks=pytest.mark.slow),
     ],
 )
 def test_the_one_that_the_others_wait_for_is_named(tmp_path: Path, how: str, said: str) -> None:
@@ -63,7 +63,7 @@ with heartbeat.verb:
     assert "did not come, and the others waited 1 s" in done.stderr
 
 
-@pytest.mark.parametrize("limit", [0, 1])
+@pytest.mark.parametrize("limit", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_work_that_shows_is_no_hang(tmp_path: Path, limit: float) -> None:
     text = """
 with heartbeat.verb:

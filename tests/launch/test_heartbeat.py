@@ -98,7 +98,7 @@ def test_every_loop_of_every_verb_beats(tmp_path: Path) -> None:
     ], done.stderr
 
 
-@pytest.mark.parametrize("how", ["fork", "subprocess"])
+@pytest.mark.parametrize("how", ["fork", pytest.param("subprocess", marks=pytest.mark.slow)])
 def test_a_process_that_a_rank_has_started_is_no_rank(tmp_path: Path, how: str) -> None:
     text = """
 with heartbeat.verb:

@@ -59,7 +59,7 @@ def both(
     ("how", "ranks", "code", "said"),
     [
         ("raise", 2, 1, "ended with the error above"),
-        ("kill", 2, 137, "SIGKILL"),
+        pytest.param("kill", 2, 137, "SIGKILL", marks=pytest.mark.slow),
         ("exit", 1, 3, "was at its end by sys.exit(3) while rank 0 was still at work"),
     ],
 )
@@ -76,7 +76,7 @@ def test_both_hosts_end_and_name_the_same_rank(
         assert done.stderr.count("SystemExit: 3") == (how == "exit")
 
 
-@pytest.mark.parametrize("to", [0, 1])
+@pytest.mark.parametrize("to", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_signal_to_one_launcher_stops_all_ranks_once(tmp_path: Path, to: int) -> None:
     processes = both(tmp_path, "wait")
     wait_for_files(tmp_path, [f"ready-{rank}" for rank in range(4)])
@@ -91,7 +91,7 @@ def test_a_signal_to_one_launcher_stops_all_ranks_once(tmp_path: Path, to: int) 
     assert [(tmp_path / f"got-{rank}").read_text() for rank in range(4)] == ["1"] * 4
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_where_a_launcher_is_lost_the_other_host_ends(tmp_path: Path, killed: int) -> None:
     processes = both(tmp_path, "wait")
     wait_for_files(tmp_path, [f"ready-{rank}" for rank in range(4)])

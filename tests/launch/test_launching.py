@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import List
 
 import pytest
-from launching import PRELUDE, end, launch, program, start
+from launching import DEADLINE, PRELUDE, end, launch, program, start
 
 from ofengine.errors import ConfigurationError
 from ofengine.launch import network, session, start_ranks
@@ -53,10 +53,10 @@ def test_the_second_node_may_come_first(tmp_path: Path) -> None:
     script = program(tmp_path, TELL)
     both = ["--nproc", 2, "--nnodes", 2, "--master-port", port]
     second = start(tmp_path, *both, "--node-rank", 1, "--master-addr", "127.0.0.1", script)
-    first = launch(tmp_path, *both, script)
-    assert (first.returncode, first.stdout, first.stderr) == (0, "hello from 0\n", "")
+    first = start(tmp_path, *both, script)
+    assert first.communicate(timeout=DEADLINE) == ("hello from 0\n", "")
     other = end(second, tmp_path)
-    assert (other.returncode, other.stdout) == (0, "")
+    assert (first.returncode, other.returncode, other.stdout) == (0, 0, "")
     for rank in range(4):
         world = f"World(rank={rank}, world_size=4, local_rank={rank % 2}, local_world_size=2, "
         assert told(tmp_path, rank).startswith(f"({world}node_rank={rank // 2}, nodes=2)")
@@ -140,7 +140,7 @@ def plainly(folder: Path, *command: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("how", ["script", "module"])
+@pytest.mark.parametrize("how", ["script", pytest.param("module", marks=pytest.mark.slow)])
 def test_a_script_that_was_started_plainly_becomes_its_launcher(tmp_path: Path, how: str) -> None:
     script = program(tmp_path, REST, prelude=ITSELF + PRELUDE + "meet()\n")
     command = ["-m", "program"] if how == "module" else [script.name]
@@ -202,11 +202,11 @@ def test_public_addresses_are_known(
 
 
 def test_a_public_address_is_told_in_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(network, "public_addresses", lambda: ["8.8.4.4"])
     assert start_ranks(["true"], 1) == 0
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = capfd.readouterr().err.splitlines()
     assert "8.8.4.4 among them" in line
     assert "without authentication" in line
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import List
 
+import pytest
 from launching import launch, program
 
 TRIES = """
@@ -60,6 +61,7 @@ def test_an_error_is_no_crash(tmp_path: Path) -> None:
     assert len(tries(tmp_path)) == 2
 
 
+@pytest.mark.slow
 def test_ranks_that_ask_for_nothing_are_not_started_again(tmp_path: Path) -> None:
     script = program(tmp_path, TRIES.replace("heartbeat.ask_for_restarts(2)", ""))
     assert launch(tmp_path, "--nproc", 2, script, "crash").returncode == 137

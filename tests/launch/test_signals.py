@@ -53,10 +53,19 @@ def ready(folder: Path, *arguments: object) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("to", ["launcher", "group", "group and ranks"])
+@pytest.mark.parametrize(
+    ("to", "number"),
+    [
+        ("launcher", signal.SIGTERM),
+        ("group", signal.SIGINT),
+        ("group and ranks", signal.SIGTERM),
+        pytest.param("launcher", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("group", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("group and ranks", signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
 def test_the_first_signal_reaches_each_rank_once_and_all_save(
-    tmp_path: Path, number: signal.Signals, to: str
+    tmp_path: Path, to: str, number: signal.Signals
 ) -> None:
     process = ready(tmp_path)
     if to == "launcher":

@@ -10,9 +10,8 @@ import os
 import pickle
 import signal
 import sys
-import traceback
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Set
 
 import numpy as np
 import oneflow as flow
@@ -24,11 +23,18 @@ from ofengine.callbacks import EarlyStopping, EMAWeightAveraging, LRDecayCallbac
 
 Result = Dict[str, Any]
 CASES: Dict[str, Callable[[Place], Result]] = {}
+SLOW: Set[str] = set()
+"""Those that add least to the others."""
 
 
 def case(function: Callable[[Place], Result]) -> Callable[[Place], Result]:
     CASES[function.__name__] = function
     return function
+
+
+def slow_case(function: Callable[[Place], Result]) -> Callable[[Place], Result]:
+    SLOW.add(function.__name__)
+    return case(function)
 
 
 class Place:
@@ -148,7 +154,7 @@ def adamw_with_all_that_goes_with_it(place: Place) -> Result:
     return {**result, "rates": rates}
 
 
-@case
+@slow_case
 def a_frozen_layer_and_clipping_by_value(place: Place) -> Result:
     task = Net()
     task.first.requires_grad_(False)
@@ -156,7 +162,7 @@ def a_frozen_layer_and_clipping_by_value(place: Place) -> Result:
     return fitted(task, trainer, DataLoader(dataset(), batch_size=4))
 
 
-@case
+@slow_case
 def float64(place: Place) -> Result:
     x, y = numbers()
     data = TensorDataset(flow.tensor(x.astype(np.float64)), flow.tensor(y))
@@ -165,7 +171,7 @@ def float64(place: Place) -> Result:
     return fitted(task, place.trainer(), DataLoader(data, batch_size=4))
 
 
-@case
+@slow_case
 def plateau_and_early_stopping(place: Place) -> Result:
     class OnPlateau(Net):
         def configure_optimizers(self) -> Any:
@@ -215,7 +221,7 @@ def fewer_batches_than_ranks(place: Place) -> Result:
     return fitted(Net(), place.trainer(), DataLoader(dataset(3), batch_size=4))
 
 
-@case
+@slow_case
 def a_list_of_batches(place: Place) -> Result:
     x, y = numbers(10)
     batches = [(flow.tensor(x[i : i + 2]), flow.tensor(y[i : i + 2])) for i in range(0, 10, 2)]
@@ -230,7 +236,7 @@ def limits_are_for_each_rank(place: Place) -> Result:
     return fitted(Net(), place.trainer(**options), loader, loader)
 
 
-@case
+@slow_case
 def in_memory(place: Place) -> Result:
     return fitted(Net(), place.trainer(), in_memory_loader(dataset(), 4, shuffle=True))
 
@@ -245,7 +251,7 @@ class Noisy(Dataset):
         return np.random.standard_normal(6).astype(np.float32), index % 3
 
 
-@case
+@slow_case
 def workers_that_draw(place: Place) -> Result:
     loader = DataLoader(Noisy(), batch_size=2, shuffle=True, num_workers=1)
     return fitted(Net(), place.trainer(max_epochs=1), loader)
@@ -295,7 +301,7 @@ def two_loaders_are_evaluated(place: Place) -> Result:
     return {"results": results}
 
 
-@case
+@slow_case
 def what_is_read_at_every_batch(place: Place) -> Result:
     class Reads(Callback):
         rank_zero_only = True
@@ -310,7 +316,7 @@ def what_is_read_at_every_batch(place: Place) -> Result:
 # ---------------------------------------------------------------------- ends
 
 
-@case
+@slow_case
 def a_stop_that_all_ask_for(place: Place) -> Result:
     class Stops(Callback):
         def on_train_batch_end(
@@ -339,7 +345,7 @@ def a_stop_that_one_asks_for(place: Place) -> Result:
     return fitted(Net(), place.trainer(callbacks=[Stops()]), loader)
 
 
-@case
+@slow_case
 def steps_are_limited(place: Place) -> Result:
     loader = DataLoader(dataset(), batch_size=4, shuffle=True)
     return fitted(Net(), place.trainer(max_epochs=-1, max_steps=9), loader)
@@ -410,7 +416,7 @@ def whole(place: Place) -> Result:
     return resumable(place)
 
 
-@case
+@slow_case
 def resumed_from_the_same(place: Place) -> Result:
     """After three rounds, in the middle of a window."""
     path = place.folder / "own.safetensors"
@@ -461,13 +467,8 @@ def main(folder: Path, names: List[str]) -> None:
     for name in names:
         place = Place(world.world_size, False, folder / "ranks" / name, folder)
         results[name] = run_case(name, place)
-        (folder / f"results_{world.rank}.pickle").write_bytes(pickle.dumps(results))
+    (folder / f"results_{world.rank}.pickle").write_bytes(pickle.dumps(results))
 
 
 if __name__ == "__main__":
-    try:
-        main(Path(sys.argv[1]), sys.argv[3:])
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
+    main(Path(sys.argv[1]), sys.argv[3:])
