@@ -10,11 +10,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from ofengine.callback import Callback
 from ofengine.checkpoint.file import write
-from ofengine.checkpoint.find import (
-    CheckpointPath,
-    supervised,
-    weights_file,
-)
+from ofengine.checkpoint.find import CheckpointPath, supervised, weights_file
 from ofengine.checkpoint.resume import Resumed
 from ofengine.checkpoint.snapshot import content_of
 from ofengine.checkpoint.weights import load_weights
@@ -25,7 +21,7 @@ from ofengine.loggers import Logger
 from ofengine.rates.checks import check_rates
 from ofengine.rates.finder import LRFinder
 from ofengine.rates.optimizers import Optimization
-from ofengine.rates.plan import RatePlan
+from ofengine.rates.plan import DecayEvents, RatePlan
 from ofengine.rates.planning import plan_run
 from ofengine.rates.preview import Preview, epoch_length, preview
 from ofengine.rates.resume import POLICIES
@@ -181,8 +177,9 @@ class Trainer(RunView):
         self._attach(task)
         connect.check_step(task, "train")
         add_rate_callback(run.callbacks, self.mode)
-        together.begin(run, "fit")  # a folder that cannot be made is told before training
+        together.begin(run, "fit")
         resumed = starting.find_run(run, ckpt_path)
+        together.share_folders(run)  # one that cannot be made is told before training
         if self.mode == "graph":
             connect.check_graph_mode(run)
 
@@ -238,9 +235,7 @@ class Trainer(RunView):
         """
         batches = epoch_length(self.settings, task, train_dataloaders, steps_per_epoch)
         with self._imagining(task, batches):
-            return preview(
-                self.settings, task, batches, connect.decay_events(self.settings, self.callbacks)
-            )
+            return preview(self.settings, task, batches, self._decays())
 
     def lr_find(self, task: TaskModule, train_dataloaders: Any = None, **options: Any) -> LRFinder:
         """Try rising rates on ``task`` and put everything back.
@@ -251,12 +246,7 @@ class Trainer(RunView):
 
         def plan(batches: Optional[int]) -> Tuple[Optimization, RatePlan]:
             with self._imagining(task, batches):
-                return plan_run(
-                    self.settings,
-                    task,
-                    batches,
-                    connect.decay_events(self.settings, self.callbacks),
-                )
+                return plan_run(self.settings, task, batches, self._decays())
 
         def fit(settings: Settings, callback: Callback, task: TaskModule, source: Any) -> None:
             _fit_apart(settings, [callback], task, source, None)
@@ -305,9 +295,7 @@ class Trainer(RunView):
         together.share_start(run, train, validation)
         if run.seed is not None:
             seed_everything(run.seed)
-        run.optimization, run.plan = plan_run(
-            settings, task, train.count, connect.decay_events(self.settings, self.callbacks)
-        )
+        run.optimization, run.plan = plan_run(settings, task, train.count, self._decays())
         if resumed is not None:
             resumed.check(run, rates_on_resume)
             resumed.restore_run(run)
@@ -329,6 +317,9 @@ class Trainer(RunView):
         course.note_data_states(run, train, validation)
         hooks.fire("on_fit_end")
 
+    def _decays(self) -> List[Tuple[str, DecayEvents]]:
+        return connect.decay_events(self.settings, self.callbacks)
+
     # ------------------------------------------------------------------ all verbs
 
     def _evaluate(
@@ -341,7 +332,6 @@ class Trainer(RunView):
     ) -> Tuple[List[Dict[str, float]], List[List[Any]]]:
         verb = connect.VERB_OF_STAGE[stage]
         refuse_arguments(verb, unknown)
-        starting.refuse_on_ranks(self.settings, verb)
         starting.start_missing_ranks(self.settings)
         self._attach(task)
         connect.check_step(task, stage)

@@ -7,8 +7,11 @@ import json
 from typing import Any
 
 import numpy as np
+import oneflow as flow
 
-_ARRAY = "__array__"
+from ofengine.errors import RankError
+
+_ARRAY, _TENSOR, _TUPLE, _DICT = "__array__", "__tensor__", "__tuple__", "__dict__"
 
 
 def encode(value: Any) -> bytes:
@@ -35,3 +38,41 @@ def _from_text(value: Any) -> Any:
         return value
     raw = base64.b64decode(value[_ARRAY])
     return np.frombuffer(raw, np.dtype(value["dtype"])).reshape(value["shape"]).copy()
+
+
+def pack(value: Any) -> Any:
+    """A tensor, or what else a step returns, as a plain value that :func:`encode` takes.
+
+    Raises :class:`RankError` for what is neither a tensor, an array, a number, a text or None, nor
+    a list, tuple or dict of these.
+    """
+    kind = type(value)
+    if kind in (type(None), bool, int, float, str):
+        return value
+    if kind is list:
+        return [pack(each) for each in value]
+    if kind is tuple:
+        return {_TUPLE: [pack(each) for each in value]}
+    if kind is dict:
+        return {_DICT: [[pack(key), pack(each)] for key, each in value.items()]}
+    if isinstance(value, flow.Tensor):
+        return {_TENSOR: value.numpy()}
+    if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biufc":
+        return value
+    raise RankError(
+        f"several ranks exchange tensors, arrays, numbers, texts, and lists, tuples and dicts of "
+        f"these, and this is a {kind.__name__}: return one of those."
+    )
+
+
+def unpack(value: Any, device: flow.device) -> Any:
+    """What :func:`pack` was given, with tensors on ``device``."""
+    if isinstance(value, list):
+        return [unpack(each, device) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if _TENSOR in value:
+        return flow.tensor(value[_TENSOR], device=device)
+    if _TUPLE in value:
+        return tuple(unpack(each, device) for each in value[_TUPLE])
+    return {unpack(key, device): unpack(each, device) for key, each in value[_DICT]}

@@ -133,4 +133,4 @@ def check_ranks(values: Dict[str, Any], world: Optional[World]) -> None:
                 f"rank {world.rank} is the {world.local_rank + 1}. of its machine, which has "
                 f"{flow.cuda.device_count()} GPU(s): start no more ranks than GPUs."
             )
-        values["device"] = flow.device("cuda", world.local_rank)
+        values["device"] = resolve_device(f"cuda:{world.local_rank}")

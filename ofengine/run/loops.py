@@ -303,7 +303,9 @@ def evaluation_loop(
         for loader_idx, loader in enumerate(loaders):
             suffix = f"/dataloader_idx_{loader_idx}" if len(loaders) > 1 else ""
             metrics.begin(per_step=False, suffix=suffix)
-            predictions.append(_evaluate(run, hooks, mode, stage, loader_idx, loader, most))
+            predicted = _evaluate(run, hooks, mode, stage, loader_idx, loader, most)
+            if stage == "predict":
+                predictions.append(together.all_predictions(run, predicted))
             results.append(metrics.close_epoch())
             metrics.end()
             together.check_interrupts(run)

@@ -16,7 +16,7 @@ from ofengine.run.together import of_rank_zero
 
 log = logging.getLogger("ofengine")
 
-_ON_ONE_RANK = ("predict", "lr_find", "prove")
+_ON_ONE_RANK = ("lr_find", "prove")
 
 
 def refuse_on_ranks(settings: Settings, verb: str) -> None:

@@ -22,6 +22,7 @@ from ofengine.data.generators import (
 from ofengine.errors import RankError
 from ofengine.loggers.silent import SilentLogger
 from ofengine.ranks.meetings import Meetings, Wishes, same_everywhere
+from ofengine.ranks.messages import pack, unpack
 from ofengine.ranks.shares import ABSENT
 from ofengine.run.progress import Point
 from ofengine.run.state import Run
@@ -31,7 +32,7 @@ _OF_EACH_RANK = ("device", "world", "default_root_dir")
 
 
 def begin(run: Run, verb: str) -> None:
-    """All ranks carry out ``verb`` with the same settings; the loggers of all have one folder.
+    """All ranks carry out ``verb`` with the same settings.
 
     Raises :class:`RankError` where they do not.
     """
@@ -44,8 +45,7 @@ def begin(run: Run, verb: str) -> None:
     ranks.told = lambda agreed: _take(run, agreed)
     settings = attrs.asdict(run.settings, recurse=False)
     told = {name: repr(value) for name, value in settings.items() if name not in _OF_EACH_RANK}
-    folders = [each.log_dir for each in run.loggers]
-    said = ranks.talk({"verb": verb, "settings": told, "folders": folders})
+    said = ranks.talk({"verb": verb, "settings": told})
     for key in ("verb", *told):
         values = [each["settings"].get(key, each["verb"]) for each in said]
         if not same_everywhere(values):
@@ -53,7 +53,12 @@ def begin(run: Run, verb: str) -> None:
                 f"the ranks of this run differ in {key}: {', '.join(values)}. All ranks run the "
                 "same script with the same arguments."
             )
-    for logger, folder in zip(run.loggers, said[0]["folders"]):
+
+
+def share_folders(run: Run) -> None:
+    """The loggers of all ranks have rank 0's folders, each of which is made where it is not."""
+    folders = of_rank_zero(run, lambda: [each.log_dir for each in run.loggers])
+    for logger, folder in zip(run.loggers, folders):
         if isinstance(logger, SilentLogger):
             logger.folder = folder
 
@@ -80,6 +85,23 @@ def of_rank_zero(run: Run, find: Callable[[], Any]) -> Any:
     if run.ranks is None:
         return find()
     return run.ranks.talk(find() if run.ranks.rank == 0 else None)[0]
+
+
+_AT_ONCE = 64
+"""So many batches' predictions a rank tells in one message."""
+
+
+def all_predictions(run: Run, own: List[Any]) -> List[Any]:
+    """What ``predict_step`` returned on all ranks, in the order of one process, on each of them."""
+    ranks = run.ranks
+    if ranks is None:
+        return own
+    joined: List[Any] = []
+    for start in range(0, max(ranks.talk(len(own))), _AT_ONCE):
+        said = ranks.talk([pack(each) for each in own[start : start + _AT_ONCE]])
+        for number in range(len(said[0])):
+            joined.extend(each[number] for each in said if number < len(each))
+    return [unpack(each, run.settings.device) for each in joined]
 
 
 # ---------------------------------------------------------------------- the beginning of a fit

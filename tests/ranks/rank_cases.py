@@ -301,6 +301,23 @@ def two_loaders_are_evaluated(place: Place) -> Result:
     return {"results": results}
 
 
+@case
+def predictions_of_two_loaders(place: Place) -> Result:
+    class Predicts(Net):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            x, y = batch
+            return {"scores": self.scores(x), "of": (batch_idx >= 0, y)}
+
+    loaders = [DataLoader(dataset(11), batch_size=2), DataLoader(dataset(3), batch_size=4)]
+    predicted = place.trainer().predict(Predicts(), loaders)
+    return {
+        "predicted": [
+            [[each["scores"].numpy(), *each["of"][:1], each["of"][1].numpy()] for each in every]
+            for every in predicted
+        ]
+    }
+
+
 @slow_case
 def what_is_read_at_every_batch(place: Place) -> Result:
     class Reads(Callback):

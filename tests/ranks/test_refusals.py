@@ -9,9 +9,9 @@ import pytest
 from helpers import Line, quiet_trainer
 from oneflow.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from ofengine import ConfigurationError, DataError, Trainer, rank_zero_only
+from ofengine import ConfigurationError, DataError, RankError, Trainer, rank_zero_only
 from ofengine.data.batches import Batches
-from ofengine.ranks.messages import decode, encode
+from ofengine.ranks.messages import decode, encode, pack, unpack
 from ofengine.ranks.shares import OTHERS, Share
 
 
@@ -43,7 +43,7 @@ def test_an_argument(arguments: Dict[str, Any], says: str) -> None:
     assert says in str(error.value)
 
 
-@pytest.mark.parametrize("verb", ["predict", "lr_find", "prove"])
+@pytest.mark.parametrize("verb", ["lr_find", "prove"])
 def test_a_verb(verb: str) -> None:
     with pytest.raises(ConfigurationError, match=f"{verb} runs on one rank, and there are 2"):
         getattr(quiet_trainer(devices=2), verb)(Line(), [flow.ones(1, 1)])
@@ -109,3 +109,13 @@ def test_a_message_keeps_all_bits_and_runs_nothing() -> None:
     assert back["b"].tobytes() == value["b"].tobytes()
     with pytest.raises(TypeError):
         encode({"function": print})
+
+
+def test_what_a_step_returns_comes_back_as_it_was() -> None:
+    value = {1: (flow.ones(2, dtype=flow.int64), [None, True, "x"], {"a": 0.5})}
+    back = unpack(decode(encode(pack(value))), flow.device("cpu"))
+    assert list(back) == [1] and back[1][1:] == ([None, True, "x"], {"a": 0.5})
+    assert isinstance(back[1], tuple) and back[1][0].dtype == flow.int64
+    assert back[1][0].numpy().tolist() == [1, 1]
+    with pytest.raises(RankError, match="this is a set: return one of those"):
+        pack([{1}])
