@@ -109,7 +109,7 @@ def test_a_signal_saves_once_and_one_process_goes_on(alone: List[str], tmp_path:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate()
+    _, err = process.communicate()
     assert process.returncode == 130, err
     assert err.count("saved ") == 1 and "Traceback" not in err
     assert run(tmp_path, "goes on", 1)[0] == alone
