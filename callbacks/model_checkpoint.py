@@ -87,7 +87,7 @@ class ModelCheckpoint(Callback):
         CheckpointError: a file cannot be written.
     """
 
-    fires_last = True
+    fires_last = rank_zero_only = True
 
     def __init__(
         self,

@@ -32,6 +32,8 @@ class ModelSummary(Callback):
         ConfigurationError: ``max_depth`` is no whole number from -1 on.
     """
 
+    rank_zero_only = True
+
     def __init__(self, max_depth: int = 1) -> None:
         if isinstance(max_depth, bool) or not isinstance(max_depth, int) or max_depth < -1:
             raise ConfigurationError(

@@ -38,6 +38,8 @@ class ProgressBar(Callback):
         ConfigurationError: ``refresh_rate`` is no whole number from 0 on.
     """
 
+    rank_zero_only = True
+
     def __init__(self, refresh_rate: int = 1, leave: bool = True) -> None:
         if isinstance(refresh_rate, bool) or not isinstance(refresh_rate, int) or refresh_rate < 0:
             raise ConfigurationError(

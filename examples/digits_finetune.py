@@ -9,11 +9,14 @@ their weights are apart.
     python examples/digits_finetune.py                 # graph mode
     python examples/digits_finetune.py --mode eager --epochs 5
     python examples/digits_finetune.py --plot curves.png
+    python examples/digits_finetune.py --devices 2     # eager mode, in two processes
+    python examples/digits_finetune.py --mode eager --accumulate 2     # to the same weights
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import math
 import sys
@@ -24,11 +27,19 @@ import oneflow as flow
 from oneflow import nn
 from oneflow.utils.data import DataLoader, TensorDataset
 
-from ofengine import Callback, OFEngineError, TaskModule, Trainer, seed_everything
+from ofengine import (
+    Callback,
+    OFEngineError,
+    TaskModule,
+    Trainer,
+    rank_zero_only,
+    seed_everything,
+)
 from ofengine.callbacks import GraphLRScaleCallback, LRDecayCallback, ProgressBar
 
 BATCH_SIZE = 32
 CLASSES = 5
+say = rank_zero_only(print)
 RATE = 0.05
 
 
@@ -152,14 +163,14 @@ def digits(first: int, count: int = CLASSES) -> Tuple[DataLoader, DataLoader]:
 
 def pretrain(arguments: argparse.Namespace) -> Dict[str, flow.Tensor]:
     """Train a backbone on 0 to 4; return its weights."""
-    print(f"Backbone on digits 0-4, {arguments.mode} mode", flush=True)
+    say(f"Backbone on digits 0-4, {arguments.mode} mode", flush=True)
     train, held_out = digits(0)
     seed_everything(arguments.seed)
     task = Pretrain()
     trainer = make_trainer(arguments, arguments.mode, [])
     trainer.fit(task, train, held_out)
     accuracy = trainer.callback_metrics["accuracy"]
-    print(f"  accuracy on {len(held_out.dataset)} held-out images of 0-4: {accuracy:.2%}\n")
+    say(f"  accuracy on {len(held_out.dataset)} held-out images of 0-4: {accuracy:.2%}\n")
     return task.backbone.state_dict()
 
 
@@ -167,18 +178,19 @@ def finetune(
     arguments: argparse.Namespace, mode: str, weights: Dict[str, flow.Tensor]
 ) -> Tuple[FineTune, Curves]:
     """Fine-tune a backbone of these weights on 5 to 9; return the task and its curves."""
-    print(f"Fine-tuning on digits 5-9, {mode} mode", flush=True)
+    say(f"Fine-tuning on digits 5-9, {mode} mode", flush=True)
     train, held_out = digits(5)
     seed_everything(arguments.seed)
     task = FineTune()
     task.backbone.load_state_dict(weights)
     curves = Curves()
-    # The two rate callbacks are a pair: each acts in its own mode.
-    callbacks = [LRDecayCallback(every_n_batches=10), GraphLRScaleCallback(), curves]
+    # The two rate callbacks are a pair: each acts in its own mode. Every ten steps.
+    decay = LRDecayCallback(every_n_batches=10 * arguments.accumulate)
+    callbacks = [decay, GraphLRScaleCallback(), curves]
     trainer = make_trainer(arguments, mode, callbacks)
     trainer.fit(task, train, held_out)
     before, after = curves.accuracies[0], curves.accuracies[-1]
-    print(
+    say(
         f"  accuracy on {len(held_out.dataset)} held-out images of 5-9: "
         f"{before:.2%} before, {after:.2%} after"
     )
@@ -190,6 +202,8 @@ def make_trainer(arguments: argparse.Namespace, mode: str, callbacks: List[Callb
     return Trainer(
         mode=mode,
         device=arguments.device,
+        devices=arguments.devices,
+        accumulate_grad_batches=arguments.accumulate,
         max_epochs=arguments.epochs,
         seed=arguments.seed,
         num_sanity_val_steps=-1,  # all of it: the accuracy before training
@@ -202,13 +216,13 @@ def make_trainer(arguments: argparse.Namespace, mode: str, callbacks: List[Callb
 
 def print_rates(task: FineTune, curves: Curves) -> None:
     """A line for each group: its name, its size, its first and last rate."""
-    print(f"  {'group':8}{'weights':>8}{'first rate':>14}{'last rate':>14}")
+    say(f"  {'group':8}{'weights':>8}{'first rate':>14}{'last rate':>14}")
     for name, group, first, last in zip(
         curves.names, task.param_groups(), curves.rates[0], curves.rates[-1]
     ):
         weights = sum(parameter.numel() for parameter in group["params"])
-        print(f"  {name:8}{weights:8,}{first:14.2e}{last:14.2e}")
-    print()
+        say(f"  {name:8}{weights:8,}{first:14.2e}{last:14.2e}")
+    say()
 
 
 def distance(one: nn.Module, other: nn.Module) -> float:
@@ -218,6 +232,15 @@ def distance(one: nn.Module, other: nn.Module) -> float:
         float(np.abs(tensor.numpy() - others[name].numpy()).max())
         for name, tensor in one.state_dict().items()
     )
+
+
+def digest(module: nn.Module) -> str:
+    """What tells these weights and running statistics from all others."""
+    state = module.state_dict()
+    kept = hashlib.blake2b(digest_size=8)
+    for name in sorted(state):
+        kept.update(np.ascontiguousarray(state[name].numpy()).tobytes())
+    return kept.hexdigest()
 
 
 def plot(path: str, curves: Dict[str, Curves]) -> None:
@@ -259,6 +282,8 @@ def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--mode", choices=["eager", "graph"], default="graph")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--devices", type=positive, default=1, help="processes; 2 or more: eager")
+    parser.add_argument("--accumulate", type=positive, default=1, help="batches in a step")
     parser.add_argument("--epochs", type=positive, default=20, help="epochs of each stage")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", metavar="FILE.png", help="write rate and accuracy curves")
@@ -276,6 +301,8 @@ def positive(text: str) -> int:
 def main(argv: Optional[List[str]] = None) -> int:
     """Pretrain, fine-tune in both modes, compare; return the exit code."""
     arguments = parse(argv)
+    if arguments.devices > 1:
+        arguments.mode = "eager"
     wanted = {"sklearn": "scikit-learn", **({"matplotlib": "matplotlib"} if arguments.plot else {})}
     for module, package in wanted.items():
         if importlib.util.find_spec(module) is None:
@@ -286,6 +313,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         weights = pretrain(arguments)
         task, curves = finetune(arguments, arguments.mode, weights)
         print_rates(task, curves)
+        say(f"  the weights' digest: {digest(task)}")
+        if arguments.devices > 1:
+            return 0
         twin, twin_curves = finetune(arguments, other, weights)
     except OFEngineError as error:
         print(error, file=sys.stderr)

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
         NonFiniteError,
         OFEngineError,
         OFEngineWarning,
+        RankError,
         RateError,
     )
+    from ofengine.ranks.zero import rank_zero_only
     from ofengine.rates.plan import RatePlan
     from ofengine.task import TaskModule
     from ofengine.trainer import Trainer
@@ -43,12 +45,14 @@ _HOMES = {
     "NonFiniteError": "ofengine.errors",
     "OFEngineError": "ofengine.errors",
     "OFEngineWarning": "ofengine.errors",
+    "RankError": "ofengine.errors",
     "RateError": "ofengine.errors",
     "RatePlan": "ofengine.rates.plan",
     "TaskModule": "ofengine.task",
     "Trainer": "ofengine.trainer",
     "in_memory_loader": "ofengine.data.in_memory",
     "load_weights": "ofengine.checkpoint.weights",
+    "rank_zero_only": "ofengine.ranks.zero",
     "seed_everything": "ofengine.data.seeding",
 }
 
@@ -63,6 +67,7 @@ __all__ = [
     "NonFiniteError",
     "OFEngineError",
     "OFEngineWarning",
+    "RankError",
     "RateError",
     "RatePlan",
     "TaskModule",
@@ -70,6 +75,7 @@ __all__ = [
     "__version__",
     "in_memory_loader",
     "load_weights",
+    "rank_zero_only",
     "seed_everything",
 ]
 

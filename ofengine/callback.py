@@ -58,6 +58,9 @@ class Callback:
     """True where it says itself what happens to a loss that is not finite: the engine then neither
     warns of one nor ends a ``fit`` for it."""
 
+    rank_zero_only: bool = False
+    """True for what writes files or prints: of several ranks, its hooks fire on rank 0 alone."""
+
     @property
     def idle_hooks(self) -> Sequence[str]:
         """Names of hooks that this object overrides, but has nothing to do at in a run to come.

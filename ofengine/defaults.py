@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from typing import Any, Iterable, List, Sequence, Union
 
 from ofengine.callback import Callback
@@ -14,9 +15,11 @@ from ofengine.callbacks import (
     ModelSummary,
     ProgressBar,
 )
-from ofengine.errors import ConfigurationError
+from ofengine.errors import ConfigurationError, OFEngineWarning
 from ofengine.loggers import CSVLogger, Logger
 from ofengine.loggers._folder import share_folders
+from ofengine.loggers.silent import SilentLogger
+from ofengine.ranks.zero import is_rank_zero
 from ofengine.run.settings import Settings
 
 log = logging.getLogger("ofengine")
@@ -27,10 +30,10 @@ def make_loggers(logger: Union[bool, Logger, Sequence[Logger]], settings: Settin
     if settings.fast_dev_run:
         return []
     if isinstance(logger, bool):
-        return [CSVLogger(settings.default_root_dir)] if logger else []
+        logger = [CSVLogger(settings.default_root_dir)] if logger else []
     loggers: List[Logger] = _as_list("logger", logger, Logger)
     share_folders(loggers)
-    return loggers
+    return loggers if is_rank_zero() else [SilentLogger(each) for each in loggers]
 
 
 def _as_list(argument: str, given: Any, kind: type) -> List[Any]:
@@ -78,7 +81,10 @@ def add_rate_callback(callbacks: List[Callback], mode: str) -> None:
 
 
 def configure_logging() -> None:
-    """Show the engine's messages, unless the user has set up logging."""
+    """Show the engine's messages, unless the user has set up logging; those of rank 0 alone."""
+    if not is_rank_zero():
+        log.setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=OFEngineWarning)
     if not log.handlers and not logging.getLogger().handlers:
         log.addHandler(logging.StreamHandler(sys.stderr))
-        log.setLevel(logging.INFO)
+        log.setLevel(logging.INFO if is_rank_zero() else logging.ERROR)

@@ -48,6 +48,10 @@ class NonFiniteError(OFEngineError):
     """The loss of a training step is NaN or infinite; ``TerminateOnNaN`` raises it."""
 
 
+class RankError(OFEngineError):
+    """The ranks of a run do not fit together, or do different things."""
+
+
 class OFEngineWarning(UserWarning):
     """Something that trains, but perhaps not what was meant."""
 

@@ -281,6 +281,7 @@ class TaskModule(TaskHooks, nn.Module):
         on_step: Optional[bool] = None,
         on_epoch: Optional[bool] = None,
         batch_size: Optional[int] = None,
+        sync_dist: bool = True,
         **_unknown: Any,
     ) -> None:
         """Record a metric. Works the same in both modes and never waits for the device.
@@ -298,6 +299,7 @@ class TaskModule(TaskHooks, nn.Module):
                 (default: everywhere else).
             batch_size: the samples the value is a mean of. Default: the first dimension of
                 the batch's first tensor.
+            sync_dist: taken, and without effect: the values of all ranks always count.
         """
         for given in _unknown:
             mend = mend_for(LOG_ARGUMENTS, given) or "see TaskModule.log"

@@ -10,17 +10,10 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from ofengine.callback import Callback
 from ofengine.checkpoint.file import write
-from ofengine.checkpoint.find import (
-    CheckpointPath,
-    find_checkpoint,
-    note_resumption,
-    supervised,
-    weights_file,
-)
+from ofengine.checkpoint.find import CheckpointPath, supervised, weights_file
 from ofengine.checkpoint.resume import Resumed
 from ofengine.checkpoint.snapshot import content_of
 from ofengine.checkpoint.weights import load_weights
-from ofengine.data.generators import states_in
 from ofengine.data.seeding import seed_everything
 from ofengine.defaults import add_rate_callback, configure_logging, make_callbacks, make_loggers
 from ofengine.errors import warn
@@ -28,11 +21,11 @@ from ofengine.loggers import Logger
 from ofengine.rates.checks import check_rates
 from ofengine.rates.finder import LRFinder
 from ofengine.rates.optimizers import Optimization
-from ofengine.rates.plan import RatePlan
+from ofengine.rates.plan import DecayEvents, RatePlan
 from ofengine.rates.planning import plan_run
 from ofengine.rates.preview import Preview, epoch_length, preview
 from ofengine.rates.resume import POLICIES
-from ofengine.run import connect, course, report
+from ofengine.run import connect, course, report, starting, together
 from ofengine.run.arguments import Limit, MaxTime, check_choice
 from ofengine.run.devices import move
 from ofengine.run.finite import Expected
@@ -57,6 +50,10 @@ class Trainer(RunView):
     Args:
         mode: "eager" or "graph". Both compute the same thing.
         device: "auto" (a GPU where OneFlow can use one), "cpu", "cuda" or "cuda:N".
+        devices: ranks on each machine, each a process: "auto" for those that this script was
+            started with, or one. A script that is started plainly with more starts them itself.
+        num_nodes: machines.
+        strategy: "auto" or "ddp".
         max_epochs: epochs to train. Default: 1000, or no limit where ``max_steps`` or
             ``max_time`` is given. -1 means no limit.
         max_steps: optimizer steps to train; -1 means no limit.
@@ -102,6 +99,9 @@ class Trainer(RunView):
         *,
         mode: str = "eager",
         device: str = "auto",
+        devices: Union[int, str] = "auto",
+        num_nodes: int = 1,
+        strategy: str = "auto",
         max_epochs: Optional[int] = None,
         max_steps: int = -1,
         max_time: MaxTime = None,
@@ -168,6 +168,7 @@ class Trainer(RunView):
             OFEngineError: something does not fit together; raised before training starts.
         """
         refuse_arguments("fit", _unknown)
+        starting.start_missing_ranks(self.settings)
         if self.restart_on_crash:
             ckpt_path = supervised(self._run, ckpt_path)
         connect.check_task(task)
@@ -176,8 +177,9 @@ class Trainer(RunView):
         self._attach(task)
         connect.check_step(task, "train")
         add_rate_callback(run.callbacks, self.mode)
-        resumed = self._find(ckpt_path)
-        _ = self.log_dir  # a folder that cannot be made is told before training
+        together.begin(run, "fit")
+        resumed = starting.find_run(run, ckpt_path)
+        together.share_folders(run)  # one that cannot be made is told before training
         if self.mode == "graph":
             connect.check_graph_mode(run)
 
@@ -240,6 +242,7 @@ class Trainer(RunView):
 
         See :func:`ofengine.trials.lr_find.lr_find`, which takes the same ``options``.
         """
+        starting.refuse_on_ranks(self.settings, "lr_find")
 
         def plan(batches: Optional[int]) -> Tuple[Optimization, RatePlan]:
             with self._imagining(task, batches):
@@ -255,6 +258,7 @@ class Trainer(RunView):
 
         See :func:`ofengine.trials.prove.prove`.
         """
+        starting.refuse_on_ranks(self.settings, "prove")
         given = self.settings, self.callbacks, task, train_dataloaders
         return prove(*given, _fit_apart, steps=steps)
 
@@ -262,6 +266,8 @@ class Trainer(RunView):
 
     def save_checkpoint(self, path: Union[str, Path]) -> Path:
         """See :meth:`RunView.save_checkpoint`."""
+        if not self.is_global_zero:
+            return Path(path)
         weights, state, metadata = content = self.checkpoint_content()
         broken = None if state is None else self.not_finite(content)
         if broken is not None:
@@ -286,8 +292,9 @@ class Trainer(RunView):
         run, settings, task = self._run, self.settings, self._run.task
         train, validation = connect.take_data(run, train_dataloaders, val_dataloaders)
         move(task, settings.device)
-        if settings.seed is not None:
-            seed_everything(settings.seed)
+        together.share_start(run, train, validation)
+        if run.seed is not None:
+            seed_everything(run.seed)
         run.optimization, run.plan = plan_run(settings, task, train.count, self._decays())
         if resumed is not None:
             resumed.check(run, rates_on_resume)
@@ -307,33 +314,12 @@ class Trainer(RunView):
         else:
             with course.leaving_rates_behind(run):
                 fit_loop(run, hooks, eval_mode, train, validation, resumed)
-        run.data_states_after_fit = {
-            "now": states_in(None, train.source),
-            "validation": [states_in(None, each.source) for each in validation],
-            "at_pass": train.states_at_start,
-            "at_validation": [each.states_at_start for each in validation],
-        }
+            together.check_equal(run, "at the end of training")
+        course.note_data_states(run, train, validation)
         hooks.fire("on_fit_end")
 
-    def _decays(self) -> List[Tuple[str, Any]]:
-        """When decay happens, by the callbacks that say so."""
-        said = [(type(each).__name__, each.decay_events) for each in self.callbacks]
-        return [(name, events) for name, events in said if events is not None]
-
-    def _find(self, ckpt_path: CheckpointPath) -> Optional[Resumed]:
-        """The run of a checkpoint, where there is one to be resumed; the loggers know of it."""
-        if ckpt_path is None:
-            return None
-        checkpoint = find_checkpoint(self._run, ckpt_path)
-        if checkpoint is None:
-            log.info("ckpt_path='last': there is no checkpoint yet, training begins anew.")
-            return None
-        resumed = Resumed(checkpoint)
-        note_resumption(self._run, checkpoint)
-        continues = str(ckpt_path) == "last" or bool(self.restart_on_crash)
-        resumed.tell_loggers(self._run, continue_files=continues)
-        self._run.moments_resumed = resumed.moments()
-        return resumed
+    def _decays(self) -> List[Tuple[str, DecayEvents]]:
+        return connect.decay_events(self.settings, self.callbacks)
 
     # ------------------------------------------------------------------ all verbs
 
@@ -345,9 +331,12 @@ class Trainer(RunView):
         ckpt_path: CheckpointPath,
         unknown: Mapping[str, Any],
     ) -> Tuple[List[Dict[str, float]], List[List[Any]]]:
-        refuse_arguments(connect.VERB_OF_STAGE[stage], unknown)
+        verb = connect.VERB_OF_STAGE[stage]
+        refuse_arguments(verb, unknown)
+        starting.start_missing_ranks(self.settings)
         self._attach(task)
         connect.check_step(task, stage)
+        together.begin(self._run, verb)
 
         def body(hooks: HookRunner, mode: Mode) -> Tuple[List[Dict[str, float]], List[List[Any]]]:
             loaders = connect.evaluation_batches(self.settings, task, stage, dataloaders)
@@ -356,10 +345,14 @@ class Trainer(RunView):
                 connect.require_data(task, stage, loaders)
             move(task, self.device)
             if ckpt_path is not None:
-                load_weights(task, weights_file(self._run, ckpt_path))
+                path = together.of_rank_zero(
+                    self._run, lambda: str(weights_file(self._run, ckpt_path))
+                )
+                load_weights(task, path)
+            together.share_weights(self._run)
             return evaluation_loop(self._run, hooks, mode, stage, loaders)
 
-        return carry_out(self, self._run, connect.VERB_OF_STAGE[stage], body)
+        return carry_out(self, self._run, verb, body)
 
     def _attach(self, task: Any) -> None:
         connect.check_task(task)
@@ -373,7 +366,8 @@ class Trainer(RunView):
         """Let ``task`` ask about a run that is not made, and leave both as they were."""
         kept, of_task = self._run, task.__dict__.get("_trainer")
         self._run = Run.new(kept.settings, kept.callbacks, kept.loggers)
-        self._run.task, self._run.batches_per_epoch = task, batches
+        self._run.task, self._run.epoch_length = task, batches
+        self._run.batches_per_epoch = None if batches is None else self._run.rounds(batches)
         task._trainer = self
         try:
             yield

@@ -143,7 +143,7 @@ def _check_plan(run: Run, rates: State, policy: str, where: str) -> None:
             check_fits(
                 rates["schedule"], lambda kept, place: _check_schedule(kept, own, place), where
             )
-    anew = new_plan(settings, made, run.rates.initial_groups, run.batches_per_epoch)
+    anew = new_plan(settings, made, run.rates.initial_groups, run.epoch_length)
     anew.set_decay(run.rates.decay, "the code")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come when it is done in earnest
@@ -230,13 +230,16 @@ def _check_layers(run: Run, state: State) -> None:
 
 def _check_accumulation(run: Run, checkpoint: Checkpoint) -> None:
     state: Any = checkpoint.state
-    accumulate = state["run"]["accumulate_grad_batches"]
-    if accumulate == run.settings.accumulate_grad_batches:
+    accumulate, now = state["run"]["accumulate_grad_batches"], run.settings
+    if accumulate == now.window:
         return
-    text = (
-        f"accumulate_grad_batches was {accumulate} in {checkpoint.path} and is "
-        f"{run.settings.accumulate_grad_batches} now"
-    )
+    ranks = state["run"].get("ranks", 1)
+    what, before = "accumulate_grad_batches", f"{accumulate // ranks}"
+    after = f"{now.accumulate_grad_batches}"
+    if ranks > 1 or now.world_size > 1:
+        what = "accumulate_grad_batches times the ranks"
+        before, after = f"{before} times {ranks}", f"{after} times {now.world_size}"
+    text = f"{what} was {before} in {checkpoint.path} and is {after} now"
     if state["gradients"]:
         raise CheckpointError(
             f"{text}, and the checkpoint lies within a window: resume with {accumulate}."

@@ -13,6 +13,7 @@ from ofengine.checkpoint.file import EXTENSION, Checkpoint, read
 from ofengine.checkpoint.header import BadHeader, parse, read_header, shown
 from ofengine.disk import open_regular
 from ofengine.errors import CheckpointError, ConfigurationError, warn
+from ofengine.launch import heartbeat
 from ofengine.processes import supervisor
 from ofengine.run.progress import Point
 from ofengine.run.state import Run
@@ -252,6 +253,7 @@ def supervised(run: Run, ckpt_path: CheckpointPath) -> CheckpointPath:
             "restart_on_crash starts the whole script again, so it works for one fit() only: "
             "put the second one into a script of its own."
         )
+    heartbeat.ask_for_restarts(run.settings.restart_on_crash)
     if supervisor.tries() == 1:
         return ckpt_path
     found = find_checkpoint(run, "last", supervisor.supervised_by())

@@ -21,8 +21,9 @@ from ofengine.checkpoint.seen import split_by_data, tell_of_readers, tell_of_wha
 from ofengine.checkpoint.snapshot import MOMENTS, plain_options
 from ofengine.checkpoint.undo import Attributes, Undo
 from ofengine.checkpoint.weights import copy_weights
-from ofengine.data.batches import Batches, Resumption
+from ofengine.data.batches import Batches
 from ofengine.data.generators import global_states, set_global_states, set_states_in
+from ofengine.data.steps import Resumption
 from ofengine.errors import CheckpointError, said_by, warn
 from ofengine.rates.resume import resume_plan
 from ofengine.run.progress import Point
@@ -150,7 +151,7 @@ class Resumed:
             run.id, run.data_seed = begun["id"], begun["run_seed"]
             run.seconds_before = begun["seconds"]
             run.changed_before = {*state.get("tensors", {}), *state.get("seen", {})}
-            run.progress.load(loop)
+            run.progress.load(loop, run.settings.world_size)
             run.should_stop = loop["should_stop"]
             run.cut_short = loop["cut_short"]
             if "history" in state:

@@ -175,7 +175,8 @@ _STATE = record(
                 "accumulate_grad_batches": whole(1),
                 "seconds": number(0),
                 "saved_at": number(0, _YEAR_9999),
-            }
+            },
+            {"ranks": whole(1)},
         ),
         "versions": by_name(text),
     },

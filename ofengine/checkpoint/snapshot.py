@@ -184,7 +184,8 @@ def state_of_run(run: Run, copies: Mapping[int, Any]) -> State:
             "mode": run.settings.mode,
             "seed": run.seed,
             "run_seed": run.data_seed,
-            "accumulate_grad_batches": run.settings.accumulate_grad_batches,
+            "accumulate_grad_batches": run.settings.window,
+            "ranks": run.settings.world_size,
             "seconds": run.seconds_trained,
             "saved_at": time.time(),
         },
@@ -236,7 +237,7 @@ def _moments(run: Run, copies: Mapping[int, Any]) -> State:
             **run.progress.state(),
             "should_stop": run.should_stop,
             "cut_short": run.cut_short,
-            "epoch_length": run.batches_per_epoch,
+            "epoch_length": run.epoch_length,
             "frozen": [n for n, p in task.named_parameters() if not p.requires_grad],
             "in_eval_mode": [n for n, m in task.named_modules() if not m.training]
             if point not in (Point.VALIDATING, Point.VALIDATED, Point.OVER)
@@ -248,7 +249,7 @@ def _moments(run: Run, copies: Mapping[int, Any]) -> State:
         "random_at_validation": [each.states_at_start for each in run.validation]
         if train is not None
         else after["at_validation"],
-        "order": train.order.digest(run.progress.batch_idx) if train is not None else None,
+        "order": train.order.digest(run.progress.batches_done - 1) if train is not None else None,
         "gradients": _arrays(gradients),
         "tensors": tensors,
         "optimizers": states_of_others(run),

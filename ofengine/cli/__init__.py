@@ -17,6 +17,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     _add_rates(commands)
     _add_prove(commands)
     _add_checkpoint(commands)
+    _add_launch(commands)
     arguments = parser.parse_args(argv)
     return int(arguments.run(arguments))
 
@@ -93,6 +94,33 @@ def _add_checkpoint(commands: Any) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("file", metavar="FILE", help="the file that was saved")
     parser.add_argument("--tensors", action="store_true", help="list every weight")
+
+
+def _add_launch(commands: Any) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        from ofengine.cli.launch import launch
+
+        return launch(arguments)
+
+    text = "run a program as several ranks, which all end where one does"
+    parser = commands.add_parser("launch", help=text, description=text)
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("--nproc", type=_count, required=True, metavar="N", help="ranks on this host")
+    add("--nnodes", type=_count, default=1, metavar="M", help="hosts, each with as many ranks; "
+        "default: 1")  # fmt: skip
+    add("--node-rank", type=int, default=0, metavar="R", help="which of them this is, from 0 on")
+    add("--master-addr", default="127.0.0.1", metavar="A", help="the address of node 0, the same "
+        "on all nodes")  # fmt: skip
+    add("--master-port", type=int, metavar="P", help="a free port of node 0; default: any with "
+        "one node, 29500 with several")  # fmt: skip
+    add("--hang-timeout", type=float, default=300.0, metavar="S", help="seconds after which a "
+        "rank that shows no sign of work hangs, 0 for never; default: 300")  # fmt: skip
+    add("--show-all", action="store_true", help="show what ranks other than 0 write, too, with "
+        "the rank before each line")  # fmt: skip
+    add("-m", dest="module", action="store_true", help="the program is a module, as in python -m")
+    add("program", help="a Python file, or a module with -m")
+    add("arguments", nargs=argparse.REMAINDER, help="the program's own")
 
 
 def _count(text: str) -> int:

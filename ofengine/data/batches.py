@@ -6,9 +6,8 @@ import contextlib
 import copy
 import itertools
 import operator
-from typing import Any, Callable, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Iterable, Iterator, List, Optional, Tuple
 
-import attrs
 import oneflow as flow
 from oneflow.utils.data import DataLoader
 
@@ -21,47 +20,22 @@ from ofengine.data.generators import (
 )
 from ofengine.data.loading import Order, can_skip, open_source
 from ofengine.data.sources import (
+    count_batches,
     describe_once,
     ended_by_its_own,
     is_iterator,
     is_sequence,
+    refuse_shared,
     set_epoch,
 )
+from ofengine.data.steps import STEPPED, Resumption, Step, listed, resumed_step, step_of
 from ofengine.data.structure import describe, to_device
-from ofengine.errors import ConfigurationError, DataError, warn
-from ofengine.run.arguments import Limit, batches_in_share
+from ofengine.errors import DataError, warn
+from ofengine.ranks.shares import ABSENT, OTHERS, Share
+from ofengine.run.arguments import Limit
 
-Step = Tuple[int, Any, int, bool, bool]
-"""One batch of an epoch, with its place in the accumulation window.
-
-The batch's index; the batch, or :data:`STEPPED` where a resumed run has only what follows it left
-to do; how many batches its window has; True where the window closes, so that the optimizer steps
-after this batch; True for the last batch of the epoch. A tuple, for it is made at every step.
-"""
-
-
-class _Stepped:
-    def __repr__(self) -> str:
-        return "STEPPED"
-
-
-STEPPED: Any = _Stepped()
 _NONE: Any = object()
 _BATCH = operator.itemgetter(0)
-
-
-@attrs.frozen
-class Resumption:
-    """Where in an epoch a resumed run goes on."""
-
-    done: int
-    """Batches whose step was made."""
-    again: bool
-    """True where what follows the last of them is still to be done."""
-    begin: Callable[[], None]
-    """Puts the generators where they were at the beginning of the pass."""
-    reached: Callable[[], None]
-    """Puts the generators where they were when the run stopped."""
 
 
 class Batches:
@@ -75,6 +49,8 @@ class Batches:
         what: how errors call it, e.g. ``"train_dataloader"``.
         keep: hold the batches of the first pass and repeat them (``overfit_batches``).
         resumable: note where the generators are when a pass is begun.
+        share: which of the batches are this rank's, where there are several; an int for ``limit``
+            is then so many batches of each rank.
     """
 
     def __init__(
@@ -86,6 +62,7 @@ class Batches:
         limit_name: str = "limit",
         keep: bool = False,
         resumable: bool = False,
+        share: Optional[Share] = None,
     ) -> None:
         if not hasattr(source, "__iter__") or isinstance(source, (str, bytes, dict, type)):
             raise DataError(
@@ -96,6 +73,7 @@ class Batches:
         self.what = what
         self.device = device
         self.keep = keep
+        self._share = share
         self._resumable = resumable
         self._kept: Optional[List[Any]] = None
         try:
@@ -105,8 +83,12 @@ class Batches:
         if total == 0:
             raise DataError(f"{what} is empty: it has no batch (is batch_size larger than the "
                             "dataset, with drop_last=True?).")  # fmt: skip
+        if share is not None:
+            refuse_shared(source, what)
+            limit = limit * share.size if isinstance(limit, int) else limit
         self.count = count_batches(total, limit, what, limit_name)
-        """How many batches a pass has, or has at most; None where that shows only at its end."""
+        """How many batches a pass has, or has at most, of all ranks together; None where that
+        shows only at its end."""
         self._total = total
         self._limit_name = limit_name
         # What was not asked for may be left out; what the length does not tell of may not.
@@ -123,6 +105,10 @@ class Batches:
         self.order = Order()
         """What the batches of the last pass are made of, where that is known."""
         self._numbers = itertools.count()
+        self.in_round = 1
+        """How many batches all ranks together have in the round at hand."""
+        self.given = 0
+        """How many batches of all ranks the last pass of :meth:`first` has gone through."""
 
     def __iter__(self) -> Iterator[Any]:
         """The batches of one pass, on the device."""
@@ -142,10 +128,10 @@ class Batches:
             self._begun = self.pass_seed
         skipped = resumption.done if resumption is not None and self.can_skip else 0
         self.order = Order()
-        batches = open_source(self.source, skipped, self.pass_seed, self.order)
+        batches = open_source(self.source, skipped, self.pass_seed, self.order, self._share)
         if isinstance(self.source, DataLoader):
             batches = ended_by_its_own(batches, self.source, self.what, skipped)
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" or self._share is not None:
             batches = (to_device(batch, self.device) for batch in batches)
         # Counted in C: where a batch cannot be had, its number is not taken.
         self._numbers = itertools.count(skipped)
@@ -154,7 +140,7 @@ class Batches:
             limited = itertools.islice(batches, self.count - skipped)
             batches = itertools.chain(limited, self._surplus(batches))
         if self.keep:
-            self._kept = _listed(batches)
+            self._kept = listed(batches)
             return iter(self._kept)
         return batches
 
@@ -170,14 +156,35 @@ class Batches:
         yield from ()
 
     def first(self, most: Optional[int]) -> Iterator[Any]:
-        """At most so many batches of a pass, no further one being fetched; None for all."""
+        """At most so many batches of a pass, no further one being fetched; None for all.
+
+        Of several ranks, this one's, and so many of each.
+        """
         # A generator, whose frame tells a batch that cannot be had from a step that fails.
-        yield from self if most is None else itertools.islice(self, most)
+        if self._share is not None:
+            yield from self._own(most, self._share)
+        else:
+            yield from self if most is None else itertools.islice(self, most)
 
     @property
     def number_to_come(self) -> int:
         """The number, in the pass, of the batch that is fetched next, or could not be."""
         return next(copy.copy(self._numbers))
+
+    def _own(self, most: Optional[int], share: Share) -> Iterator[Any]:
+        self.given = 0
+        every = iter(self)
+        for batch in every if most is None else itertools.islice(every, most * share.size):
+            self.given += 1
+            if batch is not OTHERS:
+                yield batch
+
+    @property
+    def rounds(self) -> Optional[int]:
+        """How many batches the rank has that has most; None where that is not known."""
+        if self._share is None or self.count is None:
+            return self.count
+        return self._share.rounds(self.count)
 
     def check_given(self, batches: int, at: str) -> None:
         """Say so where a whole pass gave no batch, or fewer than its length tells of.
@@ -186,6 +193,8 @@ class Batches:
 
         Raises :class:`DataError` for none.
         """
+        if self._share is not None:
+            batches = self.given
         if batches == 0 and self.count != 0:
             end = f": {describe_once(self.source)}." if self.once else "."
             raise DataError(f"{self.what} gave no batch{at}{end}")
@@ -221,9 +230,33 @@ class Batches:
         The window that the end of the pass cuts short has the number of batches it really has.
         Where the length is not known, up to ``accumulate`` batches are read ahead to find out.
         """
+        if self._share is not None:
+            return self._in_rounds(accumulate, resumption, self._share)
+        return self._steps(accumulate, resumption)
+
+    def _steps(self, accumulate: int, resumption: Optional[Resumption]) -> Iterator[Step]:
         if self.count is not None and self._total is not None:
             return self._steps_of_known(self.count, accumulate, resumption)
         return self._steps_of_unknown(accumulate, resumption)
+
+    def _in_rounds(
+        self, accumulate: int, resumption: Optional[Resumption], share: Share
+    ) -> Iterator[Step]:
+        """A step for each round of all ranks: this rank's batch in it, or ``ABSENT``.
+
+        Windows are those of one process that averages as many batches as all ranks together.
+        """
+        mine, self.in_round = ABSENT, 0
+        for number, batch, window, closes, is_last in self._steps(
+            accumulate * share.size, resumption
+        ):
+            self.in_round += batch is not STEPPED
+            mine = mine if batch is OTHERS else batch
+            if is_last or number % share.size == share.size - 1:
+                yield number // share.size, mine, window, closes, is_last
+                mine, self.in_round = ABSENT, 0
+            elif batch is STEPPED:  # in the middle of a round: nothing is due before its end
+                mine = ABSENT
 
     def _steps_of_unknown(
         self, accumulate: int, resumption: Optional[Resumption]
@@ -231,9 +264,9 @@ class Batches:
         done = 0 if resumption is None else resumption.done
         batches = self._from(resumption)
         batch_idx = 0
-        window_batches = _listed(itertools.islice(batches, accumulate))
+        window_batches = listed(itertools.islice(batches, accumulate))
         while window_batches:
-            following = _listed(itertools.islice(batches, accumulate))
+            following = listed(itertools.islice(batches, accumulate))
             window = len(window_batches)
             for place, batch in enumerate(window_batches):
                 closes = place == window - 1
@@ -241,7 +274,7 @@ class Batches:
                 if resumption is None or batch_idx >= done:
                     yield step
                 else:
-                    yield from _resumed(step, resumption)
+                    yield from resumed_step(step, resumption)
                 batch_idx += 1
             window_batches = following
         if batch_idx < done:
@@ -260,14 +293,14 @@ class Batches:
             if not self.can_skip:
                 first = sum(1 for _ in itertools.islice(batches, first))
             if first:
-                yield from _resumed(_step_of(count, accumulate, first - 1, STEPPED), resumption)
+                yield from resumed_step(step_of(count, accumulate, first - 1, STEPPED), resumption)
         batch_idx = first - 1
         if accumulate == 1:  # what _step_of gives, without its call at every step
             for batch_idx, batch in enumerate(batches, first):
                 yield batch_idx, batch, 1, True, batch_idx == last
         else:
             for batch_idx, batch in enumerate(batches, first):
-                yield _step_of(count, accumulate, batch_idx, batch)
+                yield step_of(count, accumulate, batch_idx, batch)
         if batch_idx < last:
             raise DataError(f"{self.what} {self._gave(batch_idx + 1)}")
 
@@ -283,6 +316,13 @@ class Batches:
             self.set_epoch(0)
             self.set_states(states)
             iter(self)
+
+    def check_of(self, round_idx: int) -> int:
+        """A number below 2**24 that tells what the last batch of a round is made of."""
+        size = 1 if self._share is None else self._share.size
+        number = (round_idx + 1) * size - 1
+        digest = self.order.digest(number if self.count is None else min(number, self.count - 1))
+        return 0 if digest is None else int(digest[:6], 16)
 
     def reseed(self, seed: int) -> None:
         """Make the next pass shuffle as a function of ``seed`` alone."""
@@ -313,78 +353,3 @@ class Batches:
         finally:
             for holder, generator in kept:
                 holder.generator = generator
-
-
-def _listed(batches: Iterator[Any]) -> List[Any]:
-    """``list(batches)``, whose errors arrive.
-
-    An error in the middle of ``list`` lets go of the tensors it has so far, and where workers made
-    them OneFlow forgets the error meanwhile: "returned NULL without setting an exception".
-    """
-    listed: List[Any] = []
-    listed.extend(batches)
-    return listed
-
-
-def _step_of(count: int, accumulate: int, batch_idx: int, batch: Any) -> Step:
-    place = batch_idx % accumulate
-    window = min(accumulate, count - (batch_idx - place))
-    return batch_idx, batch, window, place == window - 1, batch_idx == count - 1
-
-
-def _resumed(step: Step, resumption: Resumption) -> Iterator[Step]:
-    """What a resumed run does about the batches that were done.
-
-    Behind the last of them the generators are put where they were when the run stopped.
-    """
-    batch_idx, _, window, closes, is_last = step
-    if batch_idx == resumption.done - 1:
-        resumption.reached()
-        if resumption.again:
-            yield batch_idx, STEPPED, window, closes, is_last
-
-
-def count_batches(total: Optional[int], limit: Limit, what: str, limit_name: str) -> Optional[int]:
-    """How many of ``total`` batches ``limit`` lets through (see :class:`Batches`)."""
-    if limit is None or (isinstance(limit, float) and limit == 1.0):
-        return total
-    if isinstance(limit, int):
-        return limit if total is None else min(limit, total)
-    if total is None:
-        raise ConfigurationError(
-            f"{limit_name}={limit!r} is a share of {what}, whose length is not known: give a "
-            "number of batches (an int)."
-        )
-    count = batches_in_share(limit, total)
-    if count == 0 and limit > 0:
-        raise ConfigurationError(
-            f"{limit_name}={limit!r} of the {total} batches of {what} is less than one batch: give "
-            "a larger share, or a number of batches (an int)."
-        )
-    return count
-
-
-def stage_loaders(
-    loaders: Any, limit: Limit, device: flow.device, what: str, limit_name: str, keep: bool
-) -> List[Batches]:
-    """One :class:`Batches` for each dataloader of an evaluation stage (one or a list)."""
-    if loaders is None:
-        return []
-    if isinstance(loaders, dict) and any(isinstance(each, DataLoader) for each in loaders.values()):
-        raise DataError(
-            f"{what} is a dict of DataLoaders: give a list of them, as in list(loaders.values()); "
-            "metrics are told apart by their number."
-        )
-    several = isinstance(loaders, (list, tuple)) and any(
-        isinstance(loader, DataLoader) for loader in loaders
-    )
-    if several and not all(isinstance(loader, DataLoader) for loader in loaders):
-        raise DataError(
-            f"{what} mixes DataLoaders with other things: give one dataloader, or a list of "
-            "oneflow.utils.data.DataLoader objects."
-        )
-    each_called = f"{what}[{{}}]" if several and len(loaders) > 1 else what
-    return [
-        Batches(loader, limit, device, each_called.format(index), limit_name, keep, resumable=keep)
-        for index, loader in enumerate(loaders if several else [loaders])
-    ]

@@ -20,6 +20,7 @@ from ofengine._oneflow.loaders import SHARED_GENERATOR, forget_workers, noted, o
 from ofengine.data.generator_state import seed_generator
 from ofengine.data.generators import find_generators
 from ofengine.data.sources import is_sequence
+from ofengine.ranks.shares import Share
 
 
 def derive_seed(*parts: int) -> int:
@@ -109,28 +110,46 @@ class _SeededIndices(List[Any]):
 
 
 class _Indices:
-    """A batch sampler (or sampler) from the ``skipped``-th of its batches on."""
+    """A batch sampler (or sampler) from the ``skipped``-th of its batches on.
+
+    With a ``share``, what it gives are the batches of that rank. All others are drawn too, and a
+    whole round of them at once, so that samplers and generators are where they are on all ranks.
+    """
 
     def __init__(
-        self, sampler: Any, skipped: int, seed: Sequence[int], in_workers: bool, order: Order
+        self,
+        sampler: Any,
+        skipped: int,
+        seed: Sequence[int],
+        in_workers: bool,
+        order: Order,
+        share: Optional[Share] = None,
     ) -> None:
         self._sampler = sampler
         self._skipped = skipped
         self._seed = tuple(seed)
         self._in_workers = in_workers
         self._order = order
+        self._share = share
         self._newest = _IndicesIterator(iter(()), 0, order)
 
     def __iter__(self) -> Iterator[Any]:
         numbered: Iterator[Tuple[int, Any]] = enumerate(self._sampler)
         if self._in_workers:
             numbered = ((n, _SeededIndices(each, (*self._seed, n))) for n, each in numbered)
-        self._newest = _IndicesIterator(numbered, self._skipped, self._order)
+        if self._share is None:
+            self._newest = _IndicesIterator(numbered, self._skipped, self._order)
+        else:
+            self._newest = _OwnIndices(numbered, self._skipped, self._order, self._share)
         return self._newest
 
     def go_ahead(self) -> None:
         """Go behind the skipped batches now, which draws the order they were in."""
         self._newest.go_ahead()
+
+    def known_until(self, number: int) -> int:
+        """How many batches there are, up to ``number``; those of a share alone."""
+        return self._newest.known_until(number)
 
     def __len__(self) -> int:
         return len(self._sampler)
@@ -159,6 +178,40 @@ class _IndicesIterator:
             if numbered is not None:
                 self._note(numbered)
 
+    def known_until(self, number: int) -> int:
+        return number
+
+
+class _OwnIndices(_IndicesIterator):
+    """The batches of one rank; the others' are drawn and passed over."""
+
+    def __init__(
+        self, numbered: Iterator[Tuple[int, Any]], skipped: int, order: Order, share: Share
+    ) -> None:
+        super().__init__(numbered, skipped, order)
+        self._share = share
+        self._drawn = skipped
+        self._own: Deque[Any] = deque()
+
+    def __next__(self) -> Any:
+        while not self._own:
+            end = (self._drawn // self._share.size + 1) * self._share.size
+            if self.known_until(end) < end and not self._own:
+                raise StopIteration
+        return self._own.popleft()
+
+    def known_until(self, number: int) -> int:
+        self.go_ahead()
+        while self._drawn < number:
+            numbered = next(self._numbered, None)
+            if numbered is None:
+                break
+            self._note(numbered)
+            if self._share.has(numbered[0]):
+                self._own.append(numbered[1])
+            self._drawn += 1
+        return min(number, self._drawn)
+
 
 def _is_plain(source: Any) -> bool:
     """True for a DataLoader that goes through a dataset by index, as the class itself does."""
@@ -175,27 +228,38 @@ def can_skip(source: Any) -> bool:
     return _is_plain(source) or is_sequence(source)
 
 
-def open_source(source: Any, skipped: int, seed: Sequence[int], order: Order) -> Iterator[Any]:
+def open_source(
+    source: Any, skipped: int, seed: Sequence[int], order: Order, share: Optional[Share] = None
+) -> Iterator[Any]:
     """Begin a pass over ``source`` behind its first ``skipped`` batches.
 
     ``skipped`` is 0 where it cannot be skipped (:func:`can_skip`). ``seed`` is what the
     randomness in workers becomes a function of, with the batch's number. ``order`` takes note of
-    the indices.
+    the indices. With a ``share``, the batches of the other ranks are not loaded where that can be
+    helped, and ``OTHERS`` stands in their place.
     """
     if is_sequence(source):
-        return iter(source[skipped:] if skipped else source)
+        batches = iter(source[skipped:] if skipped else source)
+        return batches if share is None else share.of(batches, skipped)
     if not _is_plain(source):
         if isinstance(source, DataLoader) and source.persistent_workers:
             # How far workers are with such data is known to them alone.
             forget_workers(source)
-        return noted(iter(source))
+        return noted(iter(source)) if share is None else share.of(noted(iter(source)), 0)
     in_workers = source.num_workers > 0
     made: List[_Indices] = []
 
     def wrap(own: Any) -> _Indices:
-        made.append(_Indices(own, skipped, seed, in_workers, order))
+        made.append(_Indices(own, skipped, seed, in_workers, order, share))
         return made[0]
 
     opened = open_with_indices(source, wrap)
     made[0].go_ahead()
-    return opened
+    if share is None:
+        return opened
+
+    def seed_batch(number: int) -> None:
+        if not in_workers:  # as a worker does for it
+            seed_everything(derive_seed(*seed, number))
+
+    return share.among(opened, skipped, made[0].known_until, seed_batch)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import oneflow as flow
 from oneflow import nn
 
 from ofengine.data.batches import Batches
 from ofengine.data.loading import derive_seed, seed_everything
 
-__all__ = ["derive_seed", "seed_epoch", "seed_everything"]
+__all__ = ["BatchSeeds", "derive_seed", "seed_epoch", "seed_everything"]
 
 
 def seed_epoch(seed: int, epoch: int, train: Batches, task: nn.Module) -> None:
@@ -21,3 +22,26 @@ def seed_epoch(seed: int, epoch: int, train: Batches, task: nn.Module) -> None:
     for index, module in enumerate(task.modules()):
         if isinstance(module, nn.Dropout):
             module.generator.manual_seed(derive_seed(seed, epoch, 2, index))
+
+
+_ODD = 0x9E3779B97F4A7C15
+"""2**64 divided by the golden ratio: its multiples are far from each other in all bits."""
+
+
+class BatchSeeds:
+    """Makes what a step draws a function of (seed, epoch, layer, batch) alone.
+
+    Where an optimizer step averages several batches, it does not matter then which process goes
+    through which of them: ranks draw the masks that one process would.
+    """
+
+    def __init__(self, seed: int, epoch: int, task: nn.Module) -> None:
+        self._generators = [(flow.default_generator, derive_seed(seed, epoch, 3))]
+        for index, module in enumerate(task.modules()):
+            if isinstance(module, nn.Dropout) and module.p > 0:
+                self._generators.append((module.generator, derive_seed(seed, epoch, 4, index)))
+
+    def begin(self, number: int) -> None:
+        """The step of the batch with this number of the epoch, of all ranks together, comes."""
+        for generator, seed in self._generators:
+            generator.manual_seed((seed + (number + 1) * _ODD) % 2**63)

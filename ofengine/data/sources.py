@@ -8,14 +8,15 @@ import re
 import traceback
 import types
 from collections import abc
-from typing import Any, Dict, Iterator
+from typing import Any, Dict, Iterator, Optional
 
-from oneflow.utils.data import DataLoader, IterableDataset
+from oneflow.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from ofengine._oneflow.loaders import forget_workers
 from ofengine.data.structure import describe
-from ofengine.errors import DataError, warn
+from ofengine.errors import ConfigurationError, DataError, warn
 from ofengine.lines import line_at, user_line
+from ofengine.run.arguments import Limit, batches_in_share
 
 _PARTS = ("batch_sampler", "sampler", "dataset", "datasets")
 """Under which names a loader, sampler or dataset holds those that it is made of."""
@@ -65,6 +66,38 @@ def refuse_several(source: Any, what: str) -> None:
             "through one: give the DataLoader itself, or one over all the data, as in "
             "DataLoader(oneflow.utils.data.ConcatDataset([first.dataset, second.dataset]), ...)."
         )
+
+
+def refuse_shared(source: Any, what: str) -> None:
+    """Raise where the sampler of ``source`` gives each rank a part already."""
+    if isinstance(source, DataLoader):
+        for sampler in (source.sampler, getattr(source.batch_sampler, "sampler", None)):
+            if isinstance(sampler, DistributedSampler):
+                raise DataError(
+                    f"{what} has a DistributedSampler, which repeats samples, and the Trainer "
+                    "shares the batches out among the ranks by itself: leave it out, and write "
+                    "shuffle=True where that is meant."
+                )
+
+
+def count_batches(total: Optional[int], limit: Limit, what: str, limit_name: str) -> Optional[int]:
+    """How many of ``total`` batches ``limit`` lets through (see :class:`Batches`)."""
+    if limit is None or (isinstance(limit, float) and limit == 1.0):
+        return total
+    if isinstance(limit, int):
+        return limit if total is None else min(limit, total)
+    if total is None:
+        raise ConfigurationError(
+            f"{limit_name}={limit!r} is a share of {what}, whose length is not known: give a "
+            "number of batches (an int)."
+        )
+    count = batches_in_share(limit, total)
+    if count == 0 and limit > 0:
+        raise ConfigurationError(
+            f"{limit_name}={limit!r} of the {total} batches of {what} is less than one batch: give "
+            "a larger share, or a number of batches (an int)."
+        )
+    return count
 
 
 # ---------------------------------------------------------------------- the epoch

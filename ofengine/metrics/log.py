@@ -31,7 +31,7 @@ from ofengine.metrics.stage import (
 )
 from ofengine.tracing import active_trace
 
-_MOST_PENDING = 4000
+MOST_PENDING = 4000
 """So many tensors wait on the device before they are read, to bound the memory."""
 
 
@@ -76,6 +76,10 @@ class Metrics:
     def end(self) -> None:
         """Leave the stage entered last."""
         self._stages.pop()
+
+    def at_batch(self, batch_idx: int) -> None:
+        """The batch of this index is gone through from now on."""
+        self._stages[-1].batch_idx = batch_idx
 
     def begin_batches(self) -> Stage:
         """Training batches begin: ``log`` reports single steps. Returns the stage of training.
@@ -249,7 +253,7 @@ class Metrics:
                 if spec.on_step:
                     last[name] = (spec, of_batch(spec, metric), 0)
         stage.current.clear()
-        if len(stage.pending) >= _MOST_PENDING:
+        if len(stage.pending) >= MOST_PENDING:
             self._fold_pending(stage)
 
     # ------------------------------------------------------------------ reading

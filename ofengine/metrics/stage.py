@@ -87,6 +87,8 @@ class Stage:
         self.suffix = suffix
         self.batch: Any = None
         """The training batch that was stepped last."""
+        self.batch_idx = 0
+        """Its index in the pass; of evaluation, the batch being gone through."""
         self.loss: Any = None
         """Its loss, where nothing has taken it up yet."""
         self.current: List[Tuple[Logged, Sequence[Any]]] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import oneflow as flow
 from oneflow import Tensor, nn
@@ -19,6 +19,9 @@ from ofengine.modes.steps import (
     split_outputs,
     step_arity,
 )
+from ofengine.ranks.gradients import GradientExchange
+from ofengine.ranks.shares import ABSENT
+from ofengine.ranks.statistics import RunningStatistics
 from ofengine.run.mode import HookCalls, ParameterStates
 from ofengine.run.state import Run
 from ofengine.task import TaskModule
@@ -36,6 +39,9 @@ class EagerMode:
         self._before_zero_grad = calls["on_before_zero_grad"]
         self._arity: Dict[str, int] = {}
         self._task_name = type(task).__name__
+        self._exchange: Optional[GradientExchange] = None
+        """Where there are several ranks: what the window has of all of them."""
+        self._statistics: Optional[RunningStatistics] = None
 
     def start(self) -> None:
         """See :class:`~ofengine.run.mode.Mode`."""
@@ -45,6 +51,10 @@ class EagerMode:
         let_optimizers_ask()
         self._clips = self._run.settings.gradient_clip_val is not None
         self._watch_groups()
+        if self._run.ranks is not None:
+            every = [each for group in optimizer.param_groups for each in group.parameters]
+            self._exchange = GradientExchange(self._run.ranks, every)
+            self._statistics = RunningStatistics(self._run.ranks, self._task)
 
     def _watch_groups(self) -> None:
         self._groups = list(self._optimizer.param_groups)
@@ -53,15 +63,19 @@ class EagerMode:
     def train_step(self, batch: Any, batch_idx: int, window: int, closes: bool) -> Dict[str, Any]:
         """See :class:`~ofengine.run.mode.Mode`."""
         rest: Dict[str, Any] = {}
-        step: Callable[..., Any] = self._task.training_step
-        loss = step(batch, batch_idx) if self._takes_both else step(batch)
-        if type(loss) is not Tensor or loss.dim() or not loss.requires_grad:
-            loss, rest = split_outputs(loss, self._task_name)
-        for call in self._before_backward:
-            call(loss)
-        backward_of(loss if window == 1 else loss / window)
-        for call in self._after_backward:
-            call()
+        if batch is not ABSENT:
+            step: Callable[..., Any] = self._task.training_step
+            loss = step(batch, batch_idx) if self._takes_both else step(batch)
+            if type(loss) is not Tensor or loss.dim() or not loss.requires_grad:
+                loss, rest = split_outputs(loss, self._task_name)
+            for call in self._before_backward:
+                call(loss)
+            backward_of(loss if window == 1 else loss / window)
+            for call in self._after_backward:
+                call()
+            rest["loss"] = loss.detach()
+        if self._exchange is not None:
+            self._exchange_gradients(self._exchange, closes)
         if closes:
             optimizer = self._optimizer
             if window > 1:
@@ -80,8 +94,18 @@ class EagerMode:
             for call in self._before_zero_grad:
                 call(optimizer)
             optimizer.zero_grad(set_to_none=True)
-        rest["loss"] = loss.detach()
         return rest
+
+    def _exchange_gradients(self, exchange: GradientExchange, closes: bool) -> None:
+        """Add the gradients of all ranks; where the window ``closes``, they are in ``.grad``."""
+        train = self._run.train
+        check = 0 if train is None else train.check_of(self._run.progress.batch_idx)
+        statistics = self._statistics
+        calls = exchange.add(check, 0 if statistics is None else statistics.calls)
+        if calls and statistics is not None:
+            statistics.exchange(calls)
+        if closes:
+            exchange.put()
 
     def eval_step(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
         """See :class:`~ofengine.run.mode.Mode`."""
@@ -103,10 +127,16 @@ class EagerMode:
 
     def gradients(self) -> Dict[str, Any]:
         """See :class:`~ofengine.run.mode.Mode`."""
+        if self._exchange is not None:
+            return self._exchange.totals({id(p): n for n, p in self._task.named_parameters()})
         return {n: p.grad for n, p in self._task.named_parameters() if p.grad is not None}
 
     def load_gradients(self, gradients: Dict[str, Any]) -> None:
         """See :class:`~ofengine.run.mode.Mode`."""
+        if self._exchange is not None:
+            named = dict(self._task.named_parameters())
+            self._exchange.load({id(named[name]): each for name, each in gradients.items()})
+            return
         for name, parameter in self._task.named_parameters():
             parameter.grad = gradients.get(name)
 
@@ -118,7 +148,9 @@ class EagerMode:
         """Nothing to bring up to date."""
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Let go of the batch norms."""
+        if self._statistics is not None:
+            self._statistics.close()
 
     def default_train_graph(self) -> nn.Graph:
         """There is none."""

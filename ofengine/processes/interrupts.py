@@ -12,11 +12,15 @@ from typing import Any, Dict, List, Optional, Type
 
 from ofengine._oneflow.loaders import end_workers, forgive_workers
 from ofengine._oneflow.session import restore_exit_code
+from ofengine.launch import heartbeat
 from ofengine.processes.signals import ENDING, keep_ignored, leave_closed_terminal
 
 _ONE = 1.0
 """Seconds within which signals are one: a supervisor passes on what the group had already, a
 service manager sends SIGHUP behind SIGTERM, a shell repeats what the kernel said."""
+_ONE_IN_A_RANK = 3.0
+"""The same where a launcher of ranks passes them on: whoever stops a service often sends one to
+each of its processes."""
 _PATIENCE = 2.0
 """Seconds that the batch which is waited for may still take."""
 
@@ -84,7 +88,7 @@ class InterruptGuard:
             self._reminded, self._answered_at = False, monotonic()
             if self.waiting:
                 self._raise(self.received)
-        elif monotonic() - self._answered_at >= _ONE:
+        elif monotonic() - self._answered_at >= (_ONE_IN_A_RANK if heartbeat.connected else _ONE):
             self.hurried = True
             self._raise(number)
 

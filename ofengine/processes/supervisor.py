@@ -30,11 +30,11 @@ import threading
 import time
 from typing import Callable, Dict, FrozenSet, List, NoReturn, Optional
 
-_VARIABLE = "OFENGINE_SUPERVISED"
+VARIABLE = "OFENGINE_SUPERVISED"
 PLACE_SIZE = 4096
-_PLACE = "OFENGINE_PLACE"
+PLACE = "OFENGINE_PLACE"
 """The descriptor of what a supervised run notes of where it is, see :mod:`.crash_report`."""
-_FOLDER = os.getcwd()
+FOLDER = os.getcwd()
 """Where the process was started, unless the script changed folders before importing ofengine."""
 
 CRASHES: Dict[int, str] = {
@@ -47,7 +47,7 @@ CRASHES: Dict[int, str] = {
 }
 """The signals after which training is started again, in words."""
 
-_PASSED_ON = (
+PASSED_ON = (
     signal.SIGINT,
     signal.SIGTERM,
     signal.SIGHUP,
@@ -55,7 +55,7 @@ _PASSED_ON = (
     signal.SIGUSR1,
     signal.SIGUSR2,
 )
-_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _SI_KERNEL = 0x80
 """What ``si_code`` is where the terminal sent the signal."""
 _PR_SET_PDEATHSIG = 1
@@ -86,13 +86,13 @@ def new_place_file() -> int:
 
 def place_file() -> Optional[int]:
     """Where a supervised process notes at which batch it is; None without a supervisor."""
-    file = os.environ.get(_PLACE, "")
+    file = os.environ.get(PLACE, "")
     return int(file) if tries() is not None and file.isdigit() else None
 
 
 def _told() -> Optional[List[str]]:
     """Try, the supervisor's process id, and the time it was started at; None without one."""
-    told = os.environ.get(_VARIABLE, "").split(":")
+    told = os.environ.get(VARIABLE, "").split(":")
     return told if len(told) == 3 and told[1] == str(os.getppid()) else None
 
 
@@ -112,16 +112,16 @@ def supervise(restarts: int) -> NoReturn:
     problem = _why_not(restarts)
     if problem is not None:
         raise ConfigurationError(f"restart_on_crash={restarts!r}: {problem}")
-    command = [sys.executable, *_original_arguments()[1:]]
+    command = [sys.executable, *original_arguments()[1:]]
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
-    _close_files_on_exec()
+    close_files_on_exec()
     keep_ignored()  # exec keeps what is ignored, and makes OneFlow's handler the default
     # -I and -S: the standard library is all it needs, and nothing may be found in its place.
     interpreter = [sys.executable, "-I", "-S"]
     os.execv(
-        sys.executable, [*interpreter, os.path.abspath(__file__), str(restarts), _FOLDER, *command]
+        sys.executable, [*interpreter, os.path.abspath(__file__), str(restarts), FOLDER, *command]
     )
 
 
@@ -131,23 +131,38 @@ def _why_not(restarts: int) -> Optional[str]:
         return "give a whole number of restarts from 1 on."
     if tries() is not None:
         return "this process is supervised already."
+    problem = why_not_again("fit()", "leave restart_on_crash out")
+    if problem is None and os.environ.get("WORLD_SIZE", "1") != "1":
+        return (
+            "one rank of several cannot be started again alone. Start them with `ofengine launch`, "
+            "which starts them all again."
+        )
+    return problem
+
+
+def why_not_again(call: str, instead: str) -> Optional[str]:
+    """What keeps the command of this process from being run again; None where nothing does.
+
+    Args:
+        call: what the user calls, for the sentence.
+        instead: what a user can do who has no program in a file.
+    """
     main = sys.modules["__main__"]
-    script = getattr(main, "__file__", None)
-    advice = "Put the program into a file and run that, or leave restart_on_crash out."
+    # In Python 3.8 it is relative, to where the process was started.
+    script = os.path.join(FOLDER, getattr(main, "__file__", None) or "")
+    advice = f"Put the program into a file and run that, or {instead}."
     if _in_notebook() or sys.flags.interactive or sys.flags.inspect or hasattr(sys, "ps1"):
         return f"an interactive session cannot be started again. {advice}"
     # A module (-m), a folder or a zip file has a spec; a script does not, but is a file.
-    if getattr(main, "__spec__", None) is None and not (script and os.path.isfile(script)):
+    if getattr(main, "__spec__", None) is None and not os.path.isfile(script):
         return f"a program from the command line or a pipe cannot be started again. {advice}"
     if sys.platform != "linux" or not sys.executable:
         return "this works on Linux only, with a Python that knows where it is."
     if threading.current_thread() is not threading.main_thread():
-        return "call fit() in the main thread."
+        return f"call {call} in the main thread."
     if _in_child_process():
-        return "call fit() in the process that the command started, not in a child of it."
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        return "one rank of several cannot be started again alone. Restart them all, from outside."
-    if not _original_arguments():
+        return f"call {call} in the process that the command started, not in a child of it."
+    if not original_arguments():
         return "the command of this process is not known: is /proc there?"
     return None
 
@@ -162,7 +177,7 @@ def _in_child_process() -> bool:
     return processes is not None and processes.parent_process() is not None
 
 
-def _original_arguments() -> List[str]:
+def original_arguments() -> List[str]:
     """The command line of this process, with the interpreter's own options; as `sys.orig_argv`."""
     known = getattr(sys, "orig_argv", None)  # from Python 3.10 on
     if known:
@@ -174,7 +189,7 @@ def _original_arguments() -> List[str]:
         return []
 
 
-def _close_files_on_exec() -> None:
+def close_files_on_exec() -> None:
     """Let go of every file and socket but 0, 1 and 2: OneFlow's keep a port that the child needs.
 
     Python's own files are closed anyway; those that a C++ library opens often are not.
@@ -194,16 +209,16 @@ def _run(restarts: int, folder: str, command: List[str]) -> int:
     """Run ``command`` until it ends without a crash, or too often with one; the exit code."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would swallow exit codes
     # One that is ignored, as SIGHUP in nohup, is so in the child too.
-    passed_on = {each for each in _PASSED_ON if signal.getsignal(each) != signal.SIG_IGN}
+    passed_on = {each for each in PASSED_ON if signal.getsignal(each) != signal.SIG_IGN}
     waited_for = frozenset({signal.SIGCHLD, *passed_on})
     # Blocked, signals wait until sigwaitinfo takes them, which also says where they come from.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, waited_for)
-    prepare = _child_preparation(before)
+    prepare = child_preparation(before)
     stopped, started = False, time.time()
     for number in range(1, restarts + 2):
-        environment = {**os.environ, _VARIABLE: f"{number}:{os.getpid()}:{started}"}
+        environment = {**os.environ, VARIABLE: f"{number}:{os.getpid()}:{started}"}
         place = new_place_file()
-        environment[_PLACE] = str(place)
+        environment[PLACE] = str(place)
         begun = time.monotonic()
         child = subprocess.Popen(
             command, cwd=folder, env=environment, preexec_fn=prepare, pass_fds=(place,)
@@ -215,17 +230,17 @@ def _run(restarts: int, folder: str, command: List[str]) -> int:
         if stopped or -code not in CRASHES:
             return 128 - code
         died = f"training died of {signal.Signals(-code).name} ({CRASHES[-code]})"
-        died = f"ofengine: {died} after {_duration(seconds)}{_place_in(place)}"
+        died = f"ofengine: {died} after {duration(seconds)}{place_in(place)}"
         os.close(place)
         if number > restarts:
-            _say(f"{died}, and no restart is left of {restarts}. Giving up.")
+            say(f"{died}, and no restart is left of {restarts}. Giving up.")
             return 128 - code
         left = restarts - number
-        _say(f"{died}. It starts again from the last checkpoint; restarts left after that: {left}.")
+        say(f"{died}. It starts again from the last checkpoint; restarts left after that: {left}.")
     raise AssertionError("not reached")
 
 
-def _place_in(file: int) -> str:
+def place_in(file: int) -> str:
     """At which batch the child was, as it noted in ``file``."""
     noted = os.pread(file, PLACE_SIZE, 0)
     text = noted[8:].rstrip(b"\0").decode("utf-8", "replace")
@@ -240,14 +255,14 @@ def _wait_for(child: subprocess.Popen[bytes], waited_for: FrozenSet[signal.Signa
         number = received.si_signo
         if number == signal.SIGCHLD:
             continue
-        stopped = stopped or number in _STOPS
+        stopped = stopped or number in STOPS
         # Ctrl-C goes to all processes of the terminal, but its end to the session's first alone.
         if received.si_code != _SI_KERNEL or number == signal.SIGHUP:
             child.send_signal(number)
     return stopped
 
 
-def _child_preparation(mask: object) -> Callable[[], None]:
+def child_preparation(mask: object) -> Callable[[], None]:
     """What a child does before it runs the command: it takes signals, and dies with its parent."""
     supervisor, libc = os.getpid(), ctypes.CDLL(None)
 
@@ -260,14 +275,15 @@ def _child_preparation(mask: object) -> Callable[[], None]:
     return prepare
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """``seconds`` as people say them."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Write ``line`` to stderr."""
     # On a terminal the cursor may stand behind a progress bar. Not through sys.stderr: what
     # could not be written, because the terminal is closed, would be an error again at the end.
     text = f"\n{line}\n" if os.isatty(2) else f"{line}\n"

@@ -6,8 +6,7 @@ import math
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
-from ofengine.data.batches import count_batches
-from ofengine.data.sources import refuse_several
+from ofengine.data.sources import count_batches, refuse_several
 from ofengine.errors import ConfigurationError, RateError
 from ofengine.rates.calendar import ceil_div
 from ofengine.rates.canvas import LETTERS, Canvas, figure, in_columns, round_numbers, spread
@@ -329,17 +328,19 @@ def epoch_length(
             raise ConfigurationError(
                 f"steps_per_epoch={steps_per_epoch!r}: give a whole number from 1 on."
             )
-        return steps_per_epoch * settings.accumulate_grad_batches
+        return steps_per_epoch * settings.window
     source = train_dataloaders if train_dataloaders is not None else task.train_dataloader()
     refuse_several(source, "train_dataloader")
     try:
         total: Optional[int] = None if source is None else len(source)
     except TypeError:
         total = None
+    limit, name = settings.limit_train_batches, "limit_train_batches"
     if settings.overfit_batches is not None:
-        return count_batches(total, settings.overfit_batches, "train_dataloader", "overfit_batches")
-    limit = settings.limit_train_batches
-    return count_batches(total, limit, "train_dataloader", "limit_train_batches")
+        limit, name = settings.overfit_batches, "overfit_batches"
+    if isinstance(limit, int):  # of each rank
+        limit *= settings.world_size
+    return count_batches(total, limit, "train_dataloader", name)
 
 
 def preview(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, List, Tuple
+from typing import Any, Iterable, List, Tuple
 
+import attrs
 from oneflow import nn
 
 from ofengine.callback import overrides
-from ofengine.data.batches import Batches, stage_loaders
+from ofengine.data.batches import Batches
 from ofengine.data.sources import describe_once, is_used_up, refuse_several
+from ofengine.data.stages import stage_loaders
 from ofengine.data.structure import describe
 from ofengine.errors import ConfigurationError, DataError
 from ofengine.modes.own_graphs import has_own_graph
+from ofengine.rates.plan import DecayEvents
 from ofengine.run.arguments import Limit, batches_between_validations
 from ofengine.run.hooks import refuse_eager_only_hooks
 from ofengine.run.settings import LIMIT_OF_STAGE, Settings
@@ -70,37 +73,50 @@ def check_step(task: TaskModule, stage: str) -> None:
     getattr(task, step)(None, 0)  # the default raises, and says what to write
 
 
-def training_batches(settings: Settings, task: TaskModule, given: Any) -> Batches:
+def training_batches(settings: Settings, task: TaskModule, train: Any) -> Batches:
     """The training data of ``fit``."""
-    source = given if given is not None else task.train_dataloader()
+    source = train if train is not None else task.train_dataloader()
     if source is None:
         raise _no_data(task, "train")
     refuse_several(source, "train_dataloader")
     keep = settings.overfit_batches is not None
     limit = settings.overfit_batches if keep else settings.limit("train")
     name = "overfit_batches" if keep else LIMIT_OF_STAGE["train"]
-    return Batches(source, limit, settings.device, "train_dataloader", name, keep, resumable=True)
+    given = (source, limit, settings.device, "train_dataloader", name, keep)
+    return Batches(*given, resumable=True, share=settings.share)
 
 
 def evaluation_batches(
-    settings: Settings, task: TaskModule, stage: str, given: Any, in_fit: bool = False
+    settings: Settings, task: TaskModule, stage: str, data: Any, in_fit: bool = False
 ) -> List[Batches]:
     """The data of an evaluation stage; none where the task does not take part in it."""
     step = STEP_OF_STAGE[stage]
     if stage != "predict" and not overrides(task, step, TaskModule):
-        if given is not None:
+        if data is not None:
             raise ConfigurationError(
                 f"{type(task).__name__} has no {step}, but {stage} data was given: write {step}, "
                 "or give no data."
             )
         return []
-    loaders = given if given is not None else getattr(task, LOADER_OF_STAGE[stage])()
+    loaders = data if data is not None else getattr(task, LOADER_OF_STAGE[stage])()
     keep = in_fit and settings.overfit_batches is not None
     limit: Limit = settings.overfit_batches if keep else settings.limit(stage)
     if limit is not None and limit == 0:
         return []
     name = "overfit_batches" if keep else LIMIT_OF_STAGE[stage]
-    return stage_loaders(loaders, limit, settings.device, LOADER_OF_STAGE[stage], name, keep)
+    given = (loaders, limit, settings.device, LOADER_OF_STAGE[stage], name, keep)
+    return stage_loaders(*given, settings.share)
+
+
+def decay_events(settings: Settings, callbacks: Iterable[Any]) -> List[Tuple[str, DecayEvents]]:
+    """When decay happens, by the callbacks that say so; counted in batches of all ranks."""
+    said = [(type(each).__name__, each.decay_events) for each in callbacks]
+    ranks = settings.world_size
+    return [
+        (name, attrs.evolve(events, every_n_batches=events.every_n_batches * ranks))
+        for name, events in said
+        if events is not None
+    ]
 
 
 def take_data(run: Run, train: Any, validation: Any) -> Tuple[Batches, List[Batches]]:
@@ -109,9 +125,9 @@ def take_data(run: Run, train: Any, validation: Any) -> Tuple[Batches, List[Batc
     run.train = taken = training_batches(settings, task, train)
     run.validation = evaluation_batches(settings, task, "validation", validation, in_fit=True)
     run.has_validation = bool(run.validation)
-    run.batches_per_epoch = taken.count
+    run.batches_per_epoch, run.epoch_length = taken.rounds, taken.count
     run.batches_between_validations = batches_between_validations(
-        settings.val_check_interval, taken.count or None
+        settings.val_check_interval, taken.rounds or None
     )
     for each in run.validation:
         _check_lasts(run, each)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from typing import Any, Iterator, List
+from typing import Any, Iterator, List, Optional
 
 from oneflow import nn
 from oneflow.nn.optimizer.lr_scheduler import LRScheduler
@@ -12,7 +12,8 @@ from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 from ofengine._oneflow.session import synchronize
 from ofengine.checkpoint.snapshot import before_validation
 from ofengine.data.batches import Batches
-from ofengine.data.seeding import seed_epoch
+from ofengine.data.generators import states_in
+from ofengine.data.seeding import BatchSeeds, seed_epoch
 from ofengine.data.sources import describe_once
 from ofengine.data.structure import describe_shapes, is_empty, size_of
 from ofengine.errors import DataError, RateError
@@ -52,8 +53,9 @@ def epoch_outgrew(run: Run) -> None:
         run.training_mode.rebuild("the epoch is longer than was expected")
 
 
-def epoch_ended(run: Run, batches: int, train: Batches) -> None:
+def epoch_ended(run: Run, train: Batches) -> None:
     """Take note of an epoch's true length."""
+    batches = run.progress.batches_done
     if batches == 0:
         end = f": {describe_once(train.source)}." if train.once else "."
         raise DataError(f"{train.what} gave no batch in epoch {run.progress.epoch}{end}")
@@ -156,9 +158,16 @@ def begin_epoch(run: Run, train: Batches) -> None:
         seed_epoch(run.seed, run.progress.epoch, train, run.task)
     train.set_epoch(run.progress.epoch)
     train.pass_seed = (run.data_seed, run.progress.epoch)
-    run.progress.batch_idx = -1
+    run.progress.batch_idx, run.progress.batches_done = -1, 0
     run.cut_short = None
     run.progress.point = Point.EPOCH_START
+
+
+def batch_seeds(run: Run) -> Optional[BatchSeeds]:
+    """What seeds each batch's step, where an optimizer step averages several."""
+    if run.seed is None or run.settings.window == 1:
+        return None
+    return BatchSeeds(run.seed, run.progress.epoch, run.task)
 
 
 def note_layers_in_eval_mode(run: Run) -> None:
@@ -175,12 +184,22 @@ def begin_validation(run: Run, validation: List[Batches]) -> None:
     run.progress.point = Point.VALIDATING
 
 
-def epoch_cut_short(run: Run, batches: int, is_last: bool) -> None:
+def epoch_cut_short(run: Run, is_last: bool) -> None:
     """Take note that the epoch ends here because training does."""
     if is_last:
-        run.rates.calendar.epoch_ended(run.progress.epoch, batches)
+        run.rates.calendar.epoch_ended(run.progress.epoch, run.progress.batches_done)
     else:
         run.cut_short = run.metrics.state()
+
+
+def note_data_states(run: Run, train: Batches, validation: List[Batches]) -> None:
+    """Note where the data's generators are at the end of ``fit``, for a checkpoint after it."""
+    run.data_states_after_fit = {
+        "now": states_in(None, train.source),
+        "validation": [states_in(None, each.source) for each in validation],
+        "at_pass": train.states_at_start,
+        "at_validation": [each.states_at_start for each in validation],
+    }
 
 
 @contextlib.contextmanager

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Optional
+from typing import Any, Dict, Optional
 
 import oneflow as flow
 from oneflow import nn
 
-from ofengine.errors import DeviceError, warn
+from ofengine.errors import ConfigurationError, DeviceError, warn
+from ofengine.launch.environment import World
 
 _LEAST, _MOST = (6, 0), (8, 9)
 """The compute capabilities that OneFlow 0.9.0 has machine code for, as its fat binaries show."""
@@ -92,3 +93,44 @@ def move(task: nn.Module, device: flow.device) -> None:
                 "own part with to_local()."
             )
     task.to(device)
+
+
+def check_ranks(values: Dict[str, Any], world: Optional[World]) -> None:
+    """Fill in how many ranks there are; refuse what several of them cannot do.
+
+    ``values`` are a Trainer's arguments, by name; ``world`` is where this process is among the
+    ranks, None for one that is alone.
+
+    Raises :class:`ConfigurationError`, :class:`DeviceError`.
+    """
+    if values["strategy"] == "zero":
+        raise ConfigurationError(
+            'strategy="zero" is not done yet (OneFlow\'s ZeRO ends the process on CPUs): use '
+            'strategy="ddp", which keeps the whole optimizer state on each rank.'
+        )
+    if not values["devices"]:
+        values["devices"] = 1 if world is None else world.local_world_size
+        if world is not None:
+            values["num_nodes"] = world.nodes
+    asked = values["devices"] * values["num_nodes"]
+    if world is not None and asked != world.world_size:
+        raise ConfigurationError(
+            f"devices={values['devices']} and num_nodes={values['num_nodes']} are {asked} rank(s), "
+            f"and this process was started as one of {world.world_size}: leave both out, or start "
+            "as many."
+        )
+    if asked == 1:
+        return
+    for name in ("mode", "eval_mode"):
+        if values[name] == "graph":
+            raise ConfigurationError(
+                f'{name}="graph" trains on one rank, and there are {asked}: use {name}="eager" '
+                "(OneFlow would send rank 0's graph to all ranks)."
+            )
+    if world is not None and values["device"].type == "cuda":
+        if world.local_rank >= flow.cuda.device_count():
+            raise DeviceError(
+                f"rank {world.rank} is the {world.local_rank + 1}. of its machine, which has "
+                f"{flow.cuda.device_count()} GPU(s): start no more ranks than GPUs."
+            )
+        values["device"] = resolve_device(f"cuda:{world.local_rank}")

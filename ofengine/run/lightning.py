@@ -20,8 +20,7 @@ def _each(names: str, mend: str) -> Dict[str, str]:
     return dict.fromkeys(names.split(), mend)
 
 
-_LEAVE_OUT = "one process trains on one device here: leave it out"
-_ALWAYS_0 = "one process trains here, so it would always be 0: leave it out"
+_LEAVE_OUT = "devices, num_nodes and strategy say all there is to say about ranks: leave it out"
 _STEPS_ALONE = (
     "the Trainer calls backward and the optimizer itself: return the loss from training_step, or, "
     "in graph mode, write a graph of your own in TaskModule.build_graph"
@@ -46,18 +45,19 @@ _SPLIT_SEQUENCES = (
 TRAINER_ARGUMENTS: Mapping[str, str] = {
     # Which machine, how many processes.
     "accelerator": 'write device="auto", "cpu", "cuda" or "cuda:N"',
-    **_each("devices gpus", 'one process trains on one device here: write device="cuda:0"'),
+    "gpus": "write devices=2, or another number of ranks",
     "auto_select_gpus": 'write device="auto", which takes the first GPU where there is one',
     **_each("tpu_cores ipus", 'there are GPUs and CPUs only: write device="auto"'),
     **_each(
-        "strategy distributed_backend num_nodes num_processes prepare_data_per_node",
+        "distributed_backend num_processes prepare_data_per_node",
         _LEAVE_OUT,
     ),
-    "sync_batchnorm": "one process sees the whole batch, so nothing is to be synchronized: "
-    "leave it out",
+    "sync_batchnorm": "each rank's batch norms see the batches of that rank; what makes them see "
+    "those of all is not done yet: leave it out",
     **_each(
         "use_distributed_sampler replace_sampler_ddp",
-        "one process reads all data with the sampler of its own DataLoader: leave it out",
+        "the batches that the DataLoader's own sampler gives are shared out among the ranks: leave "
+        "it out",
     ),
     "plugins": "what plugins change is fixed here: write a Callback, or a graph of your own in "
     "TaskModule.build_graph",
@@ -157,7 +157,7 @@ TRAINER_ATTRIBUTES: Mapping[str, str] = {
     ),
     "weights_save_path": "ask the ModelCheckpoint in trainer.callbacks for its dirpath",
     "call_hook": "only the Trainer calls hooks: call the callback's method itself",
-    "print": "one process trains here: write Python's own print(...)",
+    "print": "write print(...) under `if self.trainer.is_global_zero:`",
     # The data.
     "datamodule": "a Trainer knows dataloaders only: keep the object that you take them from",
     **_each(
@@ -214,17 +214,10 @@ TRAINER_ATTRIBUTES: Mapping[str, str] = {
     **_each(
         "accelerator devices device_ids data_parallel_device_ids gpus num_gpus root_gpu tpu_cores "
         "ipus",
-        "one process trains on one device here: write trainer.device",
+        "each rank trains on one device: write trainer.device, or trainer.world_size",
     ),
-    **_each(
-        "is_global_zero should_rank_save_checkpoint",
-        "one process trains here, so it would always be True: leave the condition out",
-    ),
-    **_each("global_rank local_rank node_rank", _ALWAYS_0),
-    **_each(
-        "world_size num_devices num_nodes num_processes",
-        "one process trains on one device here, so it would always be 1: leave it out",
-    ),
+    "should_rank_save_checkpoint": "write trainer.is_global_zero",
+    **_each("num_devices num_processes", "write trainer.world_size"),
     **_each(
         "strategy training_type_plugin data_parallel distributed_backend "
         "distributed_sampler_kwargs",
@@ -283,7 +276,7 @@ TASK_ATTRIBUTES: Mapping[str, str] = {
     # Logs and output.
     "logger": "write self.trainer.logger",
     "loggers": "write self.trainer.loggers",
-    "print": "one process trains here: write Python's own print(...)",
+    "print": "write print(...) under `if trainer.is_global_zero:`",
     **_each(
         "write_prediction write_prediction_dict",
         "return it from predict_step: predict gives all of them back",
@@ -294,8 +287,8 @@ TASK_ATTRIBUTES: Mapping[str, str] = {
     "prepare_data_per_node": _LEAVE_OUT,
     "allow_zero_length_dataloader_with_multiple_devices": "a dataloader without a batch is an "
     "error here: leave it out",
-    "all_gather": "one process has all values, so nothing is to be gathered: use the tensor itself",
-    **_each("global_rank local_rank", _ALWAYS_0),
+    "all_gather": "log the value, and that of all ranks counts; or call oneflow.comm yourself",
+    **_each("global_rank local_rank", "write self.trainer.global_rank or self.trainer.local_rank"),
     "on_gpu": 'write self.device.type == "cuda"',
     **_each("device_mesh fabric", _LEAVE_OUT),
 }
@@ -385,7 +378,7 @@ HOOKS: Mapping[str, str] = {
 """
 
 LOG_ARGUMENTS: Dict[str, str] = {
-    **_each("sync_dist sync_dist_group rank_zero_only", "one process trains here: leave it out"),
+    **_each("sync_dist_group rank_zero_only", "the values of all ranks count: leave it out"),
     "reduce_fx": "an epoch's value is the mean, weighted by batch_size: for another, log an object "
     "of ofengine.metrics",
     "add_dataloader_idx": "a name ends in /dataloader_idx_N where there are several loaders",

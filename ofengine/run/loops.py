@@ -9,11 +9,14 @@ import oneflow as flow
 
 from ofengine.checkpoint.resume import Entry, Resumed
 from ofengine.checkpoint.snapshot import note_start
-from ofengine.data.batches import STEPPED, Batches
+from ofengine.data.batches import Batches
+from ofengine.data.steps import STEPPED
 from ofengine.data.structure import shapes_of
+from ofengine.launch.heartbeat import beat
 from ofengine.metrics.base import evaluating
 from ofengine.modes.labels import LabelWatch, checking
-from ofengine.run import course, report
+from ofengine.ranks.shares import ABSENT, ALONE
+from ofengine.run import course, report, together
 from ofengine.run.connect import STEP_OF_STAGE
 from ofengine.run.hooks import HookRunner
 from ofengine.run.losses import LossWatch, warn_of_metrics
@@ -116,8 +119,10 @@ def _train_epoch(
     log_every = settings.log_every_n_steps
     observes_steps = course.observes_steps(run)
     is_limited = settings.max_steps != -1 or run.deadline is not None
-    interrupts = run.interrupts
-    last_expected = (run.rates.calendar.batches_per_epoch or 0) - 1
+    interrupts, ranks = run.interrupts, run.ranks
+    share = settings.share or ALONE
+    last_expected = share.rounds(run.rates.calendar.batches_per_epoch or 0) - 1
+    seeds = course.batch_seeds(run)
     waiting: Any = None
     waiting_place = next_wait = 0
     losses.begin_epoch()
@@ -129,11 +134,14 @@ def _train_epoch(
     if entry is not None:
         entry.restore_step_state(run)
         batch_idx = progress.batch_idx
-    interrupts.waiting = True
+    interrupts.waiting = ranks is None
     for batch_idx, batch, window, closes, is_last in steps:
         interrupts.waiting = False
         progress.batch_idx = batch_idx
-        if batch is not STEPPED:
+        beat()
+        if batch is ABSENT:
+            together.take_part(run, batch_idx, window, closes)
+        elif batch is not STEPPED:
             place[0] = batch_idx
             now = shapes_of(batch)
             if now != shapes:
@@ -142,14 +150,17 @@ def _train_epoch(
             progress.point = _STEP
             if batch_idx == last_expected and not is_last:
                 course.epoch_outgrew(run)
+            if seeds is not None:
+                seeds.begin(batch_idx * share.size + share.rank)
             for call in batch_start:
                 call(batch, batch_idx)
             outputs = step(batch, batch_idx, window, closes)
             progress.global_step += closes
-            progress.batches_seen += 1
+            progress.batches_done += train.in_round
+            progress.batches_seen += train.in_round
             progress.point = _STEPPED
-            stage.batch, stage.loss = batch, loss = batch, outputs["loss"]
-            keep_loss(loss)
+            stage.batch, stage.batch_idx, stage.loss = batch, batch_idx, outputs["loss"]
+            keep_loss(stage.loss)
             if logged:
                 commit(batch)
             for call in batch_end:
@@ -180,15 +191,19 @@ def _train_epoch(
             validate()
             shapes = _NONE_YET  # those noted are of validation
         progress.point = _READY
-        if interrupts.received is not None:
-            interrupts.check()
-        if run.should_stop or (is_limited and closes and run.is_out_of_time_or_steps()):
-            course.epoch_cut_short(run, batch_idx + 1, is_last)
+        if ranks is not None:
+            ends = together.stop(run, ranks, closes, is_last)
+        else:
+            if interrupts.received is not None:
+                interrupts.check()
+            ends = run.should_stop or (is_limited and closes and run.is_out_of_time_or_steps())
+        if ends:
+            course.epoch_cut_short(run, is_last)
             break
-        interrupts.waiting = True
+        interrupts.waiting = ranks is None
     else:
         interrupts.waiting = False
-        course.epoch_ended(run, batch_idx + 1, train)
+        course.epoch_ended(run, train)
     run.metrics.end_batches()
 
 
@@ -217,9 +232,9 @@ def _total(run: Run, loaders: List[Batches], most: Optional[int]) -> Optional[in
     total = 0
     for loader in loaders:
         limit = _least(run, loader, most)
-        if limit is None and loader.count is None:
+        if limit is None and loader.rounds is None:
             return None
-        total += min(each for each in (loader.count, limit) if each is not None)
+        total += min(each for each in (loader.rounds, limit) if each is not None)
     return total
 
 
@@ -281,6 +296,7 @@ def evaluation_loop(
         run.mode.settle()
     with course.in_eval_mode(run.task), evaluating():
         metrics.count_anew(evaluation=True)
+        together.share_buffers(run)
         run.evaluation_batches = _total(run, loaders, most)
         metrics.begin(per_step=False)
         for loader in loaders:
@@ -290,9 +306,12 @@ def evaluation_loop(
         for loader_idx, loader in enumerate(loaders):
             suffix = f"/dataloader_idx_{loader_idx}" if len(loaders) > 1 else ""
             metrics.begin(per_step=False, suffix=suffix)
-            predictions.append(_evaluate(run, hooks, mode, stage, loader_idx, loader, most))
+            predicted = _evaluate(run, hooks, mode, stage, loader_idx, loader, most)
+            if stage == "predict":
+                predictions.append(together.all_predictions(run, predicted))
             results.append(metrics.close_epoch())
             metrics.end()
+            together.check_interrupts(run)
         hooks.fire(f"on_{stage}_epoch_end")
         shared = metrics.close_epoch()
         for result in results:
@@ -327,10 +346,13 @@ def _evaluate(
     place = run.place.batch
     batch_idx = -1
     taken = _least(run, loader, most)
-    interrupts.waiting = True
+    is_alone = run.ranks is None
+    interrupts.waiting = is_alone
     for batch_idx, batch in enumerate(loader.first(taken)):
         interrupts.waiting = False
         place[0] = batch_idx
+        beat()
+        metrics.at_batch(batch_idx)
         now = shapes_of(batch)
         if now != shapes:
             course.note_batch(run, loader.what, batch_idx, batch)
@@ -345,8 +367,9 @@ def _evaluate(
         metrics.commit(batch)
         if stage == "predict":
             predicted.append(outputs)
-        interrupts.check()
-        interrupts.waiting = True
+        if is_alone:
+            interrupts.check()
+        interrupts.waiting = is_alone
     interrupts.waiting = False
     if taken is None:
         at = f" in the validation of epoch {run.progress.epoch}" if stage == "validation" else ""

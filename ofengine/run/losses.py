@@ -51,7 +51,7 @@ class LossWatch:
         """
         losses = self.unread[:count]
         if losses and self._is_on and self._noticed_in is None and not isfinite(loss):
-            self._tell(losses)
+            self._tell(losses, loss)
         del self.unread[:count]
         return self._labels.read(loss)
 
@@ -75,17 +75,20 @@ class LossWatch:
                 'ckpt_path="last") goes on from there.'
             )
 
-    def _tell(self, losses: List[Any]) -> None:
-        """Warn of the first of ``losses`` that is not finite."""
+    def _tell(self, losses: List[Any], last: float) -> None:
+        """Warn of the first of ``losses`` that is not finite, or of the ``last`` as it was read."""
         progress, window = self._run.progress, self._run.settings.accumulate_grad_batches
         values = read_losses(losses)
-        first = int(np.flatnonzero(~np.isfinite(values))[0])
+        odd = np.flatnonzero(~np.isfinite(values))
+        # None is where another rank has it, or where it was logged in the place of the loss.
+        first = int(odd[0]) if len(odd) else len(losses) - 1
         batch_idx = progress.batch_idx + 1 - len(self.unread) + first
         self._noticed_in = progress.epoch
         self._run.told_not_finite = True
+        value, until = (values[first], "") if len(odd) else (last, "up to ")
         self._noticed = (
             f"the loss of optimizer step {self._first_step + batch_idx // window} (from 0; epoch "
-            f"{progress.epoch}, batch {batch_idx}) is {values[first]:g}"
+            f"{progress.epoch}, {until}batch {batch_idx}) is {value:g}"
         )
         broken = self._run.broken() or "all parameters are still finite"
         warn(

@@ -22,7 +22,8 @@ class Mode(Protocol):
         """Forward and backward of one batch; the update where it ``closes`` its window.
 
         ``window`` is the number of batches whose gradients are averaged. Returns what
-        ``training_step`` returned as a dict, with the "loss" as a tensor of no dimension.
+        ``training_step`` returned as a dict, with the "loss" as a tensor of no dimension; of
+        ``ABSENT``, where the other ranks have a batch and this one has none, nothing.
         """
 
     def eval_step(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:

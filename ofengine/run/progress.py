@@ -45,8 +45,10 @@ class Progress:
     """The epoch being run, from 0."""
     batch_idx: int = 0
     """The batch stepped last, from 0 in each epoch; -1 before the first."""
+    batches_done: int = 0
+    """Batches of this epoch done, by all ranks together."""
     batches_seen: int = 0
-    """Training batches done in the whole run."""
+    """Training batches done in the whole run, by all ranks together."""
     point: Point = Point.BEGIN
 
     def state(self) -> Dict[str, Any]:
@@ -54,15 +56,19 @@ class Progress:
         return {
             "point": self.point.value,
             "epoch": self.epoch - (self.point is Point.OVER),
-            "batches_done": self.batch_idx + 1,
+            "batches_done": self.batches_done,
             "global_step": self.global_step,
             "batches_seen": self.batches_seen,
         }
 
-    def load(self, state: Dict[str, Any]) -> None:
-        """Be where :meth:`state` was taken."""
+    def load(self, state: Dict[str, Any], ranks: int = 1) -> None:
+        """Be where :meth:`state` was taken, by any number of ranks; now there are ``ranks``."""
         self.point = Point(state["point"])
         self.epoch = state["epoch"] + (self.point is Point.OVER)
-        self.batch_idx = state["batches_done"] - 1
+        self.batches_done = state["batches_done"]
+        done_by_all = self.batches_done // ranks
+        if self.point in BETWEEN_EPOCHS:
+            done_by_all = -(-self.batches_done // ranks)
+        self.batch_idx = done_by_all - 1
         self.global_step = state["global_step"]
         self.batches_seen = state["batches_seen"]

@@ -12,6 +12,8 @@ import attrs
 import oneflow as flow
 
 from ofengine.errors import ConfigurationError, UnknownArgumentError
+from ofengine.launch.environment import World, read
+from ofengine.ranks.shares import Share
 from ofengine.run.arguments import (
     Limit,
     batches_between_validations,
@@ -22,7 +24,7 @@ from ofengine.run.arguments import (
     check_limit,
     seconds_of,
 )
-from ofengine.run.devices import resolve_device
+from ofengine.run.devices import check_ranks, resolve_device
 from ofengine.run.lightning import TRAINER_ARGUMENTS, mend_for
 
 log = logging.getLogger("ofengine")
@@ -70,10 +72,20 @@ def _folder(name: str, value: Any) -> str:
 
 _FROM_ONE = "a whole number from 1 on"
 
+
+def _devices(name: str, value: Any) -> int:
+    if value == "auto":
+        return 0
+    return check_count(name, value, 1, '"auto" or a whole number of ranks on this machine')
+
+
 CHECKS: Tuple[Tuple[str, Callable[[str, Any], Any]], ...] = (
     ("mode", _one_of(*MODES)),
     ("eval_mode", _or_none(_one_of(*MODES))),
     ("device", lambda name, value: resolve_device(value)),
+    ("devices", _devices),
+    ("num_nodes", _whole(1, _FROM_ONE)),
+    ("strategy", _one_of("auto", "ddp", "zero")),
     ("max_steps", _whole(-1, "a number, -1 for any")),
     ("max_time", lambda name, value: seconds_of(value)),
     ("max_epochs", _or_none(_whole(-1, "a whole number of epochs, or -1 for no limit"))),
@@ -107,6 +119,12 @@ class Settings:
     mode: str
     eval_mode: str
     device: flow.device
+    devices: int
+    """Ranks on each machine."""
+    num_nodes: int
+    strategy: str
+    world: Optional[World]
+    """This rank among all; None where one process is alone, or is to start the ranks."""
     max_epochs: int
     """-1 for no limit."""
     max_steps: int
@@ -157,7 +175,24 @@ class Settings:
             values["max_epochs"] = -1 if limited else 1000
             if not limited:
                 log.info("max_epochs was not given: training up to 1000 epochs.")
+        values["world"] = world = read()
+        check_ranks(values, world)
         return cls(**values)
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks train together."""
+        return self.devices * self.num_nodes
+
+    @property
+    def share(self) -> Optional[Share]:
+        """Which of the batches are this rank's; None where they all are."""
+        return None if self.world is None else Share(self.world.rank, self.world.world_size)
+
+    @property
+    def window(self) -> int:
+        """How many batches, of all ranks together, an optimizer step averages."""
+        return self.accumulate_grad_batches * self.world_size
 
     def limit(self, stage: str) -> Limit:
         """How many batches of ``stage`` ("train", "validation", "test", "predict") are used."""
@@ -165,10 +200,13 @@ class Settings:
         return limit
 
     def total_steps(self, batches: Optional[int]) -> Optional[int]:
-        """The optimizer steps of a ``fit`` whose epochs have ``batches``; None where not known."""
+        """The optimizer steps of a ``fit`` whose epochs have ``batches``, those of all ranks.
+
+        None where that is not known.
+        """
         totals = [self.max_steps] if self.max_steps >= 0 else []
         if self.max_epochs >= 0 and batches is not None:
-            per_epoch = -(-batches // self.accumulate_grad_batches)
+            per_epoch = -(-batches // self.window)
             totals.append(per_epoch * self.max_epochs)
         return min(totals) if totals else None
 

@@ -17,12 +17,14 @@ from ofengine.metrics.history import History
 from ofengine.metrics.log import Metrics
 from ofengine.processes.crash_report import Place
 from ofengine.processes.interrupts import InterruptGuard
+from ofengine.ranks.meetings import Meetings
 from ofengine.rates.optimizers import Optimization
 from ofengine.rates.plan import RatePlan
 from ofengine.run.finite import Expected
 from ofengine.run.mode import Mode
 from ofengine.run.progress import Point, Progress
 from ofengine.run.settings import Settings
+from ofengine.shared_metrics import SharedMetrics
 
 State = Dict[str, Any]
 """Plain values and arrays, nested, as a checkpoint keeps them."""
@@ -47,6 +49,8 @@ class Run:
     place: Place = attrs.Factory(Place)
     """Where it is, for whoever speaks after a crash."""
     id: str = attrs.Factory(_new_id)
+    ranks: Optional[Meetings] = None
+    """This rank's end of what all exchange; None where one process is alone."""
     sitting: int = 0
     """How often the run was resumed; more than in any file of it that was found then."""
     resumed_from: Optional[Path] = None
@@ -69,7 +73,9 @@ class Run:
     train: Optional[Batches] = None
     validation: List[Batches] = attrs.Factory(list)
     batches_per_epoch: Optional[int] = None
-    """None where that is not known ahead."""
+    """Of one rank, where there are several; None where that is not known ahead."""
+    epoch_length: Optional[int] = None
+    """Batches in an epoch of all ranks together; None where that is not known ahead."""
     batches_between_validations: Optional[int] = None
     """None for the end of the epoch."""
     begun_at: Optional[float] = None
@@ -113,7 +119,11 @@ class Run:
         """A run at its beginning."""
         seed = settings.seed
         data_seed = flow.default_generator.initial_seed() if seed is None else seed
-        return cls(settings, callbacks, loggers, seed=seed, data_seed=data_seed)
+        run = cls(settings, callbacks, loggers, seed=seed, data_seed=data_seed)
+        if settings.world is not None:
+            run.ranks = Meetings(settings.world)
+            run.metrics = SharedMetrics(run.ranks)
+        return run
 
     @property
     def training_mode(self) -> Mode:
@@ -139,7 +149,11 @@ class Run:
     @property
     def total_steps(self) -> Optional[int]:
         """The optimizer steps that ``fit`` will make, or None where that is not known ahead."""
-        return self.settings.total_steps(self.batches_per_epoch)
+        return self.settings.total_steps(self.epoch_length)
+
+    def rounds(self, batches: int) -> int:
+        """So many of the ``batches`` of all ranks has the rank that has most."""
+        return -(-batches // self.settings.world_size)
 
     @property
     def seconds_trained(self) -> float:
@@ -169,7 +183,15 @@ class Run:
         step = self.progress.global_step
         if self.settings.max_steps != -1 and step >= self.settings.max_steps:
             return True
-        return self.deadline is not None and step > 0 and time.monotonic() >= self.deadline
+        if self.ranks is not None:
+            return self.ranks.agreed.out_of_time
+        return self.is_out_of_time()
+
+    def is_out_of_time(self) -> bool:
+        """True where ``max_time`` is used up by this rank's clock."""
+        if self.deadline is None or self.progress.global_step == 0:
+            return False
+        return time.monotonic() >= self.deadline
 
     def can_go_on_within(self, loop: State) -> bool:
         """True where an epoch of a checkpoint's ``loop`` was cut short by what is no limit now."""

@@ -9,10 +9,12 @@ from typing import Callable, Dict, Iterator, List, TypeVar
 
 from ofengine._oneflow.loaders import end_workers, workers_noted
 from ofengine.errors import ConfigurationError, GraphModeError
+from ofengine.launch import heartbeat
 from ofengine.modes.eager import EagerMode
 from ofengine.modes.graph import GraphMode
 from ofengine.processes.crash_report import CrashReport
 from ofengine.processes.interrupts import InterruptGuard
+from ofengine.run import together
 from ofengine.run.culprit import tell_culprit
 from ofengine.run.hooks import HookRunner, tell_of_lightning_s_names, warn_of_misspelt_methods
 from ofengine.run.mode import Mode
@@ -64,7 +66,10 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
         )
     warn_of_misspelt_methods(task, run.callbacks)
     tell_of_lightning_s_names(task, run.callbacks)
-    hooks = HookRunner(trainer, task, run.callbacks)
+    first = run.ranks is None or run.ranks.rank == 0
+    hooks = HookRunner(
+        trainer, task, [each for each in run.callbacks if first or not each.rank_zero_only]
+    )
     modes: Dict[str, Mode] = {
         name: (GraphMode if name == "graph" else EagerMode)(run, task, hooks.calls)
         for name in ({settings.mode, settings.eval_mode} if verb == "fit" else {settings.eval_mode})
@@ -73,17 +78,20 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
         run.mode = modes[settings.mode]
     run.interrupts, run.told_not_finite = InterruptGuard(), False
     status = "failed"
-    with CrashReport() as report, workers_noted(), run.interrupts:
+    with CrashReport() as report, workers_noted(), run.interrupts, heartbeat.verb:
         place_before, run.place = run.place, report.place
         try:
             hooks.fire("setup", verb)
             result = body(hooks, modes[settings.eval_mode])
-            run.interrupts.check()  # one may have come in the last hooks
+            if run.ranks is None:
+                run.interrupts.check()  # one may have come in the last hooks
             status = "success"
             return result
         except BaseException as raised:
             error = run.interrupts.reason(raised)
+            heartbeat.leaving()
             tell_culprit(error, run.progress)
+            _leave_others_alone(run, error)
             _tell_of_exception(hooks, error)
             if error is not raised:
                 raise error from error.__cause__
@@ -98,10 +106,19 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
                 mode.close()
             # One that fails must not keep the others from theirs.
             with contextlib.ExitStack() as stack:
+                stack.callback(together.end, run)  # comes last: all files are written by then
                 for each in reversed(run.loggers):
                     stack.callback(each.finalize, status)
                 for call in reversed(hooks.calls["teardown"]):
                     stack.callback(call, verb)
+
+
+def _leave_others_alone(run: Run, error: BaseException) -> None:
+    """This rank fails alone: it must wait for no other. A signal, all know of."""
+    if run.ranks is not None:
+        signalled = isinstance(error, (KeyboardInterrupt, SystemExit))
+        together_ = signalled and run.ranks.agreed.signal and not run.interrupts.hurried
+        run.ranks.over = run.ranks.over or not together_
 
 
 def _tell_of_exception(hooks: HookRunner, error: BaseException) -> None:

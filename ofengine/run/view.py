@@ -123,6 +123,41 @@ class RunView:
         """How often the script is started again where its process crashes."""
         return self._run.settings.restart_on_crash
 
+    # ------------------------------------------------------------------ which rank this is
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks train together; 1 where one process is alone."""
+        return self._run.settings.world_size
+
+    @property
+    def global_rank(self) -> int:
+        """Which of all ranks this process is, from 0."""
+        world = self._run.settings.world
+        return 0 if world is None else world.rank
+
+    @property
+    def local_rank(self) -> int:
+        """Which of the ranks on this machine it is, from 0."""
+        world = self._run.settings.world
+        return 0 if world is None else world.local_rank
+
+    @property
+    def node_rank(self) -> int:
+        """Which of the machines this is, from 0."""
+        world = self._run.settings.world
+        return 0 if world is None else world.node_rank
+
+    @property
+    def num_nodes(self) -> int:
+        """How many machines there are."""
+        return self._run.settings.num_nodes
+
+    @property
+    def is_global_zero(self) -> bool:
+        """True on rank 0, which writes and prints, and where one process is alone."""
+        return self.global_rank == 0
+
     # ------------------------------------------------------------------ where the run is
 
     @property
@@ -218,6 +253,7 @@ class RunView:
             and run.progress.point is not Point.STEP
             and not run.interrupts.hurried
             and run.moments_resumed is None
+            and (run.ranks is None or not run.ranks.over)
         )
 
     # ------------------------------------------------------------------ what it consists of

@@ -121,7 +121,7 @@ def test_a_rate_written_by_hand_is_refused(mode: str, number: int) -> None:
                 self.trainer.optimizer.param_groups[1].options.update(lr=0.5)
 
     trainer = quiet_trainer(mode=mode, max_epochs=1)
-    with pytest.raises(RateError, match="was changed by hand from 1 to 0.5"):
+    with pytest.raises(RateError, match=r"was changed by hand from 1 to 0\.5"):
         trainer.fit(Writes(), [flow.ones(1)] * 8)
     assert trainer.global_step == number + 2  # at the end of the step after it
 

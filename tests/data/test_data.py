@@ -18,8 +18,10 @@ from oneflow.utils.data import BatchSampler, DataLoader, Dataset, IterableDatase
 from oneflow.utils.data.sampler import RandomSampler, SubsetRandomSampler
 
 from ofengine import ConfigurationError, DataError, OFEngineError
-from ofengine.data.batches import Batches, count_batches, stage_loaders
+from ofengine.data.batches import Batches
 from ofengine.data.loading import _SeededIndices
+from ofengine.data.sources import count_batches
+from ofengine.data.stages import stage_loaders
 from ofengine.data.structure import batch_size_of, flatten, to_device, unflatten
 
 CPU = flow.device("cpu")

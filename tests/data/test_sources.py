@@ -24,8 +24,8 @@ from oneflow.utils.data import (
 from oneflow.utils.data.distributed import DistributedSampler
 
 from ofengine import Callback, ConfigurationError, DataError, OFEngineWarning, TaskModule
-from ofengine.data.batches import Batches, count_batches
-from ofengine.data.sources import is_used_up, set_epoch
+from ofengine.data.batches import Batches
+from ofengine.data.sources import count_batches, is_used_up, set_epoch
 from ofengine.run.arguments import batches_between_validations
 
 CPU = flow.device("cpu")

@@ -52,6 +52,19 @@ def only_sentence(text: str) -> str:
 # ---------------------------------------------------------------------- digits_finetune.py
 
 
+def test_two_ranks_learn_the_digits_as_one_process_with_twice_the_accumulation() -> None:
+    pytest.importorskip("sklearn")
+    common = ("digits_finetune.py", "--epochs", "1", "--device", "cpu")
+    started_plainly = run_example(*common, "--devices", "2")
+    alone = run_example(*common, "--mode", "eager", "--accumulate", "2")
+    assert started_plainly.returncode == alone.returncode == 0, started_plainly.stderr
+    digests = [
+        re.findall(r"the weights' digest: (\w+)", each.stdout) for each in (started_plainly, alone)
+    ]
+    assert len(digests[0]) == 1  # rank 0 alone prints
+    assert digests[0] == digests[1]
+
+
 @pytest.mark.parametrize("mode", ["graph", pytest.param("eager", marks=pytest.mark.slow)])
 def test_digits_are_learnt_alike_in_both_modes(mode: str, tmp_path: Path) -> None:
     pytest.importorskip("sklearn")

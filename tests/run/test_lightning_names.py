@@ -34,19 +34,19 @@ _ADVICE = re.compile(
 EXPECTED = {
     "TRAINER_ARGUMENTS": """
         accelerator amp_backend auto_lr_find auto_scale_batch_size barebones benchmark
-        checkpoint_callback datamodule detect_anomaly deterministic devices enable_autolog_hparams
-        gpus inference_mode min_epochs min_steps model model_registry num_nodes plugins precision
+        checkpoint_callback datamodule detect_anomaly deterministic enable_autolog_hparams
+        gpus inference_mode min_epochs min_steps model model_registry plugins precision
         profiler progress_bar_refresh_rate reload_dataloaders_every_n_epochs resume_from_checkpoint
-        return_predictions strategy sync_batchnorm tpu_cores track_grad_norm
+        return_predictions sync_batchnorm tpu_cores track_grad_norm
         use_distributed_sampler verbose weights_only weights_summary
         """,
     "TRAINER_ATTRIBUTES": """
         checkpoint_callback checkpoint_callbacks ckpt_path datamodule early_stopping_callback
-        estimated_stepping_batches fit_loop global_rank is_global_zero is_last_batch
-        lightning_module local_rank lr_scheduler_configs model num_devices
+        estimated_stepping_batches fit_loop is_last_batch
+        lightning_module lr_scheduler_configs model num_devices
         num_test_batches num_val_batches optimizers predicting print progress_bar_callback
         received_sigterm state strategy testing train_dataloader training val_dataloaders
-        validating world_size
+        validating
         """,
     "TASK_ATTRIBUTES": """
         all_gather automatic_optimization clip_gradients example_input_array fabric freeze

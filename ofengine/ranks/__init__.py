@@ -1,0 +1,1 @@
+"""Several processes that train one task: what they exchange, and what they decide together."""

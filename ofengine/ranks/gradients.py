@@ -1,0 +1,162 @@
+"""The gradients of all ranks, added up in the order in which one process would add them.
+
+Floating-point addition depends on its order: a ring all-reduce of three ranks gives other last
+bits than one process that accumulates three batches. Here each rank gathers what every rank has,
+with a flag for each parameter that the batch used, and adds it rank by rank to what the window has
+so far. All ranks then hold the same bits, which are those of the one process.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Sequence
+
+import numpy as np
+import oneflow as flow
+
+from ofengine.errors import RankError
+from ofengine.ranks.meetings import Meetings
+
+_WIDE, _NARROW = np.dtype(np.float64), np.dtype(np.float32)
+
+
+class GradientExchange:
+    """The gradients of one accumulation window, of all ranks.
+
+    Args:
+        meetings: this rank's end of the exchange.
+        parameters: the same on all ranks, in the same order.
+
+    Raises:
+        RankError: a parameter has a dtype that is not exchanged.
+    """
+
+    def __init__(self, meetings: Meetings, parameters: Sequence[Any]) -> None:
+        self._meetings = meetings
+        self.parameters = list(parameters)
+        self._parts = [_Part(self.parameters, dtype) for dtype in (_NARROW, _WIDE)]
+        exchanged = sum(len(part.indices) for part in self._parts)
+        if exchanged != len(self.parameters):
+            raise RankError(
+                "several ranks exchange gradients of float32 and float64, and a parameter has "
+                "another dtype: convert the model, as in task.float()."
+            )
+        self._flags = np.zeros(len(self.parameters), np.float32)
+        narrow = self._parts[0]
+        self._in_meeting = meetings.make_room(self._flags.size + narrow.size)
+
+    @property
+    def any(self) -> bool:
+        """True where the window has gradients."""
+        return bool(self._flags.any())
+
+    def add(self, check: int = 0, note: int = 0) -> int:
+        """Take the gradients of this rank's batch out of ``.grad``, and add those of all ranks.
+
+        A rank without a batch has none. ``check`` must be the same on all ranks. Returns the
+        largest ``note`` of all.
+        """
+        gradients = [parameter.grad for parameter in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        flags = np.array([each is not None for each in gradients], np.float32)
+        narrow, wide = (part.flat(gradients) for part in self._parts)
+        own = np.concatenate([flags, narrow])
+        seen = np.empty_like(own)
+        rows, note = self._meetings.step(own[: self._in_meeting], check, note)
+        count = self._flags.size
+        seen[:count] = self._flags
+        seen[count:] = self._parts[0].total
+        _add(seen[: self._in_meeting], rows)
+        self._gather_into(seen, own, self._in_meeting)
+        if wide.size:
+            self._gather_into(self._parts[1].total, wide, 0)
+        self._flags = np.minimum(seen[:count], 1.0)
+        self._parts[0].total = seen[count:]
+        return note
+
+    def _gather_into(self, total: np.ndarray, own: np.ndarray, first: int) -> None:
+        most = self._meetings.most_numbers
+        for start in range(first, own.size, most):
+            part = slice(start, start + most)
+            _add(total[part], self._meetings.gather(own[part]))
+
+    def put(self) -> None:
+        """Give each parameter that any batch of the window has used its gradient; begin anew."""
+        for parameter, gradient in zip(self.parameters, self._split()):
+            parameter.grad = gradient
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin a window anew."""
+        self._flags[:] = 0.0
+        for part in self._parts:
+            part.clear()
+
+    def totals(self, names: Dict[int, str]) -> Dict[str, Any]:
+        """What the window has so far, by the names of parameters, which are by ``id``."""
+        pairs = zip(self.parameters, self._split())
+        return {names[id(p)]: gradient for p, gradient in pairs if gradient is not None}
+
+    def load(self, totals: Dict[int, Any]) -> None:
+        """Go on from these totals, by the ``id`` of parameters."""
+        self.clear()
+        for index, parameter in enumerate(self.parameters):
+            if id(parameter) in totals:
+                self._flags[index] = 1.0
+                for part in self._parts:
+                    part.set(index, totals[id(parameter)].numpy())
+
+    def _split(self) -> List[Any]:
+        gradients: List[Any] = [None] * len(self.parameters)
+        for part in self._parts:
+            for index, start, stop in zip(part.indices, part.starts, part.starts[1:]):
+                if self._flags[index]:
+                    parameter = self.parameters[index]
+                    array = part.total[start:stop].reshape(tuple(parameter.shape))
+                    gradients[index] = flow.from_numpy(array).to(parameter.device)
+        return gradients
+
+
+class _Part:
+    """The parameters of one dtype, one after the other."""
+
+    def __init__(self, parameters: Sequence[Any], dtype: np.dtype) -> None:
+        of_dtype = {_NARROW: flow.float32, _WIDE: flow.float64}[dtype]
+        self.indices = [i for i, p in enumerate(parameters) if p.dtype == of_dtype]
+        sizes = [int(parameters[i].numel()) for i in self.indices]
+        self.starts = [0, *np.cumsum(sizes).tolist()]
+        self.size = self.starts[-1]
+        self._dtype = dtype
+        self.clear()
+
+    def clear(self) -> None:
+        # Not 0.0: -0.0 is what changes no number that it is added to, and no sign.
+        self.total = np.full(self.size, -0.0, self._dtype)
+
+    def flat(self, gradients: Sequence[Any]) -> np.ndarray:
+        """All ``gradients`` of this part in a row."""
+        having = [i for i in self.indices if gradients[i] is not None]
+        flat = np.full(self.size, -0.0, self._dtype)
+        if having:
+            parts = [gradients[i].contiguous().reshape(-1) for i in having]
+            together = (flow.cat(parts) if len(parts) > 1 else parts[0]).numpy()
+            if len(having) == len(self.indices):
+                return together
+            at = 0
+            for place, index in enumerate(self.indices):
+                if gradients[index] is not None:
+                    start, stop = self.starts[place], self.starts[place + 1]
+                    flat[start:stop] = together[at : at + stop - start]
+                    at += stop - start
+        return flat
+
+    def set(self, index: int, gradient: np.ndarray) -> None:
+        if index in self.indices:
+            place = self.indices.index(index)
+            self.total[self.starts[place] : self.starts[place + 1]] = gradient.reshape(-1)
+
+
+def _add(total: np.ndarray, rows: np.ndarray) -> None:
+    """Add the rows to ``total``, which is changed, one after the other."""
+    for row in rows:
+        np.add(total, row, out=total)

@@ -1,0 +1,136 @@
+"""The running statistics of batch norms, updated by the batches of all ranks in their order.
+
+Each rank normalizes its batch by that batch alone, as one process does with each of the batches it
+accumulates. That process updates the running statistics once for each batch, ``r * (1 - momentum)
++ added``. Here a rank keeps what each of its calls adds, which is what the layer makes of 0, and
+all ranks then update theirs by what every rank has, one after the other.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Dict, List, Tuple
+
+import numpy as np
+import oneflow as flow
+from oneflow import nn
+
+from ofengine.errors import RankError
+from ofengine.ranks.meetings import Meetings
+
+_KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_RUNNING = ("running_mean", "running_var")
+
+Pair = Tuple[np.ndarray, np.ndarray]
+"""Of the running mean, and of the running variance."""
+
+
+class RunningStatistics:
+    """The batch norms of a task that several ranks train.
+
+    Args:
+        meetings: this rank's end of the exchange.
+        task: whose batch norms are watched until :meth:`close`.
+
+    Raises:
+        RankError: a layer averages over all batches, with ``momentum=None``.
+    """
+
+    def __init__(self, meetings: Meetings, task: nn.Module) -> None:
+        self._meetings = meetings
+        self._layers: List[Any] = []
+        self._before: Dict[int, Pair] = {}
+        """Of each layer that was called, before the first call of this round."""
+        self._added: Dict[int, List[Pair]] = {}
+        """Of each layer, what each of its calls adds."""
+        self._own: List[Tuple[Any, Any]] = []
+        """Each layer, and the ``forward`` that somebody had given this very object."""
+        for name, module in task.named_modules():
+            if not isinstance(module, _KINDS) or module.running_mean is None:
+                continue
+            if module.momentum is None:
+                raise RankError(
+                    f"{type(task).__name__}.{name} has momentum=None, which several ranks do not "
+                    "keep to: give it a number, such as 0.1."
+                )
+            self._layers.append(module)
+            self._own.append((module, vars(module).get("forward")))
+            vars(module)["forward"] = partial(self._call, module, module.forward)
+        self._size = sum(int(layer.running_mean.numel()) for layer in self._layers)
+
+    def close(self) -> None:
+        """Let go of the layers."""
+        for layer, own in self._own:
+            vars(layer).pop("forward", None)
+            if own is not None:
+                vars(layer)["forward"] = own
+        self._own.clear()
+
+    def _call(self, layer: Any, forward: Any, *inputs: Any) -> Any:
+        """``forward``, noting what it adds to the running statistics."""
+        if not layer.training:
+            return forward(*inputs)
+        own = _running(layer)
+        self._before.setdefault(id(layer), own)
+        for name in _RUNNING:
+            getattr(layer, name).zero_()
+        output = forward(*inputs)
+        added = _running(layer)
+        self._added.setdefault(id(layer), []).append(added)
+        _write(layer, _updated(own, added, layer.momentum))
+        return output
+
+    @property
+    def calls(self) -> int:
+        """How often the layer that was called most was called in this round."""
+        return max(map(len, self._added.values()), default=0)
+
+    def exchange(self, most_calls: int) -> None:
+        """Update all layers by the calls of all ranks, none of which has more than so many."""
+        own = np.zeros((most_calls, len(self._layers) + 2 * self._size), np.float64)
+        for calls in range(most_calls):
+            row, at = own[calls], len(self._layers)
+            for number, layer in enumerate(self._layers):
+                added = self._added.get(id(layer), [])
+                size = int(layer.running_mean.numel())
+                if calls < len(added):
+                    row[number] = 1.0
+                    row[at : at + 2 * size] = np.concatenate(added[calls])
+                at += 2 * size
+        rows = self._meetings.gather(own.reshape(-1)).reshape(-1, *own.shape)
+        at = len(self._layers)
+        for number, layer in enumerate(self._layers):
+            size, now, count = int(layer.running_mean.numel()), self._before.get(id(layer)), 0
+            now = _running(layer) if now is None else now
+            dtype = now[0].dtype
+            for calls in rows:  # of one rank after the other
+                for call in calls:
+                    if call[number]:
+                        both = call[at : at + 2 * size].astype(dtype)
+                        now = _updated(now, (both[:size], both[size:]), layer.momentum)
+                        count += 1
+            at += 2 * size
+            if count:
+                _write(layer, now)
+            others = count - len(self._added.get(id(layer), []))
+            if others and layer.num_batches_tracked is not None:
+                layer.num_batches_tracked.add_(others)
+        self._before.clear()
+        self._added.clear()
+
+
+def _running(layer: Any) -> Pair:
+    return np.array(layer.running_mean.numpy()), np.array(layer.running_var.numpy())
+
+
+def _updated(now: Pair, added: Pair, momentum: float) -> Pair:
+    """As the layer itself does it, in its dtype."""
+    kept = now[0].dtype.type(1.0 - momentum)
+    return now[0] * kept + added[0], now[1] * kept + added[1]
+
+
+def _write(layer: Any, pair: Pair) -> None:
+    with flow.no_grad():
+        for name, array in zip(_RUNNING, pair):
+            tensor = getattr(layer, name)
+            tensor.copy_(flow.tensor(array, device=tensor.device))

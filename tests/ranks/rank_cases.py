@@ -1,0 +1,491 @@
+"""What one process and several ranks train, to be compared bit for bit.
+
+Each case is a function of a :class:`Place` that trains and returns what must be equal everywhere.
+Run as a program, one rank goes through all of them and writes down what it got.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Set
+
+import numpy as np
+import oneflow as flow
+from oneflow import nn
+from oneflow.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, TensorDataset
+
+from ofengine import Callback, RankError, TaskModule, Trainer, in_memory_loader
+from ofengine.callbacks import EarlyStopping, EMAWeightAveraging, LRDecayCallback, ModelCheckpoint
+
+Result = Dict[str, Any]
+CASES: Dict[str, Callable[[Place], Result]] = {}
+SLOW: Set[str] = set()
+"""Those that add least to the others."""
+
+
+def case(function: Callable[[Place], Result]) -> Callable[[Place], Result]:
+    CASES[function.__name__] = function
+    return function
+
+
+def slow_case(function: Callable[[Place], Result]) -> Callable[[Place], Result]:
+    SLOW.add(function.__name__)
+    return case(function)
+
+
+class Place:
+    """Where a case runs: in one of ``size`` ranks, or alone, in the place of all of them."""
+
+    def __init__(self, size: int, alone: bool, folder: Path, shared: Path) -> None:
+        self.size, self.alone, self.folder, self.shared = size, alone, folder, shared
+
+    def each(self, batches: int) -> int:
+        """``batches`` of each rank, in the batches that this process goes through."""
+        return batches * self.size if self.alone else batches
+
+    def trainer(self, accumulate: int = 1, **options: Any) -> Trainer:
+        given = {
+            "accumulate_grad_batches": self.each(accumulate),
+            "device": "cpu",
+            "max_epochs": 2,
+            "seed": 5,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": str(self.folder),
+        }
+        return Trainer(**{**given, **options})
+
+
+def numbers(samples: int = 46) -> Any:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((samples, 6)).astype(np.float32)
+    return x, rng.integers(0, 3, samples)
+
+
+def dataset(samples: int = 46) -> Any:
+    x, y = numbers(samples)
+    return TensorDataset(flow.tensor(x), flow.tensor(y))
+
+
+class Net(TaskModule):
+    """Two layers, a third that some batches use, and one that none does."""
+
+    def __init__(self, optimizer: str = "sgd", dropout: float = 0.0) -> None:
+        super().__init__()
+        flow.manual_seed(1)
+        self.optimizer_name = optimizer
+        self.first = nn.Linear(6, 8)
+        self.dropout = nn.Dropout(dropout)
+        self.second = nn.Linear(8, 3)
+        self.sometimes = nn.Linear(6, 3)
+        self.never = nn.Linear(2, 2)
+
+    def scores(self, x: Any) -> Any:
+        scores = self.second(self.dropout(self.first(x).relu()))
+        return scores + self.sometimes(x) if float(x[0, 0].numpy()) > 0.3 else scores
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        loss = nn.functional.cross_entropy(self.scores(x), y)
+        self.log("train_loss", loss, on_step=True, on_epoch=True, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        scores = self.scores(x)
+        self.log("val_loss", nn.functional.cross_entropy(scores, y))
+        self.log("val_acc", (scores.argmax(dim=-1) == y).to(flow.float32).mean())
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> Any:
+        if self.optimizer_name == "adamw":
+            return flow.optim.AdamW(self.parameters(), lr=0.02)
+        return flow.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def weights(task: nn.Module) -> Dict[str, np.ndarray]:
+    return {name: np.array(each.numpy()) for name, each in task.state_dict().items()}
+
+
+def fitted(task: Net, trainer: Trainer, train: Any, val: Any = None, **options: Any) -> Result:
+    trainer.fit(task, train, val, **options)
+    return {
+        "weights": weights(task),
+        "metrics": dict(trainer.callback_metrics),
+        "steps": trainer.global_step,
+        "seen": trainer.batches_seen,
+    }
+
+
+# ---------------------------------------------------------------------- optimizers and rates
+
+
+@case
+def sgd_with_momentum_shuffled(place: Place) -> Result:
+    loader = DataLoader(dataset(), batch_size=4, shuffle=True)
+    return fitted(Net(), place.trainer(max_epochs=3), loader)
+
+
+@case
+def adamw_with_all_that_goes_with_it(place: Place) -> Result:
+    class Layerwise(Net):
+        def configure_optimizers(self) -> Any:
+            groups = [
+                {"params": self.first.parameters(), "lr": 0.02, "name": "a", "lr_scale": 0.5},
+                {"params": [*self.second.parameters(), *self.sometimes.parameters(),
+                            *self.never.parameters()], "lr": 0.02, "name": "b",
+                 "lr_decay_scale": 0.9},
+            ]  # fmt: skip
+            optimizer = flow.optim.AdamW(groups, lr=0.02)
+            return [optimizer], [flow.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)]
+
+    loader = DataLoader(dataset(), batch_size=4, shuffle=True)
+    callbacks = [LRDecayCallback(every_n_batches=place.each(2)), EMAWeightAveraging(decay=0.9)]
+    trainer = place.trainer(accumulate=2, gradient_clip_val=0.5, callbacks=callbacks)
+    result = fitted(Layerwise("adamw", dropout=0.3), trainer, loader, loader)
+    rates = [trainer.rates.rates(step) for step in range(trainer.global_step)]
+    return {**result, "rates": rates}
+
+
+@slow_case
+def a_frozen_layer_and_clipping_by_value(place: Place) -> Result:
+    task = Net()
+    task.first.requires_grad_(False)
+    trainer = place.trainer(gradient_clip_val=0.01, gradient_clip_algorithm="value")
+    return fitted(task, trainer, DataLoader(dataset(), batch_size=4))
+
+
+@slow_case
+def float64(place: Place) -> Result:
+    x, y = numbers()
+    data = TensorDataset(flow.tensor(x.astype(np.float64)), flow.tensor(y))
+    task = Net()
+    task.first.double(), task.second.double(), task.sometimes.double()  # never stays float32
+    return fitted(task, place.trainer(), DataLoader(data, batch_size=4))
+
+
+@slow_case
+def plateau_and_early_stopping(place: Place) -> Result:
+    class OnPlateau(Net):
+        def configure_optimizers(self) -> Any:
+            optimizer = flow.optim.SGD(self.parameters(), lr=0.4)
+            plateau = flow.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"},
+            }
+
+    stopping = EarlyStopping(monitor="val_loss", patience=2)
+    trainer = place.trainer(max_epochs=30, callbacks=[stopping])
+    loader = DataLoader(dataset(), batch_size=4, shuffle=True)
+    result = fitted(OnPlateau(), trainer, loader, DataLoader(dataset(), batch_size=9))
+    return {**result, "epochs": trainer.current_epoch, "state": stopping.state_dict()}
+
+
+class Normed(Net):
+    """With a batch norm that is called twice in a step, in eval mode in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8, momentum=0.3)
+        self.other_norm = nn.BatchNorm1d(6)
+
+    def scores(self, x: Any) -> Any:
+        if self.training:
+            self.norm(self.first(x) + 1.0)
+            self.norm.eval()
+            self.norm(self.first(x))  # by the running statistics, which it leaves alone
+            self.norm.train()
+        return self.second(self.norm(self.first(self.other_norm(x))).relu())
+
+
+@case
+def batch_norms(place: Place) -> Result:
+    """Each batch by its own statistics; the running ones see the batches of all."""
+    loader = DataLoader(dataset(), batch_size=4, shuffle=True)
+    return fitted(Normed(), place.trainer(), loader, loader)
+
+
+# ---------------------------------------------------------------------- data
+
+
+@case
+def fewer_batches_than_ranks(place: Place) -> Result:
+    return fitted(Net(), place.trainer(), DataLoader(dataset(3), batch_size=4))
+
+
+@slow_case
+def a_list_of_batches(place: Place) -> Result:
+    x, y = numbers(10)
+    batches = [(flow.tensor(x[i : i + 2]), flow.tensor(y[i : i + 2])) for i in range(0, 10, 2)]
+    return fitted(Net(), place.trainer(), batches, batches)
+
+
+@case
+def limits_are_for_each_rank(place: Place) -> Result:
+    loader = DataLoader(dataset(), batch_size=3, shuffle=True)
+    options = {"limit_train_batches": place.each(2), "limit_val_batches": place.each(1)}
+    options["val_check_interval"] = place.each(1)
+    return fitted(Net(), place.trainer(**options), loader, loader)
+
+
+@slow_case
+def in_memory(place: Place) -> Result:
+    return fitted(Net(), place.trainer(), in_memory_loader(dataset(), 4, shuffle=True))
+
+
+class Noisy(Dataset):
+    """Noise from numpy's global generator."""
+
+    def __len__(self) -> int:
+        return 13
+
+    def __getitem__(self, index: int) -> Any:
+        return np.random.standard_normal(6).astype(np.float32), index % 3
+
+
+@slow_case
+def workers_that_draw(place: Place) -> Result:
+    loader = DataLoader(Noisy(), batch_size=2, shuffle=True, num_workers=1)
+    return fitted(Net(), place.trainer(max_epochs=1), loader)
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[Any]:
+        x, y = numbers(19)
+        yield from zip(x, y)
+
+
+@case
+def a_stream_of_unknown_length(place: Place) -> Result:
+    return fitted(Net(), place.trainer(accumulate=2), DataLoader(Stream(), batch_size=2))
+
+
+class Backwards(BatchSampler):
+    """A sampler with a generator of its own, which nobody seeds."""
+
+    def __init__(self) -> None:
+        self.random = np.random.RandomState(None if "--rank" in sys.argv else 7)
+
+    def __iter__(self) -> Iterator[List[int]]:
+        for start in self.random.permutation(9).tolist():
+            yield [start + 1, start]
+
+    def __len__(self) -> int:
+        return 9
+
+
+@case
+def a_sampler_that_nobody_seeds(place: Place) -> Result:
+    sampler = Backwards()
+    if not place.alone and place.trainer().global_rank == 0:
+        sampler.random.seed(7)  # rank 0's counts
+    return fitted(Net(), place.trainer(), DataLoader(dataset(), batch_sampler=sampler))
+
+
+# ---------------------------------------------------------------------- metrics and evaluation
+
+
+@case
+def two_loaders_are_evaluated(place: Place) -> Result:
+    trainer = place.trainer()
+    loaders = [DataLoader(dataset(11), batch_size=4), DataLoader(dataset(3), batch_size=4)]
+    results = [trainer.validate(Net(), loaders), trainer.test(Net(), loaders[0])]
+    return {"results": results}
+
+
+@case
+def predictions_of_two_loaders(place: Place) -> Result:
+    class Predicts(Net):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            x, y = batch
+            return {"scores": self.scores(x), "of": (batch_idx >= 0, y)}
+
+    loaders = [DataLoader(dataset(11), batch_size=2), DataLoader(dataset(3), batch_size=4)]
+    predicted = place.trainer().predict(Predicts(), loaders)
+    return {
+        "predicted": [
+            [[each["scores"].numpy(), *each["of"][:1], each["of"][1].numpy()] for each in every]
+            for every in predicted
+        ]
+    }
+
+
+@slow_case
+def what_is_read_at_every_batch(place: Place) -> Result:
+    class Reads(Callback):
+        rank_zero_only = True
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            assert "train_loss_step" in trainer.callback_metrics  # on rank 0 alone
+
+    loader = DataLoader(dataset(), batch_size=4)
+    return fitted(Net(), place.trainer(callbacks=[Reads()]), loader, loader)
+
+
+# ---------------------------------------------------------------------- ends
+
+
+@slow_case
+def a_stop_that_all_ask_for(place: Place) -> Result:
+    class Stops(Callback):
+        def on_train_batch_end(
+            self, trainer: Any, task: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            trainer.should_stop = batch_idx >= place.each(3) - 1
+
+    loader = DataLoader(dataset(), batch_size=4)
+    return fitted(Net(), place.trainer(callbacks=[Stops()]), loader)
+
+
+@case
+def a_stop_that_one_asks_for(place: Place) -> Result:
+    """All stop one batch later; a process that is alone is asked then."""
+
+    class Stops(Callback):
+        def on_train_batch_end(
+            self, trainer: Any, task: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            at = place.each(3) - 1 if place.alone else 1
+            trainer.should_stop = trainer.should_stop or (
+                batch_idx >= at and trainer.global_rank == trainer.world_size - 1
+            )
+
+    loader = DataLoader(dataset(), batch_size=4)
+    return fitted(Net(), place.trainer(callbacks=[Stops()]), loader)
+
+
+@slow_case
+def steps_are_limited(place: Place) -> Result:
+    loader = DataLoader(dataset(), batch_size=4, shuffle=True)
+    return fitted(Net(), place.trainer(max_epochs=-1, max_steps=9), loader)
+
+
+@case
+def a_signal_to_one_rank(place: Place) -> Result:
+    """All end after the same batch, and rank 0 saves."""
+
+    class Signals(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 2 and trainer.global_rank == trainer.world_size - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = place.trainer(callbacks=[Signals(), ModelCheckpoint()])
+    try:
+        trainer.fit(Net(), DataLoader(dataset(), batch_size=4))
+    except SystemExit as end:
+        saved = [path.name for path in place.folder.rglob("*.safetensors")]
+        return {"code": end.code, "saved": len(saved)}
+    return {}
+
+
+@case
+def ranks_that_do_different_things(place: Place) -> Result:
+    """All raise; a process that is alone cannot be at odds with itself."""
+    if place.alone:
+        return {"verbs": "RankError", "data": "RankError"}
+    trainer, raised = place.trainer(), {}
+    verb = trainer.validate if trainer.global_rank else trainer.test
+    loader = DataLoader(dataset(), batch_size=4)
+    samples = 46 if trainer.global_rank else 30
+    other = DataLoader(dataset(samples), batch_size=4)
+    for name, call in (
+        ("verbs", lambda: verb(Net(), loader)),
+        ("data", lambda: place.trainer().fit(Net(), other)),
+    ):
+        try:
+            call()
+        except RankError as error:
+            raised[name] = type(error).__name__
+    return raised
+
+
+# ---------------------------------------------------------------------- files
+
+
+class SavesAt(Callback):
+    """Saves when so many batches of all ranks are done."""
+
+    def __init__(self, batches: int, path: Path) -> None:
+        self.batches, self.path = batches, path
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.batches_seen == self.batches:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
+
+
+def resumable(place: Place, callbacks: Any = (), path: Optional[Path] = None) -> Result:
+    loader = DataLoader(dataset(), batch_size=3, shuffle=True)
+    trainer = place.trainer(accumulate=2, callbacks=list(callbacks), max_epochs=2)
+    return fitted(Net("adamw", dropout=0.2), trainer, loader, loader, ckpt_path=path)
+
+
+@case
+def whole(place: Place) -> Result:
+    return resumable(place)
+
+
+@slow_case
+def resumed_from_the_same(place: Place) -> Result:
+    """After three rounds, in the middle of a window."""
+    path = place.folder / "own.safetensors"
+    resumable(place, [SavesAt(3 * place.size, path)])
+    return resumable(place, path=path)
+
+
+@case
+def saved_for_the_other(place: Place) -> Result:
+    """Alone after a batch in the middle of a round; the other goes on from it."""
+    done = 2 * place.size + 1 if place.alone else 3 * place.size
+    name = "alone" if place.alone else "ranks"
+    resumable(place, [SavesAt(done, place.shared / f"{name}.safetensors")])
+    return {}
+
+
+@case
+def resumed_from_the_other(place: Place) -> Result:
+    path = place.shared / f"{'ranks' if place.alone else 'alone'}.safetensors"
+    return resumable(place, path=path)
+
+
+@case
+def files_and_best(place: Place) -> Result:
+    checkpoint = ModelCheckpoint(monitor="val_loss", save_last=True)
+    loader = DataLoader(dataset(), batch_size=4, shuffle=True)
+    trainer = place.trainer(logger=True, callbacks=[checkpoint], log_every_n_steps=2)
+    result = fitted(Net(), trainer, loader, loader)
+    best = trainer.validate(Net(), loader, ckpt_path="best")
+    rows = (place.folder / "ofengine_logs/version_0/metrics.csv").read_text()
+    left = sorted(str(p.relative_to(place.folder)) for p in place.folder.rglob("*.*"))
+    name = Path(checkpoint.best_model_path).name
+    return {**result, "best": best, "rows": rows, "files": left, "name": name}
+
+
+def run_case(name: str, place: Place) -> Result:
+    place.folder.mkdir(parents=True, exist_ok=True)
+    flow.manual_seed(0)
+    return CASES[name](place)
+
+
+def main(folder: Path, names: List[str]) -> None:
+    from ofengine.launch.environment import read
+
+    world = read()
+    assert world is not None
+    results: Dict[str, Any] = {}
+    for name in names:
+        place = Place(world.world_size, False, folder / "ranks" / name, folder)
+        results[name] = run_case(name, place)
+    (folder / f"results_{world.rank}.pickle").write_bytes(pickle.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[3:])

@@ -1,0 +1,77 @@
+"""N ranks are one process that accumulates the same N batches, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, List
+
+import numpy as np
+import pytest
+from rank_cases import CASES, SLOW, Place, run_case
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path(__file__).with_name("rank_cases.py")
+QUICK = [name for name in CASES if name not in SLOW]
+OTHERS = [name for name in CASES if name in SLOW or name == "whole"]
+STARTS = [
+    pytest.param((2, QUICK), id="2 ranks"),
+    pytest.param((2, OTHERS), id="2 ranks, the other cases", marks=pytest.mark.slow),
+    pytest.param((3, QUICK), id="3 ranks", marks=pytest.mark.slow),
+]
+
+
+def run_ranks(size: int, names: List[str], folder: Path) -> List[Dict[str, Any]]:
+    """What each rank got for each of the cases, in one start of the ranks."""
+    if "resumed_from_the_other" in names:
+        run_case("saved_for_the_other", Place(size, True, folder / "alone" / "saved", folder))
+    command = [sys.executable, "-m", "ofengine", "launch", "--nproc", str(size)]
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    launched = subprocess.run(
+        [*command, str(SCRIPT), str(folder), "--rank", *names],
+        env={**os.environ, "PYTHONPATH": paths},
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert launched.returncode == 0, launched.stdout
+    return [pickle.loads((folder / f"results_{rank}.pickle").read_bytes()) for rank in range(size)]
+
+
+@pytest.fixture(scope="module", params=STARTS)
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    size, names = request.param
+    folder = tmp_path_factory.mktemp("ranks")
+    return size, folder, run_ranks(size, names, folder)
+
+
+def assert_equal(one: Any, other: Any, at: str = "") -> None:
+    assert type(one) is type(other), at
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), at
+        for key in one:
+            assert_equal(one[key], other[key], f"{at}/{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), at
+        for place, (a, b) in enumerate(zip(one, other)):
+            assert_equal(a, b, f"{at}[{place}]")
+    elif isinstance(one, np.ndarray):
+        assert one.dtype == other.dtype and np.array_equal(one, other), at
+    else:
+        assert one == other, at
+
+
+def test_ranks_compute_what_one_process_does(ranks: Any) -> None:
+    size, folder, results = ranks
+    for name in results[0]:
+        alone = run_case(name, Place(size, True, folder / "alone" / name, folder))
+        for rank, result in enumerate(results):
+            assert_equal(result[name], alone, f"{name}, rank {rank}")
+
+
+def test_a_run_that_goes_on_is_one_that_never_stopped(ranks: Any) -> None:
+    _, _, results = ranks
+    for name, result in results[0].items():
+        if name.startswith("resumed_from"):
+            assert_equal(result, results[0]["whole"], name)

@@ -1,0 +1,129 @@
+"""What several ranks do not do is refused in one sentence, before anything begins."""
+
+from __future__ import annotations
+
+from typing import Any, Dict
+
+import oneflow as flow
+import pytest
+from helpers import Line, quiet_trainer
+from oneflow.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from ofengine import ConfigurationError, DataError, RankError, Trainer, rank_zero_only
+from ofengine.data.batches import Batches
+from ofengine.metrics import Mean
+from ofengine.ranks.messages import decode, encode, pack, unpack
+from ofengine.ranks.shares import OTHERS, Share
+
+
+@pytest.fixture
+def second_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the second of two ranks, as far as the environment goes."""
+    world = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"mode": "graph", "devices": 2}, 'mode="graph" trains on one rank, and there are 2'),
+        ({"eval_mode": "graph", "devices": 2}, 'eval_mode="graph" trains on one rank'),
+        ({"strategy": "zero"}, 'strategy="zero" is not done yet'),
+        ({"strategy": "fsdp"}, "use one of"),
+        ({"devices": 0}, "devices=0"),
+        ({"devices": "2"}, "devices='2'"),
+        ({"num_nodes": 0}, "num_nodes=0"),
+        ({"precision": "16-mixed"}, "dtype"),
+        ({"sync_batchnorm": True}, "not done yet"),
+    ],
+)
+def test_an_argument(arguments: Dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        Trainer(**arguments)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("verb", ["lr_find", "prove"])
+def test_a_verb(verb: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{verb} runs on one rank, and there are 2"):
+        getattr(quiet_trainer(devices=2), verb)(Line(), [flow.ones(1, 1)])
+
+
+def test_ranks_of_other_machines_are_not_started() -> None:
+    with pytest.raises(ConfigurationError, match="start the script on each machine"):
+        quiet_trainer(num_nodes=2).fit(Line(), [flow.ones(1, 1)])
+
+
+def test_metrics_that_count(second_of_two: None) -> None:
+    task = Line()
+    task.mean = Mean()
+    with pytest.raises(ConfigurationError, match=r"the sums of ofengine\.metrics\.Mean are those of"):
+        quiet_trainer().fit(task, [flow.ones(1, 1)])
+
+
+def test_another_number_of_ranks_than_were_started(second_of_two: None) -> None:
+    for arguments in ({"devices": 1}, {"devices": 3}, {"devices": 2, "num_nodes": 2}):
+        with pytest.raises(ConfigurationError, match="was started as one of 2"):
+            quiet_trainer(**arguments)
+
+
+def test_a_rank_knows_which_it_is(second_of_two: None) -> None:
+    trainer = quiet_trainer()
+    assert (trainer.world_size, trainer.global_rank, trainer.local_rank) == (2, 1, 1)
+    assert not trainer.is_global_zero
+    assert rank_zero_only(lambda: 1)() is None
+
+
+def test_a_process_that_is_alone_is_rank_zero() -> None:
+    trainer = quiet_trainer()
+    assert (trainer.world_size, trainer.global_rank, trainer.num_nodes) == (1, 0, 1)
+    assert trainer.is_global_zero
+    assert rank_zero_only(lambda: 1)() == 1
+
+
+def test_a_sampler_that_repeats_samples() -> None:
+    data = TensorDataset(flow.ones(6, 1))
+    loader = DataLoader(data, sampler=DistributedSampler(data, 2, 0))
+    with pytest.raises(DataError, match="repeats samples"):
+        Batches(loader, None, flow.device("cpu"), "train_dataloader", share=Share(0, 2))
+
+
+@pytest.mark.parametrize("size", [2, 3, 7])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_each_batch_is_one_rank_s(size: int, workers: int) -> None:
+    data = TensorDataset(flow.arange(23))
+    seen = []
+    for rank in range(size):
+        loader = DataLoader(data, batch_size=3, num_workers=workers)
+        share = Share(rank, size)
+        batches = Batches(loader, None, flow.device("cpu"), "data", share=share)
+        own = [tuple(each.numpy().tolist()) for (each,) in batches.first(None)]
+        assert len(own) == len(range(rank, 8, size))
+        seen += own
+        rounds = list(batches.steps(1))
+        assert [each[0] for each in rounds] == list(range(-(-8 // size)))
+        assert [each[2] for each in rounds][-1] == (8 % size or size)
+        assert OTHERS not in [each[1] for each in rounds]
+    assert sorted(sum(seen, ())) == list(range(23))
+
+
+def test_a_message_keeps_all_bits_and_runs_nothing() -> None:
+    import numpy as np
+
+    value = {"a": [0.1, float("inf"), 2**70, None, "x"], "b": np.array([1.5, -0.0], np.float32)}
+    back = decode(encode(value))
+    assert back["a"] == value["a"]
+    assert back["b"].tobytes() == value["b"].tobytes()
+    with pytest.raises(TypeError):
+        encode({"function": print})
+
+
+def test_what_a_step_returns_comes_back_as_it_was() -> None:
+    value = {1: (flow.ones(2, dtype=flow.int64), [None, True, "x"], {"a": 0.5})}
+    back = unpack(decode(encode(pack(value))), flow.device("cpu"))
+    assert list(back) == [1] and back[1][1:] == ([None, True, "x"], {"a": 0.5})
+    assert isinstance(back[1], tuple) and back[1][0].dtype == flow.int64
+    assert back[1][0].numpy().tolist() == [1, 1]
+    with pytest.raises(RankError, match="this is a set: return one of those"):
+        pack([{1}])
