@@ -58,7 +58,9 @@ def test_ranks_of_other_machines_are_not_started() -> None:
 def test_metrics_that_count(second_of_two: None) -> None:
     task = Line()
     task.mean = Mean()
-    with pytest.raises(ConfigurationError, match=r"the sums of ofengine\.metrics\.Mean are those of"):
+    with pytest.raises(
+        ConfigurationError, match=r"the sums of ofengine\.metrics\.Mean are those of"
+    ):
         quiet_trainer().fit(task, [flow.ones(1, 1)])
 
 
