@@ -254,12 +254,13 @@ def test_layers_that_hooks_froze_or_put_into_eval_mode(mode: str, tmp_path: Path
 
 
 def test_early_stopping_between_validation_and_the_end_of_the_epoch(tmp_path: Path) -> None:
-    # What is logged in the epoch too is looked at once, whatever the moment of the resumption.
+    # What is logged in the epoch too is looked at once, whatever the moment of the resumption: an
+    # epoch has five batches, and no more moments of any other kind.
     def callbacks() -> List[Callback]:
         return [EarlyStopping("val", min_delta=0.3, patience=3)]
 
     arguments = {"callbacks": callbacks, "max_epochs": 9, "val_check_interval": 2}
-    whole = check_exact(tmp_path, "eager", "", None, **arguments)
+    whole = check_exact(tmp_path, "eager", "", 5, **arguments)
     assert 1 < whole.trainer.current_epoch < 9
 
 

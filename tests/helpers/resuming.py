@@ -139,7 +139,7 @@ class Records(Callback):
 
 
 class Saves(Callback):
-    """Saves in every hook in which a run can be saved."""
+    """Saves in every hook in which a run can be saved, or in those of :data:`KINDS`."""
 
     fires_last = True
 
@@ -149,7 +149,7 @@ class Saves(Callback):
         self.rows_before: Dict[Path, int] = {}
 
     def save(self, trainer: Trainer, name: str) -> None:
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or (KINDS and name not in KINDS):
             return
         path = self.folder / f"{len(self.files):03d}-{name}.safetensors"
         self.files.append(trainer.save_checkpoint(path))
@@ -246,7 +246,7 @@ def assert_same_run(ours: Outcome, theirs: Outcome, skipped: int, where: str) ->
 
 
 KINDS: Tuple[str, ...] = ()
-"""Points of these kinds alone are resumed from; all kinds where it is empty."""
+"""Points of these kinds alone are saved and resumed from; all kinds where it is empty."""
 
 
 def choose(files: Sequence[Path], most: Optional[int]) -> List[Path]:
@@ -255,8 +255,7 @@ def choose(files: Sequence[Path], most: Optional[int]) -> List[Path]:
         return list(files)
     kinds: Dict[str, List[Path]] = {}
     for path in files:
-        if not KINDS or path.stem[4:] in KINDS:
-            kinds.setdefault(path.stem[4:], []).append(path)
+        kinds.setdefault(path.stem[4:], []).append(path)
     return [path for each in kinds.values() for path in each[len(each) // 2 :][:most]]
 
 
