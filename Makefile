@@ -12,6 +12,9 @@ RESUMED := tests/checkpoint/test_resume.py tests/checkpoint/test_resume_optimize
 PYTEST = $(PYTHON) -m pytest -n $(PYTEST_WORKERS)
 READY := .venv/.ready
 
+# The tests start many processes, each of which would compile all it imports anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test test-slow bench lint types wheel doctor clean
 .DEFAULT_GOAL := help
 

@@ -197,12 +197,27 @@ def test_a_run_that_was_killed_goes_on_as_if_files_of_later_had_not_been(tmp_pat
 # ---------------------------------------------------------------------- checkpoints of strangers
 
 
+OPTIONS: List[Dict[str, Any]] = [
+    {"save_last": True}, {"monitor": "val", "mode": "max", "save_last": True},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def other_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders of two runs whose files are victims, and of a stranger with each options."""
+    root = tmp_path_factory.mktemp("other-runs")
+    for name in ("ck", "elsewhere"):
+        fit(ModelCheckpoint(root / name, "theirs"), 1)
+    for number, options in enumerate(OPTIONS):
+        fit(ModelCheckpoint(root / f"stranger {number}", **options), 1, [9.0])
+    return root
+
+
 @pytest.fixture
-def victims(tmp_path: Path) -> Dict[str, Path]:
+def victims(tmp_path: Path, other_runs: Path) -> Dict[str, Path]:
     """Files that a checkpoint may name: in the folder, beside it, and checkpoints of other runs."""
+    shutil.copytree(other_runs, tmp_path, dirs_exist_ok=True)
     folder = tmp_path / "ck"
-    fit(ModelCheckpoint(folder, "theirs"), 1)
-    fit(ModelCheckpoint(tmp_path / "elsewhere", "theirs"), 1)
     for path in (folder / "train.py", folder / "x.safetensors", tmp_path / "y.safetensors"):
         path.write_text(PRECIOUS)
     return {
@@ -214,9 +229,19 @@ def victims(tmp_path: Path) -> Dict[str, Path]:
     }
 
 
-@pytest.mark.parametrize("form", ["absolute", "relative", "name"])
-@pytest.mark.parametrize("victim", range(5))
-@pytest.mark.parametrize("entry", ["to_remove", "best_model_path", "last_model_path", "all"])
+FORMS = ["absolute", "relative", "name"]
+ENTRIES = ["to_remove", "best_model_path", "last_model_path"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "victim", "form"),
+    [
+        # Every pair of them, and whatever can be said of a file in all entries at once.
+        *((entry, victim, FORMS[(victim + i) % 3])
+          for i, entry in enumerate(ENTRIES) for victim in range(5)),
+        *(("all", victim, form) for victim in range(5) for form in FORMS),
+    ],
+)  # fmt: skip
 def test_a_checkpoint_has_no_file_removed_or_replaced(
     tmp_path: Path, victims: Dict[str, Path], entry: str, victim: int, form: str
 ) -> None:
@@ -232,14 +257,13 @@ def test_a_checkpoint_has_no_file_removed_or_replaced(
         singles = ("to_remove", "best_model_path", "last_model_path", "itself")
         changes = {**dict.fromkeys(singles, named), "written": [named]}
         changes["best_k_models"] = {named: 9.0}
-    for options in ({"save_last": True}, {"monitor": "val", "mode": "max", "save_last": True}):
-        stranger = tmp_path / f"stranger of {len(options)}"
-        fit(ModelCheckpoint(stranger, **options), 1, [9.0])  # type: ignore[arg-type]
+    for number, options in enumerate(OPTIONS):
+        stranger = tmp_path / f"stranger {number}"
         path = forge(stranger / "last.safetensors", folder / "resume.safetensors", **changes)
         for key in (..., ""):  # as of this version, and of an earlier one
             path = forge(path, path, **({} if key is ... else {"key": ..., "itself": ...}))
             before = tree(tmp_path)
-            keep = ModelCheckpoint(folder, **options)  # type: ignore[arg-type]
+            keep = ModelCheckpoint(folder, **options)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of files that are not there
                 fit(keep, 2, [9.5, 10.0], path)

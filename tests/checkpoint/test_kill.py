@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, List
 
 import pytest
+from helpers import MODES
 from kill_harness import RESTARTED, SCENARIOS, run, start, until_the_end
 
 QUICK = ["batch:9", "replace:7"]
@@ -65,25 +66,29 @@ FURTHER = sorted(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario", FURTHER)
-@pytest.mark.parametrize("modes", [["eager", "graph"], ["graph", "eager"]])
+@pytest.mark.parametrize(
+    ("modes", "scenario"),
+    [([*MODES, *MODES][n % 2 :][:2], each) for n, each in enumerate(FURTHER)],
+)
 def test_killed_often_and_resumed_in_the_other_mode(
     tmp_path: Path, modes: List[str], scenario: str, reference: Any
 ) -> None:
     check(modes, tmp_path, scenario, ["batch:7", "replace:5", "validation:3"], reference)
 
 
+OF_FOLDERS = {
+    "a damaged file": ("plain", ["damage batch:9", "batch:12"]),
+    "a copied folder": ("plain", ["copy batch:9", "batch:12"]),
+    "a renamed folder": ("stopped early", ["move batch:7", "move replace:5"]),
+    "another run in the same folder": ("two at once", ["batch:9", "replace:7"]),
+}
 OTHERS = {
     "SIGTERM and Ctrl-C": ("plain", ["batch:7:15", "batch:9:2"]),
     "SIGTERM in the validation after which training stops": ("stopped early", ["validation:7:15"]),
     "SIGTERM in the very last batch": ("accumulation", ["batch:32:15"]),
-    "a damaged file": ("plain", ["damage batch:9", "batch:12"]),
     "killed between validation and the end of the epoch": ("stopped early", ["replaced:10"]),
     "killed and stopped early": ("stopped early", ["batch:7", "replace:5"]),
     "killed while validation shuffles": ("shuffled validation", ["validation:3", "batch:4"]),
-    "a copied folder": ("plain", ["copy batch:9", "batch:12"]),
-    "a renamed folder": ("stopped early", ["move batch:7", "move replace:5"]),
-    "another run in the same folder": ("two at once", ["batch:9", "replace:7"]),
     "SIGTERM to the process group": ("workers", ["batch:7:15:group"]),
     "a closed terminal": ("plain", ["batch:7:1"]),
     "workers that hang": ("persistent workers", ["hang:3:15", "hang:5:15:group"]),
@@ -94,6 +99,18 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_stopped_otherwise(mode: str, name: str, tmp_path: Path, reference: Any) -> None:
     scenario, kills = OTHERS[name]
+    check([mode], tmp_path / "run", scenario, kills, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "name"), [(MODES[number % 2], name) for number, name in enumerate(OF_FOLDERS)]
+)
+def test_what_happens_to_the_folder_meanwhile(
+    mode: str, name: str, tmp_path: Path, reference: Any
+) -> None:
+    # In the modes by turns: the files are the same in both.
+    scenario, kills = OF_FOLDERS[name]
     check([mode], tmp_path / "run", scenario, kills, reference)
 
 

@@ -26,25 +26,45 @@ from ofengine import Callback
 from ofengine.callbacks import EarlyStopping, EMAWeightAveraging, GradualUnfreezing
 
 FEW = pytest.mark.usefixtures("points")
+FEW_KINDS = ("batch", "epoch_end")
 
 
 @pytest.fixture(params=["few", pytest.param("of_each_kind", marks=pytest.mark.slow)])
 def points(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a batch and the end of an epoch, or, in the slow tests, from a point of each kind."""
+    """From a batch and the end of an epoch, or, in the slow tests, from a point of each kind.
+
+    Where these are few, all batches are of one size; the tests below without FEW have two.
+    """
     if request.param == "few":
-        monkeypatch.setattr(resuming, "KINDS", ("batch", "epoch_end"))
+        monkeypatch.setattr(resuming, "KINDS", FEW_KINDS)
+        monkeypatch.setattr(resuming, "EVEN", True)
 
 
-EVERY = pytest.param(None, marks=pytest.mark.slow, id="every_point")
+def test_from_a_point_of_each_kind(mode: str, tmp_path: Path) -> None:
+    check_exact(tmp_path, mode)
 
 
-@pytest.mark.parametrize("other", MODES)
-@pytest.mark.parametrize("seed", some_slow([None, 7], None))
-@pytest.mark.parametrize("most", [pytest.param(1, id="a_point_of_each_kind"), EVERY])
-def test_from_every_point_in_and_across_the_modes(
-    mode: str, other: str, seed: Any, most: Any, tmp_path: Path
+@pytest.mark.parametrize(("mode", "other"), [("eager", "graph"), ("graph", "eager")])
+def test_across_the_modes(
+    mode: str, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_exact(tmp_path, mode, other, most, seed=seed)
+    monkeypatch.setattr(resuming, "KINDS", (*FEW_KINDS, "validating"))
+    check_exact(tmp_path, mode, other)
+
+
+# Whether a run has a seed has to do with its data, and not with its mode.
+EVERYWHERE = [("eager", "eager", None), ("eager", "graph", 7), ("graph", "eager", None),
+              ("graph", "graph", 7)]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "other", "seed"), [*EVERYWHERE, ("eager", "graph", None), ("graph", "eager", 7)]
+)
+def test_from_every_point_in_and_across_the_modes(
+    mode: str, other: str, seed: Any, tmp_path: Path
+) -> None:
+    check_exact(tmp_path, mode, other, None, seed=seed)
 
 
 # ---------------------------------------------------------------------- how batches are made
@@ -61,8 +81,7 @@ def test_from_within_an_accumulation_window(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("other", MODES)
-@pytest.mark.parametrize("seed", [None, 7])
+@pytest.mark.parametrize(("mode", "other", "seed"), EVERYWHERE)
 def test_from_everywhere_with_accumulation(
     mode: str, other: str, seed: Any, tmp_path: Path
 ) -> None:
@@ -235,12 +254,13 @@ def test_layers_that_hooks_froze_or_put_into_eval_mode(mode: str, tmp_path: Path
 
 
 def test_early_stopping_between_validation_and_the_end_of_the_epoch(tmp_path: Path) -> None:
-    # What is logged in the epoch too is looked at once, whatever the moment of the resumption.
+    # What is logged in the epoch too is looked at once, whatever the moment of the resumption: an
+    # epoch has five batches, and no more moments of any other kind.
     def callbacks() -> List[Callback]:
         return [EarlyStopping("val", min_delta=0.3, patience=3)]
 
     arguments = {"callbacks": callbacks, "max_epochs": 9, "val_check_interval": 2}
-    whole = check_exact(tmp_path, "eager", "", None, **arguments)
+    whole = check_exact(tmp_path, "eager", "", 5, **arguments)
     assert 1 < whole.trainer.current_epoch < 9
 
 

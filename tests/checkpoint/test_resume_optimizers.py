@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from helpers import MODES
 from helpers.resuming import OPTIMIZERS, Net, assert_same_run, check_exact, run, some_slow
 
 
@@ -19,8 +20,14 @@ def test_every_optimizer(mode: str, optimizer: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("optimizer", "mode", "accumulate"),
+    [
+        (optimizer, mode, 1 + (number + place) % 2)
+        for number, optimizer in enumerate(OPTIMIZERS)
+        for place, mode in enumerate(MODES)
+    ],
+)
 def test_every_optimizer_from_every_point(
     mode: str, optimizer: str, accumulate: int, tmp_path: Path
 ) -> None:

@@ -84,8 +84,9 @@ class Logs(Mean):
 def test_it_goes_on_before_in_and_after_a_validation(
     name: str, seed: Optional[int], tmp_path: Path
 ) -> None:
+    # Of an epoch's nine moments, each fourth of all is another: before, in and after a validation.
     whole = check_stopping(
-        tmp_path, "eager", train, LOADERS[name], every=2, task=Logs, seed=seed,
+        tmp_path, "eager", train, LOADERS[name], every=4, task=Logs, seed=seed,
         limit_val_batches=2, eval_mode="eager",
     )  # fmt: skip
     values = [row[1] for row in whole.rows if row[0] == "metric"]

@@ -65,6 +65,10 @@ class Net(TaskModule):
         return {"optimizer": optimizer, "lr_scheduler": CosineAnnealingLR(optimizer, 40)}
 
 
+EVEN = False
+"""Whether all batches are of one size, which takes one graph less for each step."""
+
+
 class Augmented:
     """Rows and labels; rows with new noise of numpy's global generator each time."""
 
@@ -88,14 +92,14 @@ def collate(rows: Sequence[Any]) -> Tuple[Any, Any]:
     return flow.tensor(np.stack(inputs)), flow.tensor(np.array(labels))
 
 
-def shuffled(rows: int = 18, noise: float = 0.1, workers: int = 0) -> Callable[[int], Any]:
-    """A factory of a shuffled DataLoader: 5 batches of 4, the last of them smaller."""
+def shuffled(noise: float = 0.1, workers: int = 0) -> Callable[[int], Any]:
+    """A factory of a shuffled DataLoader: 5 batches of 4, the last of them smaller or not."""
 
     def make(seed: int) -> DataLoader:
         generator = flow.Generator("cpu")
         generator.manual_seed(seed)
         return DataLoader(
-            Augmented(rows, noise), batch_size=4, shuffle=True, num_workers=workers,
+            Augmented(20 if EVEN else 18, noise), batch_size=4, shuffle=True, num_workers=workers,
             collate_fn=collate, generator=generator,
         )  # fmt: skip
 
@@ -106,11 +110,11 @@ class Endless:
     """Batches in an order of numpy's global generator, of a number that nobody is told."""
 
     def __init__(self, seed: int) -> None:
-        self._data = Augmented(18, 0.1)
+        self._data = Augmented(20 if EVEN else 18, 0.1)
 
     def __iter__(self) -> Iterator[Any]:
-        order = np.random.permutation(18)
-        for start in range(0, 18, 4):
+        order = np.random.permutation(len(self._data))
+        for start in range(0, len(order), 4):
             yield collate([self._data[i] for i in order[start : start + 4]])
 
 
@@ -135,7 +139,7 @@ class Records(Callback):
 
 
 class Saves(Callback):
-    """Saves in every hook in which a run can be saved."""
+    """Saves in every hook in which a run can be saved, or in those of :data:`KINDS`."""
 
     fires_last = True
 
@@ -145,7 +149,7 @@ class Saves(Callback):
         self.rows_before: Dict[Path, int] = {}
 
     def save(self, trainer: Trainer, name: str) -> None:
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or (KINDS and name not in KINDS):
             return
         path = self.folder / f"{len(self.files):03d}-{name}.safetensors"
         self.files.append(trainer.save_checkpoint(path))
@@ -224,7 +228,7 @@ def run(
         callbacks=[*own, records, *([] if saves is None else [saves])],
         **{"max_epochs": 2, "log_every_n_steps": 2, **arguments},
     )
-    validation = DataLoader(Augmented(9, 0.1), batch_size=5, collate_fn=collate)
+    validation = DataLoader(Augmented(10 if EVEN else 9, 0.1), batch_size=5, collate_fn=collate)
     trainer.fit(made, data(start), validation, ckpt_path=resume_from)
     states = [plain(each.state_dict()) for each in own]
     return Outcome(trainer, made, weights_of(made), records.rows, states, saves)
@@ -242,7 +246,7 @@ def assert_same_run(ours: Outcome, theirs: Outcome, skipped: int, where: str) ->
 
 
 KINDS: Tuple[str, ...] = ()
-"""Points of these kinds alone are resumed from; all kinds where it is empty."""
+"""Points of these kinds alone are saved and resumed from; all kinds where it is empty."""
 
 
 def choose(files: Sequence[Path], most: Optional[int]) -> List[Path]:
@@ -251,8 +255,7 @@ def choose(files: Sequence[Path], most: Optional[int]) -> List[Path]:
         return list(files)
     kinds: Dict[str, List[Path]] = {}
     for path in files:
-        if not KINDS or path.stem[4:] in KINDS:
-            kinds.setdefault(path.stem[4:], []).append(path)
+        kinds.setdefault(path.stem[4:], []).append(path)
     return [path for each in kinds.values() for path in each[len(each) // 2 :][:most]]
 
 

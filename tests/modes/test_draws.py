@@ -10,7 +10,14 @@ import numpy as np
 import oneflow as flow
 import pytest
 from flowvision.layers.regularization import DropPath, StochasticDepth
-from helpers import MODES, assert_same_weights, fill_deterministically, quiet_trainer, random_rows
+from helpers import (
+    MODES,
+    assert_same_weights,
+    fill_deterministically,
+    quiet_trainer,
+    random_rows,
+    resuming,
+)
 from helpers.resuming import Net, check_exact
 from oneflow import nn
 
@@ -91,17 +98,25 @@ def run(mode: str, call: Callable[[Any], Any], layer: bool = False, **arguments:
     task, losses = Draws(call, layer), Losses()
     task.dropout.generator.manual_seed(7)
     trainer = quiet_trainer(mode=mode, max_epochs=2, callbacks=losses, **arguments)
-    trainer.fit(task, batches(), batches((4, 2)))
+    trainer.fit(task, batches(), batches((4, 4)))
     return task, losses.seen, trainer.callback_metrics["val"], flow.rand(3).numpy().tobytes()
 
 
-@pytest.mark.parametrize("layer", [False, True])
-@pytest.mark.parametrize("name", CALLS)
-def test_both_modes_draw_the_same(name: str, layer: bool) -> None:
+WITHOUT_A_LAYER = ["functional.dropout", "StochasticDepth of rows", "rand and randn", "a generator"]
+"""Alone; with a layer that draws too, every call is run."""
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"), [*((n, False) for n in WITHOUT_A_LAYER), *((n, True) for n in CALLS)]
+)
+def test_both_modes_draw_the_same_and_nothing_is_told(
+    name: str, layer: bool, recwarn: pytest.WarningsRecorder
+) -> None:
     ours, theirs = (run(mode, CALLS[name], layer) for mode in ("graph", "eager"))
     assert_same_weights(ours[0], theirs[0])
     assert ours[1:] == theirs[1:]
     assert len(set(ours[1])) == len(ours[1])
+    assert not [each for each in recwarn if "draws inside" in str(each.message)]
 
 
 @pytest.mark.parametrize("name", ["functional.dropout", "StochasticDepth of rows"])
@@ -126,7 +141,10 @@ class Drops(Net):
 
 
 @pytest.mark.parametrize("other", MODES)
-def test_a_resumed_run_draws_on(mode: str, other: str, tmp_path: Path) -> None:
+def test_a_resumed_run_draws_on(
+    mode: str, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resuming, "KINDS", ("batch", "epoch_end"))
     check_exact(tmp_path, mode, other, 1, task=Drops)
 
 
@@ -154,12 +172,6 @@ def test_what_cannot_be_drawn_ahead_is_told(operation: str) -> None:
     told = rf"training_step draws inside the compiled graph \({operation}\)"
     with pytest.warns(UserWarning, match=told):
         run("graph", NOT_FED[operation])
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_what_is_drawn_ahead_is_not_told(name: str, recwarn: pytest.WarningsRecorder) -> None:
-    run("graph", CALLS[name], layer=True)
-    assert not [each for each in recwarn if "draws inside" in str(each.message)]
 
 
 def test_draws_in_a_graph_of_ones_own_are_told(recwarn: pytest.WarningsRecorder) -> None:

@@ -31,6 +31,12 @@ OPTIMIZERS: Dict[str, Callable[[Any], Any]] = {
 }
 BATCHES = random_rows([4] * 5, 3)
 ORDERS = list(itertools.product(["eager", "graph"], repeat=3))
+SOME_ORDERS = [
+    ("eager", "graph", "eager"),
+    ("graph", "graph", "eager"),
+    ("graph", "eager", "graph"),
+]
+"""Each mode after each and at each place."""
 
 
 class Holds(TaskModule):
@@ -90,7 +96,7 @@ def after(kind: str, how: Sequence[str], schedule: Any = None, **arguments: Any)
 def test_a_second_fit_goes_on_in_either_mode(kind: str) -> None:
     expected = after(kind, ["eager"] * 3)
     assert expected.own.state_dict()["state"]["step"] == 15
-    for how in ORDERS[1:]:
+    for how in ORDERS[1:] if kind == "adam" else SOME_ORDERS:
         task = after(kind, how)
         assert_same_weights(task, expected)
         assert task.own.state_dict()["state"]["step"] == 15
@@ -100,7 +106,8 @@ def test_a_second_fit_goes_on_in_either_mode(kind: str) -> None:
 @pytest.mark.parametrize("schedule", [None, "steps"])
 def test_it_is_a_loop_by_hand_that_goes_on(kind: str, schedule: Any) -> None:
     expected = after(kind, ["by hand"] * 3, schedule)
-    for how in [*ORDERS, ("graph", "by hand", "graph"), ("by hand", "graph", "by hand")]:
+    orders = ORDERS if (kind, schedule) == ("momentum", "steps") else SOME_ORDERS
+    for how in [*orders, ("graph", "by hand", "graph"), ("by hand", "graph", "by hand")]:
         assert_same_weights(after(kind, how, schedule), expected)
 
 
@@ -150,7 +157,7 @@ def test_what_is_frozen_in_between_keeps_its_state() -> None:
         return task
 
     expected = frozen_in_the_second(["eager"] * 3)
-    for how in ORDERS[1:]:
+    for how in SOME_ORDERS:
         assert_same_weights(frozen_in_the_second(how), expected)
 
 

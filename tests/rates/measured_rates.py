@@ -28,10 +28,12 @@ LAYERWISE = [
     {"name": "rest"},
 ]
 """Groups with all keys."""
+RESET = 2
+"""So many numbers of a weight are set back to 0 after each step; the others go on."""
 
 
 class ConstantGradient(TaskModule):
-    """Two parameters for each group, and a loss whose gradient never changes."""
+    """One parameter for each group, and a loss whose gradient never changes."""
 
     def __init__(
         self,
@@ -47,19 +49,17 @@ class ConstantGradient(TaskModule):
         self.scheduling = scheduling or {}
         self.default_lr = default_lr
         for index in range(len(groups)):
-            setattr(self, f"reset_{index}", nn.Parameter(flow.zeros(2)))
-            setattr(self, f"free_{index}", nn.Parameter(flow.zeros(3)))
+            setattr(self, f"weight_{index}", nn.Parameter(flow.zeros(5)))
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = batch.sum() * 0.0
         for index, gradient in enumerate(self.gradients):
-            reset, free = getattr(self, f"reset_{index}"), getattr(self, f"free_{index}")
-            loss = loss + reset.sum() * gradient + free.sum() * -gradient
+            loss = loss + getattr(self, f"weight_{index}").sum() * gradient
         return loss
 
     def param_groups(self) -> List[Dict[str, Any]]:
         return [
-            {"params": [getattr(self, f"reset_{i}"), getattr(self, f"free_{i}")], **options}
+            {"params": [getattr(self, f"weight_{i}")], **options}
             for i, options in enumerate(self.options)
         ]
 
@@ -72,7 +72,7 @@ class ConstantGradient(TaskModule):
 
 
 class Measure(Callback):
-    """After each optimizer step: reads by how much the weights moved, sets one half to 0."""
+    """After each optimizer step: reads by how much the weights moved, sets the first two to 0."""
 
     def __init__(self) -> None:
         self.rates: List[List[float]] = []
@@ -82,8 +82,9 @@ class Measure(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, task: ConstantGradient, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        indices = range(len(task.gradients))
-        moved = [getattr(task, f"reset_{index}").numpy().copy() for index in indices]
+        weights = [getattr(task, f"weight_{index}") for index in range(len(task.gradients))]
+        arrays = [weight.numpy().copy() for weight in weights]
+        moved = [array[:RESET] for array in arrays]
         if trainer.global_step == self._steps:
             assert not np.any(moved), "the weights moved without an optimizer step"
             return
@@ -92,9 +93,11 @@ class Measure(Callback):
         for array in moved:
             assert (array == array[0]).all()
         self.rates.append([-float(a[0]) / g for a, g in zip(moved, task.gradients)])
-        self.free.append([float(getattr(task, f"free_{i}").numpy()[1]) for i in indices])
-        for index in indices:
-            getattr(task, f"reset_{index}").data.zero_()
+        for array in arrays:
+            assert (array[RESET:] == array[RESET]).all()
+        self.free.append([float(array[RESET]) for array in arrays])
+        for weight in weights:
+            weight.data[:RESET] = 0
 
 
 def rates_by_hand(
@@ -188,7 +191,7 @@ def check(meter: Measure, task: ConstantGradient, expected: Tuple[List[List[floa
     weights = [np.float32(0) for _ in task.options]
     for row, free in zip(rounded, meter.free):
         weights = [
-            weight + np.float32(rate) * np.float32(gradient)
+            weight - np.float32(rate) * np.float32(gradient)
             for weight, rate, gradient in zip(weights, row, task.gradients)
         ]
         assert free == [float(weight) for weight in weights]

@@ -117,7 +117,7 @@ def test_a_pair_that_disagrees_is_refused(mode: str) -> None:
     pair = [LRDecayCallback(every_n_batches=2), GraphLRScaleCallback(every_n_batches=3)]
     with pytest.raises(RateError, match="disagree"):
         measure(mode, task, batches(2), 1, callbacks=pair)
-    assert not task.reset_0.numpy().any()
+    assert not task.weight_0.numpy().any()
 
 
 def test_lr_written_by_hand_during_training_is_refused() -> None:

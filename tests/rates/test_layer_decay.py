@@ -278,8 +278,10 @@ def without_slow_initialization() -> Iterator[None]:
     """The weights' values do not matter here, and drawing them takes longer than all else."""
     patch = pytest.MonkeyPatch()
     for name, module in list(sys.modules.items()):
-        if name.startswith("flowvision.") and hasattr(module, "trunc_normal_"):
-            patch.setattr(module, "trunc_normal_", lambda tensor, *_, **__: tensor)
+        if name.startswith("flowvision.") or module is nn.init:
+            for function in [each for each in vars(module) if hasattr(nn.init, each)]:
+                if function[0] != "_" and function[-1] == "_":
+                    patch.setattr(module, function, lambda tensor, *_, **__: tensor)
     yield
     patch.undo()
 

@@ -48,7 +48,7 @@ class Net(TaskModule):
         return [optimizer], [flow.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12)]
 
     def train_dataloader(self) -> Any:
-        return image_batches([4, 4, 3], (4,))
+        return image_batches([4, 4, 4], (4,))
 
 
 class Scaling(nn.Linear):
