@@ -103,12 +103,13 @@ def run(mode: str, call: Callable[[Any], Any], layer: bool = False, **arguments:
 
 
 WITHOUT_A_LAYER = ["functional.dropout", "StochasticDepth of rows", "rand and randn", "a generator"]
-"""Alone; with a layer that draws too, every call is run."""
+"""The others alone are slow ones; with a layer that draws too, every call is run."""
+_ALONE = [
+    pytest.param(n, False, marks=() if n in WITHOUT_A_LAYER else pytest.mark.slow) for n in CALLS
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "layer"), [*((n, False) for n in WITHOUT_A_LAYER), *((n, True) for n in CALLS)]
-)
+@pytest.mark.parametrize(("name", "layer"), [*_ALONE, *((n, True) for n in CALLS)])
 def test_both_modes_draw_the_same_and_nothing_is_told(
     name: str, layer: bool, recwarn: pytest.WarningsRecorder
 ) -> None:

@@ -164,7 +164,12 @@ IN_WINDOWS = [
 
 
 @pytest.mark.parametrize(
-    ("change", "accumulate"), [*((c, 1) for c in CHANGES), *((c, 2) for c in IN_WINDOWS)]
+    ("change", "accumulate"),
+    [
+        *((each, 1) for each in CHANGES),
+        *((each, 2) for each in IN_WINDOWS),
+        *(pytest.param(c, 2, marks=pytest.mark.slow) for c in CHANGES if c not in IN_WINDOWS),
+    ],
 )
 def test_a_change_in_a_batch_hook_counts_as_in_eager_mode(change: str, accumulate: int) -> None:
     options = {"accumulate_grad_batches": accumulate}

@@ -48,19 +48,24 @@ def resumed_in(mode: str, number: int) -> str:
     return mode if number % 2 == 0 else MODES[1 - MODES.index(mode)]
 
 
+both_turns = pytest.mark.parametrize("turn", [0, pytest.param(1, marks=pytest.mark.slow)])
+"""The other turn resumes each case in the other mode."""
+
+
 # ---------------------------------------------------------------------- unchanged code
 
 
+@both_turns
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_unchanged_code_goes_on_with_the_same_rates(
-    mode: str, kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    mode: str, kind: str, turn: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In the same mode or in the other one; decay and ``lr_scale`` included; nothing logged."""
     make, closed, groups, scheduling = KINDS[kind]
     whole = train(mode, Line(make, groups, scheduling), save=tmp_path / "c")
     assert_close(whole, by_hand(closed, groups), range(BATCHES * EPOCHS))
     caplog.set_level(logging.INFO, "ofengine")
-    other = resumed_in(mode, list(KINDS).index(kind))
+    other = resumed_in(mode, list(KINDS).index(kind) + turn)
     rest = train(other, Line(make, groups, scheduling), ckpt=tmp_path / "c")
     assert rest == {step: whole[step] for step in range(SAVED_AT, BATCHES * EPOCHS)}
     assert lines_of(caplog) == []
@@ -71,8 +76,9 @@ BY_EPOCH = ["StepLR", "LambdaLR", "ChainedScheduler", "ofengine WarmupLR", "func
 
 @pytest.mark.parametrize("kind", [*BY_EPOCH, "one a group"])
 @pytest.mark.parametrize("save_at", [4, 9])
+@both_turns
 def test_by_epoch_with_accumulation_and_set_lr(
-    mode: str, kind: str, save_at: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    mode: str, kind: str, save_at: int, turn: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A schedule that moves by epochs, windows of 3 batches, and a rate set before the save.
 
@@ -92,7 +98,7 @@ def test_by_epoch_with_accumulation_and_set_lr(
     caplog.set_level(logging.INFO, "ofengine")
     done = {4: 2, 9: 4}[save_at]
     late = {step: change for step, change in changes.items() if step > done}
-    other = resumed_in(mode, [*BY_EPOCH, "one a group"].index(kind) + save_at)
+    other = resumed_in(mode, [*BY_EPOCH, "one a group"].index(kind) + save_at + turn)
     task = Line(make, groups, scheduling)
     rest = train(other, task, ckpt=tmp_path / "c", changes=late, **options)
     assert rest == {step: whole[step] for step in range(done, 2 * EPOCHS)}
@@ -255,9 +261,11 @@ LINE = re.compile(
 @pytest.mark.parametrize(
     ("change", "policy", "mode"),
     [
-        (change, policy, resumed_in(mode, number))
+        pytest.param(change, policy, mode, marks=pytest.mark.slow if other else ())
         for number, change in enumerate(CHANGES)
-        for policy, mode in zip(["checkpoint", "config"], MODES)
+        for policy, first in zip(["checkpoint", "config"], MODES)
+        for mode in MODES
+        for other in [mode != resumed_in(first, number)]
     ],
 )
 def test_changed_code(
