@@ -232,7 +232,6 @@ class Resumed:
 
     def enter(self, run: Run, train: Batches) -> Optional[Entry]:
         """Generators and layers; how the epoch goes on, None where it was over."""
-        run.moments_resumed = None
         loop, random = self.state["loop"], self.state["random"]
         train.pass_seed = (run.data_seed, loop["epoch"])
         if self.state["run"]["seed"] is not None and self._point is not Point.BEGIN:
@@ -261,8 +260,9 @@ class Resumed:
             if entry.data is None and run.is_done() and not run.should_stop:
                 entry = None
         seen, of_data = split_by_data(run, self.state.get("seen", {}))
-        if entry is None or entry.data is None:  # else see _reached
+        if entry is None or entry.data is None or not entry.data.done:  # else see _reached
             seen = {**seen, **of_data}
+            run.moments_resumed = None
         path = str(self.checkpoint.path)
         tell_of_readers(run, path)
         tell_of_what_is_missing(run, seen, lost, path, within_epoch=entry is not None)
@@ -301,6 +301,7 @@ class Resumed:
     def _reached(self, run: Run, train: Batches) -> None:
         """Behind the batches that were done: is it where the run before was?"""
         self._set_states(run, train, self.state["random"])
+        run.moments_resumed = None  # until here, generators stood somewhere on the way
         _, of_data = split_by_data(run, self.state.get("seen", {}))
         tell_of_what_is_missing(run, of_data, [], str(self.checkpoint.path), within_epoch=True)
         kept, now = (

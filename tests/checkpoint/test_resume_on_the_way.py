@@ -1,0 +1,146 @@
+"""A resumed run that ends before it is where the run before was leaves that one's checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import numpy as np
+import oneflow as flow
+import pytest
+from helpers import quiet_trainer
+from oneflow import nn
+from oneflow.utils.data import DataLoader, Dataset, IterableDataset
+
+from ofengine import Callback, TaskModule
+from ofengine.callbacks import ModelCheckpoint
+
+BATCHES, STOPPED_AFTER = 6, 4
+
+
+class Noise(TaskModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(flow.ones(1))
+
+    def training_step(self, batch: Any) -> Any:
+        return (self.scale * batch).mean()
+
+    def validation_step(self, batch: Any) -> None:
+        self.log("val", batch.mean())
+
+    def param_groups(self) -> Any:
+        return [{"params": [self.scale], "lr": 0.125}]
+
+
+def drawn() -> Any:
+    return np.random.rand(2).astype("float32")
+
+
+class Held(Dataset):
+    """Draws from numpy's global generator for each item."""
+
+    def __len__(self) -> int:
+        return BATCHES
+
+    def __getitem__(self, index: int) -> Any:
+        return drawn()
+
+
+class Streamed(IterableDataset):
+    """The same, of unknown length; breaks at an item of the first pass where it is told to."""
+
+    def __init__(self) -> None:
+        self.breaks_at: Optional[int] = None
+
+    def __iter__(self) -> Iterator[Any]:
+        for index in range(BATCHES):
+            if index == self.breaks_at:
+                self.breaks_at = None
+                raise OSError("the disk is gone")
+            yield drawn()
+
+
+class Breaks:
+    """A batch sampler that breaks at a batch of the first pass where it is told to."""
+
+    def __init__(self) -> None:
+        self.breaks_at: Optional[int] = None
+
+    def __len__(self) -> int:
+        return BATCHES
+
+    def __iter__(self) -> Iterator[List[int]]:
+        for index in range(BATCHES):
+            if index == self.breaks_at:
+                self.breaks_at = None
+                raise OSError("the disk is gone")
+            yield [index]
+
+
+class Stops(Callback):
+    """Ends the run by Ctrl-C after some batches, or in the validation after them."""
+
+    def __init__(self, hook: Optional[str]) -> None:
+        if hook is not None:
+            setattr(self, hook, self.stop)
+
+    def stop(self, trainer: Any, *_: Any) -> None:
+        if trainer.batches_seen == STOPPED_AFTER:
+            raise KeyboardInterrupt
+
+
+class Losses(Callback):
+    """Losses and validated values, by the batches that were seen."""
+
+    def __init__(self) -> None:
+        self.seen: Dict[Tuple[str, int], bytes] = {}
+
+    def on_train_batch_end(self, trainer: Any, task: Any, outputs: Any, *_: Any) -> None:
+        self.seen["loss", trainer.batches_seen] = outputs["loss"].numpy().tobytes()
+
+    def on_validation_end(self, trainer: Any, task: Any) -> None:
+        self.seen["val", trainer.batches_seen] = np.float64(
+            trainer.callback_metrics["val"]
+        ).tobytes()
+
+
+def fit(
+    folder: Path, kind: str, hook: Optional[str] = None, breaks_at: Optional[int] = None
+) -> Dict[Tuple[str, int], bytes]:
+    np.random.seed(0)
+    if kind == "streamed":  # a batch is read ahead, so only training draws
+        breaking: Any = Streamed()
+        train, validation = DataLoader(breaking, batch_size=1), [flow.ones(1, 2)]
+    else:
+        breaking = Breaks()
+        train, validation = DataLoader(Held(), batch_sampler=breaking), DataLoader(Held())
+    breaking.breaks_at = breaks_at
+    losses = Losses()
+    trainer = quiet_trainer(
+        max_epochs=1, val_check_interval=2, seed=None, default_root_dir=folder,
+        callbacks=[losses, Stops(hook), ModelCheckpoint(folder, save_last=True)],
+    )  # fmt: skip
+    trainer.fit(Noise(), train, validation, ckpt_path="last")
+    return losses.seen
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_batch_end"])
+@pytest.mark.parametrize("kind", ["streamed", "held"])
+def test_what_ends_it_on_the_way_is_as_if_it_had_not_been(
+    kind: str, hook: str, tmp_path: Path
+) -> None:
+    whole = fit(tmp_path / "whole", kind)
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        fit(folder, kind, hook)
+    before = {each.name: each.read_bytes() for each in folder.glob("*.safetensors")}
+    assert before
+    for breaks_at in (0, 2, STOPPED_AFTER - 1):
+        with pytest.raises(OSError, match="the disk is gone"):
+            fit(folder, kind, breaks_at=breaks_at)
+        assert {each.name: each.read_bytes() for each in folder.glob("*.safetensors")} == before
+    rest = fit(folder, kind)
+    assert rest
+    assert rest == {moment: whole[moment] for moment in rest}
+    assert ("val", STOPPED_AFTER) in rest
