@@ -292,7 +292,7 @@ class Trainer(RunView):
         run, settings, task = self._run, self.settings, self._run.task
         train, validation = connect.take_data(run, train_dataloaders, val_dataloaders)
         move(task, settings.device)
-        together.share_start(run, train, validation)
+        together.share_start(run, train, validation, resumed)
         if run.seed is not None:
             seed_everything(run.seed)
         run.optimization, run.plan = plan_run(settings, task, train.count, self._decays())

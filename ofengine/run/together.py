@@ -6,12 +6,13 @@ Where one process is alone, each of these does nothing, or what it would do alon
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Optional
 
 import attrs
 import numpy as np
 import oneflow as flow
 
+from ofengine.checkpoint.resume import Resumed
 from ofengine.data.batches import Batches
 from ofengine.data.generators import (
     global_states,
@@ -107,8 +108,13 @@ def all_predictions(run: Run, own: List[Any]) -> List[Any]:
 # ---------------------------------------------------------------------- the beginning of a fit
 
 
-def share_start(run: Run, train: Batches, validation: List[Batches]) -> None:
+def share_start(
+    run: Run, train: Batches, validation: List[Batches], resumed: Optional[Resumed]
+) -> None:
     """Begin with rank 0's weights, buffers, seed and generators; with the same data on all.
+
+    Without a seed, ranks take one: what one of them draws must not depend on the others. A run
+    that is resumed goes on with the one that it has.
 
     Raises :class:`RankError` where the ranks have other models or other amounts of data.
     """
@@ -135,7 +141,7 @@ def share_start(run: Run, train: Batches, validation: List[Batches]) -> None:
                 "ranks make the same task and the same dataloaders."
             )
     run.data_seed = said[0]["seed"]
-    if run.seed is None:
+    if run.seed is None and (resumed is None or resumed.state["run"]["seed"] is None):
         run.seed = run.data_seed % 2**63
     set_global_states(said[0]["random"]["global"])
     for each, states in zip((train, *validation), said[0]["random"]["data"]):

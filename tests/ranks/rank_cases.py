@@ -457,6 +457,26 @@ def resumed_from_the_other(place: Place) -> Result:
 
 
 @case
+def resumed_without_a_seed(place: Place) -> Result:
+    """As the run that never stopped: ranks have taken a seed, which the checkpoint keeps."""
+    if place.alone:
+        return {"equal": True}
+    results = []
+    for stops in (False, True):
+        path = place.folder / "unseeded.safetensors"
+        for resume in [False, True] if stops else [False]:
+            task = Net(dropout=0.2)
+            flow.manual_seed(4 if resume else 3)
+            callbacks = [SavesAt(3 * place.size, path)] if stops and not resume else []
+            trainer = place.trainer(seed=None, callbacks=callbacks)
+            loader = DataLoader(dataset(), batch_size=3, shuffle=True)
+            trainer.fit(task, loader, ckpt_path=path if resume else None)
+        results.append(weights(task))
+    one, other = results
+    return {"equal": all((one[name] == other[name]).all() for name in one)}
+
+
+@case
 def files_and_best(place: Place) -> Result:
     checkpoint = ModelCheckpoint(monitor="val_loss", save_last=True)
     loader = DataLoader(dataset(), batch_size=4, shuffle=True)
