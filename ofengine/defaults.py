@@ -32,8 +32,10 @@ def make_loggers(logger: Union[bool, Logger, Sequence[Logger]], settings: Settin
     if isinstance(logger, bool):
         logger = [CSVLogger(settings.default_root_dir)] if logger else []
     loggers: List[Logger] = _as_list("logger", logger, Logger)
+    if not is_rank_zero():
+        return [SilentLogger(each) for each in loggers]
     share_folders(loggers)
-    return loggers if is_rank_zero() else [SilentLogger(each) for each in loggers]
+    return loggers
 
 
 def _as_list(argument: str, given: Any, kind: type) -> List[Any]:
