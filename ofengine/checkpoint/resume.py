@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from typing import Any, Dict, Iterator, List, Optional
 
@@ -22,7 +23,13 @@ from ofengine.checkpoint.snapshot import MOMENTS, plain_options
 from ofengine.checkpoint.undo import Attributes, Undo
 from ofengine.checkpoint.weights import copy_weights
 from ofengine.data.batches import Batches
-from ofengine.data.generators import global_states, set_global_states, set_states_in
+from ofengine.data.generators import (
+    global_states,
+    same_state,
+    set_global_states,
+    set_states_in,
+    states_in,
+)
 from ofengine.data.steps import Resumption
 from ofengine.errors import CheckpointError, said_by, warn
 from ofengine.rates.resume import resume_plan
@@ -295,6 +302,9 @@ class Resumed:
             again=done > 0 and (point is not Point.READY or run.is_done()),
             begin=lambda: train.set_states(self.state["random_at_pass"]),
             reached=lambda: self._reached(run, train),
+            watch=(lambda batches: self._watched(train, batches))
+            if loop.get("half_made")
+            else None,
         )
         return Entry(data, self.state)
 
@@ -316,6 +326,23 @@ class Resumed:
                 "between its batches. A sampler can keep where it stands in state_dict and "
                 "load_state_dict."
             )
+
+    def _watched(self, train: Batches, batches: Iterator[Any]) -> Iterator[Any]:
+        """The first batch, of which a part was made before the run was stopped.
+
+        What its samples had drawn by then is not drawn again; told where they draw at all.
+        """
+        before = {"global": global_states(), "data": states_in(None, train.source)}
+        for batch in itertools.islice(batches, 1):
+            after = {"global": global_states(), "data": states_in(None, train.source)}
+            if not same_state(before, after):
+                warn(
+                    f"{self.checkpoint.path} was saved while a batch of {train.what} was being "
+                    "made, and making one draws random numbers in the main process: those that "
+                    "were drawn by then are not drawn again, so that the run does not go on "
+                    "exactly. A DataLoader with num_workers=1 or more does."
+                )
+            yield batch
 
     def _restore_layers(self, run: Run) -> None:
         """What hooks have frozen, or put into eval mode, since the epoch began or before."""

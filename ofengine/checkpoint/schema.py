@@ -106,7 +106,8 @@ _LOOP = record(
         "epoch_length": maybe(whole()),
         "frozen": listed(text),
         "in_eval_mode": listed(text),
-    }
+    },
+    {"half_made": flag},
 )
 GENERATORS = by_name(by_name(anything))
 """The states of generators by their place; each is compared with the generator at that place."""

@@ -237,6 +237,9 @@ def _moments(run: Run, copies: Mapping[int, Any]) -> State:
             **run.progress.state(),
             "should_stop": run.should_stop,
             "cut_short": run.cut_short,
+            "half_made": point is Point.READY
+            and run.interrupts.ended_waiting
+            and not getattr(source, "num_workers", 0),
             "epoch_length": run.epoch_length,
             "frozen": [n for n, p in task.named_parameters() if not p.requires_grad],
             "in_eval_mode": [n for n, m in task.named_modules() if not m.training]

@@ -275,6 +275,8 @@ class Batches:
                     yield step
                 else:
                     yield from resumed_step(step, resumption)
+                    if batch_idx == done - 1:
+                        batches = resumption.behind(batches)
                 batch_idx += 1
             window_batches = following
         if batch_idx < done:
@@ -294,6 +296,7 @@ class Batches:
                 first = sum(1 for _ in itertools.islice(batches, first))
             if first:
                 yield from resumed_step(step_of(count, accumulate, first - 1, STEPPED), resumption)
+            batches = resumption.behind(batches)
         batch_idx = first - 1
         if accumulate == 1:  # what _step_of gives, without its call at every step
             for batch_idx, batch in enumerate(batches, first):

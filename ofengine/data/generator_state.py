@@ -91,7 +91,7 @@ def check_state_of(generator: Any, state: Mapping[str, Any]) -> None:
         _set_state(another, state)
         found = state_of(another)
         unused = "oneflow" in state and _is_unused(np.array(state["oneflow"]))
-        good = unused or _same(state, found)
+        good = unused or same_state(state, found)
     except (*_WRONG, RuntimeError, CheckpointError) as error:
         raise CheckpointError(
             f"the state of a random generator does not fit a {kind}: {said_by(error)}."
@@ -152,7 +152,7 @@ def _check_positions(state: Any) -> None:
                 raise ValueError(f"{key} is no whole number from 0 to {most}")
 
 
-def _same(ours: Any, theirs: Any) -> bool:
+def same_state(ours: Any, theirs: Any) -> bool:
     """Equal in kind, shape and number, nested."""
     if isinstance(ours, np.ndarray) or isinstance(theirs, np.ndarray):
         arrays = isinstance(ours, np.ndarray) and isinstance(theirs, np.ndarray)
@@ -160,7 +160,7 @@ def _same(ours: Any, theirs: Any) -> bool:
     if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
         # Python's global generator is kept without its version.
         keys = set(ours) | {"version"} == set(theirs) | {"version"}
-        return keys and all(_same(ours[key], theirs[key]) for key in set(ours) & set(theirs))
+        return keys and all(same_state(ours[key], theirs[key]) for key in set(ours) & set(theirs))
     return type(ours) is type(theirs) and bool(ours == theirs)
 
 

@@ -27,6 +27,7 @@ from ofengine.data.generator_state import (
     is_generator,
     numpy_state,
     numpy_tuple,
+    same_state,
     set_state_of,
     state_of,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "global_states",
     "has_state",
     "is_generator",
+    "same_state",
     "set_global_states",
     "set_state_of",
     "set_states_in",

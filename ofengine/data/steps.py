@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Iterator, List, Tuple
+import itertools
+from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import attrs
 
@@ -35,6 +36,12 @@ class Resumption:
     """Puts the generators where they were at the beginning of the pass."""
     reached: Callable[[], None]
     """Puts the generators where they were when the run stopped."""
+    watch: Optional[Callable[[Iterator[Any]], Iterator[Any]]] = None
+    """Gives the first batch behind these, where making it is to be watched."""
+
+    def behind(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches that follow those that were done."""
+        return batches if self.watch is None else itertools.chain(self.watch(batches), batches)
 
 
 def listed(batches: Iterator[Any]) -> List[Any]:

@@ -41,6 +41,8 @@ class InterruptGuard:
         self.hurried = False
         """True once a second signal came: nothing that takes time should be begun."""
         self.waiting = False
+        self.ended_waiting = False
+        """True where what ended the run came while it waited for a batch."""
         """True while the run waits for a batch, between two moments that it can be saved at."""
         self._before: Dict[int, Any] = {}
         self._answered_at = 0.0
@@ -112,8 +114,8 @@ class InterruptGuard:
 
         Workers may have had the same signal. Nothing that :attr:`waiting` allows is raised then.
         """
-        waited, self.waiting = self.waiting, False
-        if waited and isinstance(error, Exception):
+        self.ended_waiting, self.waiting = self.waiting, False
+        if self.ended_waiting and isinstance(error, Exception):
             try:
                 self.check()
             except (KeyboardInterrupt, SystemExit) as interrupt:

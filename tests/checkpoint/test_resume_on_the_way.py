@@ -12,7 +12,7 @@ from helpers import quiet_trainer
 from oneflow import nn
 from oneflow.utils.data import DataLoader, Dataset, IterableDataset
 
-from ofengine import Callback, TaskModule
+from ofengine import Callback, TaskModule, Trainer
 from ofengine.callbacks import ModelCheckpoint
 
 BATCHES, STOPPED_AFTER = 6, 4
@@ -144,3 +144,57 @@ def test_what_ends_it_on_the_way_is_as_if_it_had_not_been(
     assert rest
     assert rest == {moment: whole[moment] for moment in rest}
     assert ("val", STOPPED_AFTER) in rest
+
+
+# ---------------------------------------------------------------------- half a batch
+
+
+class Spoiled(Dataset):
+    """Its item 9 cannot be had the first time; each may draw before."""
+
+    def __init__(self, draws: bool) -> None:
+        self.draws, self.spoiled = draws, False
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> Any:
+        item = drawn() if self.draws else np.full(2, index, dtype="float32")
+        if index == 9 and self.spoiled:
+            self.spoiled = False
+            raise OSError("the disk is gone")
+        return item
+
+
+class Passing(IterableDataset):
+    """The same, of unknown length."""
+
+    def __init__(self, draws: bool) -> None:
+        self.items = Spoiled(draws)
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.items.__getitem__, range(len(self.items)))
+
+
+@pytest.mark.parametrize("draws", [True, False])
+@pytest.mark.parametrize("kind", ["held", "passing"])
+def test_half_a_batch_is_told_where_making_one_draws(
+    kind: str, draws: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    data: Any = Spoiled(draws) if kind == "held" else Passing(draws)
+
+    def run() -> Trainer:
+        trainer = quiet_trainer(
+            max_epochs=1, default_root_dir=tmp_path,
+            callbacks=ModelCheckpoint(tmp_path, save_last=True),
+        )  # fmt: skip
+        trainer.fit(Noise(), DataLoader(data, batch_size=2), ckpt_path="last")
+        return trainer
+
+    getattr(data, "items", data).spoiled = True
+    with pytest.raises(OSError, match="the disk is gone"):
+        run()
+    recwarn.clear()
+    assert run().global_step == 6
+    told = [str(each.message) for each in recwarn if "was being made" in str(each.message)]
+    assert len(told) == draws
