@@ -9,7 +9,7 @@ PYTEST_WORKERS ?= 2
 PYTHON := .venv/bin/python
 APART := tests/rates tests/modes
 RESUMED := tests/checkpoint/test_resume.py tests/checkpoint/test_resume_optimizers.py
-PYTEST = $(PYTHON) -m pytest -n $(PYTEST_WORKERS) --dist worksteal
+PYTEST = $(PYTHON) -m pytest -n $(PYTEST_WORKERS)
 READY := .venv/.ready
 
 # The tests start many processes, each of which would compile all it imports anew.

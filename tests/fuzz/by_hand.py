@@ -66,6 +66,7 @@ def train(drawn: Configuration, batches: Sequence[Any]) -> List[Dict[str, bytes]
         (loss if window == 1 else loss / window).backward()
         waiting += drawn.groups == "scaled" and index % drawn.every == 0
         if closes:
+            _drop_frozen(groups)
             _clip(drawn, groups)
             position = step if drawn.interval == "step" else epoch
             for group, lr in zip(groups, base):
@@ -96,6 +97,14 @@ def _scheduled(schedule: Any, lr: float, position: int) -> float:
 
 def _option(group: Any, key: str, default: float) -> float:
     return float(group[key]) if key in group else default
+
+
+def _drop_frozen(groups: Any) -> None:
+    """What is frozen stays as it is, whatever its window has added up before."""
+    for group in groups:
+        for parameter in group.parameters:
+            if not parameter.requires_grad:
+                parameter.grad = None
 
 
 def _clip(drawn: Configuration, groups: Any) -> None:
