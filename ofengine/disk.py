@@ -199,3 +199,19 @@ def _machine() -> str:
     except OSError:
         return _UNKNOWN
     return found if re.fullmatch(r"[0-9a-f]{12}", found) else _UNKNOWN
+
+
+def append_whole(path: Path, data: bytes, flags: int = 0) -> None:
+    """Write ``data`` behind all that is in ``path``, or, where that raises OSError, none of it.
+
+    ``flags`` of open(2) come on top of those for appending; without ``O_CREAT`` the file is there.
+    """
+    flags |= os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    with os.fdopen(os.open(path, flags, 0o666), "ab", buffering=0) as file:
+        end, left = file.seek(0, os.SEEK_END), memoryview(data)
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            os.ftruncate(file.fileno(), end)
+            raise

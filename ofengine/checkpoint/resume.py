@@ -28,7 +28,6 @@ from ofengine.data.generators import (
     same_state,
     set_global_states,
     set_states_in,
-    states_in,
 )
 from ofengine.data.steps import Resumption
 from ofengine.errors import CheckpointError, said_by, warn
@@ -332,10 +331,9 @@ class Resumed:
 
         What its samples had drawn by then is not drawn again; told where they draw at all.
         """
-        before = {"global": global_states(), "data": states_in(None, train.source)}
+        before = train.states()
         for batch in itertools.islice(batches, 1):
-            after = {"global": global_states(), "data": states_in(None, train.source)}
-            if not same_state(before, after):
+            if not same_state(before, train.states()):
                 warn(
                     f"{self.checkpoint.path} was saved while a batch of {train.what} was being "
                     "made, and making one draws random numbers in the main process: those that "

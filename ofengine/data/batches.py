@@ -121,10 +121,7 @@ class Batches:
         if resumption is not None:
             resumption.begin()
         if self._resumable and not is_sequence(self.source):
-            self.states_at_start = {
-                "global": global_states(),
-                "data": states_in(None, self.source),
-            }
+            self.states_at_start = self.states()
             self._begun = self.pass_seed
         skipped = resumption.done if resumption is not None and self.can_skip else 0
         self.order = Order()
@@ -306,6 +303,10 @@ class Batches:
                 yield step_of(count, accumulate, batch_idx, batch)
         if batch_idx < last:
             raise DataError(f"{self.what} {self._gave(batch_idx + 1)}")
+
+    def states(self) -> RandomState:
+        """Where the generators that batches may draw from are now, for :meth:`set_states`."""
+        return {"global": global_states(), "data": states_in(None, self.source)}
 
     def set_states(self, states: Optional[RandomState]) -> None:
         """Put the generators where they were when a pass was begun."""

@@ -101,11 +101,6 @@ class Link:
             self._server.listen()
             self._server.setblocking(False)
 
-    @property
-    def is_up(self) -> bool:
-        """Whether this node is connected to node 0."""
-        return self._where.node_rank == 0 or bool(self._peers)
-
     def files(self) -> List[int]:
         """What becomes readable when there is something to be done."""
         peers = [*self._peers.values(), *self._strangers]

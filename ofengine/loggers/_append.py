@@ -10,7 +10,13 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 
-from ofengine.disk import give_name, open_regular, remove_leftovers, temporary_file
+from ofengine.disk import (
+    append_whole,
+    give_name,
+    open_regular,
+    remove_leftovers,
+    temporary_file,
+)
 from ofengine.errors import CheckpointError, warn
 from ofengine.loggers._folder import FolderLogger, plain_name, size_of
 
@@ -159,13 +165,7 @@ class AppendLogger(FolderLogger):
                 self._before = None
             self._append(path, b"".join(self._pending))
         except OSError as error:
-            if not self._warned:
-                self._warned = True
-                warn(
-                    f"{type(self).__name__} cannot write to {self._folder or self.save_dir}: "
-                    f"{error.strerror or error}. Training goes on; what is logged is kept in "
-                    "memory and written as soon as that is possible."
-                )
+            self._tell_unwritable(error, "what is logged is")
 
     def _begin_with(self, path: Path, source: Optional[Path], size: int) -> None:
         """Let ``path`` hold the first bytes of ``source``, which may be the same file."""
@@ -188,18 +188,11 @@ class AppendLogger(FolderLogger):
                 give_name(temporary, path)
 
     def _append(self, path: Path, data: bytes) -> None:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = 0
         if self._size == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            flags |= os.O_CREAT | (0 if self._resumed else os.O_EXCL)
-        with os.fdopen(os.open(path, flags, 0o666), "ab", buffering=0) as file:
-            begin, left = file.seek(0, os.SEEK_END), memoryview(data)
-            try:
-                while left:
-                    left = left[file.write(left) :]
-            except OSError:
-                os.ftruncate(file.fileno(), begin)  # all of it comes again at the next flush
-                raise
+            flags = os.O_CREAT | (0 if self._resumed else os.O_EXCL)
+        append_whole(path, data, flags)
         self._digest.update(data)
         self._size += len(data)
         self._pending = []

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 from ofengine.disk import why_no_path
-from ofengine.errors import ConfigurationError
+from ofengine.errors import ConfigurationError, warn
 from ofengine.loggers.base import Logger
 
 
@@ -176,6 +176,16 @@ class FolderLogger(Logger):
             return self._own_folder() if _is_same(folder, self._own_folder()) else None
         return own / folder.name if _is_same(folder.parent, own) else None
 
+    def _tell_unwritable(self, error: OSError, what: str) -> None:
+        """Warn, once, that the file cannot be written; ``what`` begins how it is kept."""
+        if not self._warned:
+            self._warned = True
+            warn(
+                f"{type(self).__name__} cannot write to {self._folder or self.save_dir}: "
+                f"{error.strerror or error}. Training goes on; {what} kept in memory and written "
+                "as soon as that is possible."
+            )
+
 
 def share_folders(loggers: Sequence[Logger]) -> None:
     """Let loggers of one Trainer with the same ``save_dir`` and ``name`` share one folder."""
@@ -209,3 +219,16 @@ def _is_same(folder: Path, other: Path) -> bool:
         return folder.samefile(other)
     except OSError:
         return False
+
+
+def number_of(name: str, value: Any) -> float:
+    """``value`` of the metric ``name`` as a number.
+
+    Raises :class:`ConfigurationError` where it is none.
+    """
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ConfigurationError(
+            f"log_metrics got {name!r} as a {type(value).__name__}: give a number."
+        ) from None

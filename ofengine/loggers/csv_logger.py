@@ -6,18 +6,18 @@ import csv
 import io
 import itertools
 import os
-import warnings
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
 
 from ofengine.disk import (
+    append_whole,
     give_name,
     open_regular,
     remove_leftovers,
     temporary_file,
 )
-from ofengine.errors import ConfigurationError, OFEngineWarning, warn
-from ofengine.loggers._folder import FolderLogger, size_of
+from ofengine.errors import warn
+from ofengine.loggers._folder import FolderLogger, number_of, size_of
 from ofengine.loggers._rows import KEYS, Digest, Kept, Row, digest_if_own, padded
 
 
@@ -129,7 +129,7 @@ class CSVLogger(FolderLogger):
         """Add ``metrics`` to the row of (``epoch``, ``step``)."""
         if not metrics:
             return
-        values = {name: _number(name, value) for name, value in metrics.items()}
+        values = {name: number_of(name, value) for name, value in metrics.items()}
         self._untouched = False
         known = set(self._columns)
         self._columns.extend(name for name in values if name not in known)
@@ -175,24 +175,14 @@ class CSVLogger(FolderLogger):
             if self._history is not None:
                 self._begin_with(path, *self._history)
                 self._history = None
-            size = size_of(path)
-            if size is None:  # at first, or somebody took it away
+            if size_of(path) is None:  # at first, or somebody took it away
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._written_columns = 0
             if len(self._columns) > self._written_columns:
                 self._add_columns(path)
-                size = size_of(path)
-            self._append(path, size or 0)
+            self._append(path)
         except OSError as error:
-            if not self._warned:
-                self._warned = True
-                warnings.warn(
-                    f"CSVLogger cannot write to {self._folder or self.save_dir}: "
-                    f"{error.strerror or error}. Training goes on; the rows are kept in memory "
-                    "and written as soon as that is possible.",
-                    OFEngineWarning,
-                    stacklevel=3,
-                )
+            self._tell_unwritable(error, "the rows are")
 
     def _begin_with(self, path: Path, source: Path, most: int) -> None:
         """Let ``path`` hold the first ``most`` rows of ``source``, which may be the same file."""
@@ -235,30 +225,13 @@ class CSVLogger(FolderLogger):
                 give_name(temporary, path)
         self._written_columns = len(self._columns)
 
-    def _append(self, path: Path, end: int) -> None:
-        """Write the rows behind the first ``end`` bytes, which are all."""
+    def _append(self, path: Path) -> None:
+        """Write the rows behind all that is there; no half row, for all come again."""
         cells = [row.cells(self._columns) for row in self._rows]
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(cells)
-        left = memoryview(text.getvalue().encode())
-        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(path, flags), "ab", buffering=0) as file:
-            try:
-                while left:
-                    left = left[file.write(left) :]
-            except OSError:
-                os.ftruncate(file.fileno(), end)  # no half row: all come again at the next flush
-                raise
+        append_whole(path, text.getvalue().encode())
         for row in cells:
             self._digest.add(row)
         self._written_rows += len(self._rows)
         self._rows.clear()
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ConfigurationError(
-            f"log_metrics got {name!r} as a {type(value).__name__}: give a number."
-        ) from None

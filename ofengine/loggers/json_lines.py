@@ -6,8 +6,8 @@ import json
 import math
 from typing import Any, Dict, Mapping
 
-from ofengine.errors import ConfigurationError
 from ofengine.loggers._append import AppendLogger
+from ofengine.loggers._folder import number_of
 
 
 class JSONLinesLogger(AppendLogger):
@@ -44,12 +44,7 @@ class JSONLinesLogger(AppendLogger):
 
 
 def _number(name: str, value: Any) -> Any:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ConfigurationError(
-            f"log_metrics got {name!r} as a {type(value).__name__}: give a number."
-        ) from None
+    number = number_of(name, value)
     if math.isfinite(number):
         return number
     return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"

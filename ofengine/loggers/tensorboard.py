@@ -14,6 +14,7 @@ import oneflow as flow
 from ofengine.data.structure import describe
 from ofengine.errors import ConfigurationError
 from ofengine.loggers._append import AppendLogger
+from ofengine.loggers._folder import number_of
 
 
 class TensorBoardLogger(AppendLogger):
@@ -64,13 +65,7 @@ class TensorBoardLogger(AppendLogger):
     def log_metrics(self, metrics: Dict[str, float], step: int, epoch: int) -> None:
         """Add a point to the curve of each of the ``metrics``, and to that of ``epoch``."""
         for name, value in metrics.items():
-            try:
-                number = float(value)
-            except (TypeError, ValueError):
-                raise ConfigurationError(
-                    f"log_metrics got {name!r} as a {type(value).__name__}: give a number."
-                ) from None
-            self._put_summary(self._tensorboardx.summary.scalar(name, number), step)
+            self._put_summary(self._tensorboardx.summary.scalar(name, number_of(name, value)), step)
         if metrics and self._more.get("epoch_at") != str(step):
             self._more["epoch_at"] = str(step)
             self._put_summary(self._tensorboardx.summary.scalar("epoch", float(epoch)), step)

@@ -41,9 +41,9 @@ class InterruptGuard:
         self.hurried = False
         """True once a second signal came: nothing that takes time should be begun."""
         self.waiting = False
+        """True while the run waits for a batch, between two moments that it can be saved at."""
         self.ended_waiting = False
         """True where what ended the run came while it waited for a batch."""
-        """True while the run waits for a batch, between two moments that it can be saved at."""
         self._before: Dict[int, Any] = {}
         self._answered_at = 0.0
         self._reminded = False

@@ -44,11 +44,6 @@ class GradientExchange:
         narrow = self._parts[0]
         self._in_meeting = meetings.make_room(self._flags.size + narrow.size)
 
-    @property
-    def any(self) -> bool:
-        """True where the window has gradients."""
-        return bool(self._flags.any())
-
     def add(self, check: int = 0, note: int = 0) -> int:
         """Take the gradients of this rank's batch out of ``.grad``, and add those of all ranks.
 

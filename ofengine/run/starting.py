@@ -16,12 +16,10 @@ from ofengine.run.together import of_rank_zero
 
 log = logging.getLogger("ofengine")
 
-_ON_ONE_RANK = ("lr_find", "prove")
-
 
 def refuse_on_ranks(settings: Settings, verb: str) -> None:
     """Raise :class:`ConfigurationError` for a verb that several ranks do not carry out."""
-    if settings.world_size > 1 and verb in _ON_ONE_RANK:
+    if settings.world_size > 1:
         raise ConfigurationError(
             f"{verb} runs on one rank, and there are {settings.world_size}: call it in a script of "
             "its own, with Trainer(devices=1)."

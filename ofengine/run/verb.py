@@ -66,7 +66,7 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
         )
     warn_of_misspelt_methods(task, run.callbacks)
     tell_of_lightning_s_names(task, run.callbacks)
-    first = run.ranks is None or run.ranks.rank == 0
+    first = trainer.is_global_zero
     hooks = HookRunner(
         trainer, task, [each for each in run.callbacks if first or not each.rank_zero_only]
     )
