@@ -25,6 +25,8 @@ from ofengine.launch.heartbeat import exchange
 from ofengine.ranks.messages import decode, encode
 
 _CONTROL = 8
+_LEAST = 4
+"""So many numbers a meeting carries at least."""
 _MOST_IN_MEETING = 64 * 1024
 """So many numbers a meeting carries at most; more are gathered apart."""
 _MOST_NUMBERS = 4 * 1024 * 1024
@@ -45,6 +47,8 @@ class Purpose(enum.IntEnum):
     """The metrics of all, which are due."""
     TALK = 5
     """A message of each."""
+    LINE_UP = 6
+    """The round of a compiled step."""
 
 
 @attrs.define
@@ -80,15 +84,15 @@ class Meetings:
         """Takes what each rank gave, in the order of ranks, once and for all."""
         self.show_metrics: Callable[[List[Any]], None] = lambda messages: None
         """Looks at it only: it is given again."""
-        self._room = 0
+        self._room = _LEAST
 
     def make_room(self, numbers: int) -> int:
         """Let meetings carry so many numbers, or as many as there is room for; all ranks at once.
 
         Returns how many.
         """
-        self._room = min(numbers, _MOST_IN_MEETING)
-        return self._room
+        self._room = max(_LEAST, min(numbers, _MOST_IN_MEETING))
+        return min(numbers, self._room)
 
     @property
     def most_numbers(self) -> int:
@@ -104,7 +108,16 @@ class Meetings:
         all, the largest is returned too.
         """
         rows = self._meet(Purpose.STEP, body, check, note=note)
-        return rows[:, _CONTROL:], int(rows[:, 7].max())
+        return rows[:, _CONTROL : _CONTROL + body.size], int(rows[:, 7].max())
+
+    def line_up(self, numbers: Sequence[int], train: bool, check: int = 0) -> np.ndarray:
+        """Up to four ``numbers`` below 2**24 of each rank, before a compiled step; a row for each.
+
+        ``check`` must be the same on all ranks.
+        """
+        purpose = Purpose.STEP if train else Purpose.LINE_UP
+        rows = self._meet(purpose, np.array(numbers, np.float32), check)
+        return rows[:, _CONTROL : _CONTROL + len(numbers)].astype(np.int64)
 
     def all_stop(self) -> bool:
         """True where all ranks were told to end training after this batch.
@@ -177,7 +190,7 @@ class Meetings:
                 purpose, wishes.stop, wishes.signal, wishes.out_of_time, check, high, low, note,
             )  # fmt: skip
             if body is not None:
-                buffer[_CONTROL:] = body
+                buffer[_CONTROL : _CONTROL + body.size] = body
             rows = self.gather(buffer)
             purposes = [Purpose(int(each)) for each in rows[:, 0]]
             if Purpose.PEEK not in purposes:  # or some ranks would know before others
@@ -241,6 +254,7 @@ _WORDS = {
     Purpose.PEEK: "reads the metrics",
     Purpose.METRICS: "is at the end of its batches, or logs",
     Purpose.TALK: "is between two parts of the run",
+    Purpose.LINE_UP: "goes through a batch without training",
 }
 
 

@@ -121,12 +121,6 @@ def check_ranks(values: Dict[str, Any], world: Optional[World]) -> None:
         )
     if asked == 1:
         return
-    for name in ("mode", "eval_mode"):
-        if values[name] == "graph":
-            raise ConfigurationError(
-                f'{name}="graph" trains on one rank, and there are {asked}: use {name}="eager" '
-                "(OneFlow would send rank 0's graph to all ranks)."
-            )
     if world is not None and values["device"].type == "cuda":
         if world.local_rank >= flow.cuda.device_count():
             raise DeviceError(

@@ -371,6 +371,7 @@ def _evaluate(
             interrupts.check()
         interrupts.waiting = is_alone
     interrupts.waiting = False
+    mode.evaluated(step_name, loader_idx)
     if taken is None:
         at = f" in the validation of epoch {run.progress.epoch}" if stage == "validation" else ""
         loader.check_given(batch_idx + 1, at)
