@@ -301,6 +301,7 @@ def evaluation_loop(
         metrics.begin(per_step=False)
         for loader in loaders:
             loader.set_epoch(run.progress.epoch)
+        together.share_order(run, loaders)
         hooks.fire(f"on_{stage}_start")
         hooks.fire(f"on_{stage}_epoch_start")
         for loader_idx, loader in enumerate(loaders):

@@ -33,9 +33,12 @@ def case(function: Callable[[Place], Result]) -> Callable[[Place], Result]:
 class Place(EagerPlace):
     """Where a case runs: on one of ``size`` ranks, or alone, with the batches of all of them."""
 
+    together = True
+    """False where a process that is alone takes the batches of ranks one after the other."""
+
     def rows(self, batch_size: int) -> int:
         """``batch_size`` of each rank, in the rows that this process takes at once."""
-        return batch_size * self.size if self.alone else batch_size
+        return batch_size * self.size if self.alone and self.together else batch_size
 
     def trainer(self, accumulate: int = 1, **options: Any) -> Trainer:
         given = {"accumulate_grad_batches": accumulate, "mode": "graph", **options}
@@ -112,10 +115,149 @@ def five_steps_of_adamw(place: Place) -> Result:
 
 
 @case
-def epochs_with_an_uneven_end(place: Place) -> Result:
-    """At the end of an epoch there are 6 rows, then, of validation, fewer than ranks."""
-    val = place.loader(batch_size=3 * 3, samples=1 + place.rows(9) * (1 if place.alone else place.size))
-    return fitted(Net(), place.trainer(), place.loader(), val)
+def layerwise_rates_clipping_and_all_that(place: Place) -> Result:
+    """Over windows of two rounds, with an epoch's end that cuts one short and is uneven."""
+
+    class Layerwise(Net):
+        def configure_optimizers(self) -> Any:
+            groups = [
+                {"params": self.first.parameters(), "lr": 0.02, "name": "a", "lr_scale": 0.5},
+                {"params": [*self.second.parameters(), *self.never.parameters()], "lr": 0.02,
+                 "name": "b", "lr_decay_scale": 0.9},
+            ]  # fmt: skip
+            optimizer = flow.optim.AdamW(groups, lr=0.02)
+            return [optimizer], [flow.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)]
+
+    callbacks = [LRDecayCallback(every_n_batches=2), EMAWeightAveraging(decay=0.9)]
+    trainer = place.trainer(accumulate=2, gradient_clip_val=0.05, callbacks=callbacks)
+    # Of 5 rows and one, the last rank has few, or none.
+    val = place.loader(batch_size=9, samples=9 * place.size + 1)
+    result = fitted(Layerwise(), trainer, place.loader(), val)
+    rates = [trainer.rates.rates(step) for step in range(trainer.global_step)]
+    return {**result, "rates": rates}
+
+
+class Changing(Callback):
+    """Freezes a layer, gives another new memory, and changes what a step reads, as it goes on."""
+
+    def on_train_batch_start(self, trainer: Any, task: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 2:
+            task.first.requires_grad_(False)
+        if trainer.global_step == 4:
+            task.first.requires_grad_(True)
+            task.second.weight.data = task.second.weight.data * 0.5
+        if trainer.global_step == 6:
+            task.factor = 0.5
+
+
+class Versatile(Net):
+    """Makes tensors in its step, writes into a buffer, and trains by a rate that metrics change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = 1.0
+        self.register_buffer("mean", flow.zeros(6))
+        self.register_buffer("seen", flow.zeros(1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        self.seen.add_(flow.tensor([float(x.shape[0])], device=x.device))
+        shift = flow.ones(6, device=x.device).to(x.device) * flow.linspace(0.0, 1.0, 6)
+        scores = self.scores((x - shift).to(flow.float32)) + flow.zeros(x.shape[0], 3)
+        return nn.functional.cross_entropy(scores, y) * self.factor
+
+    def configure_optimizers(self) -> Any:
+        optimizer = flow.optim.SGD(self.parameters(), lr=0.4)
+        plateau = flow.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"},
+        }
+
+
+@case
+def a_task_that_changes_as_it_trains(place: Place) -> Result:
+    trainer = place.trainer(callbacks=[Changing()], max_epochs=3, gradient_clip_val=0.01,
+                            gradient_clip_algorithm="value")  # fmt: skip
+    loader = place.loader(samples=12 * place.size, batch_size=4)
+    return fitted(Versatile(), trainer, loader, loader)
+
+
+class Normed(Net):
+    """With a batch norm that is called twice in a step, in eval mode in between, and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8, momentum=0.3)
+        self.other_norm = nn.BatchNorm1d(6)
+        self.dropout = nn.Dropout(0.4)
+
+    def scores(self, x: Any) -> Any:
+        if self.training:
+            self.norm(self.first(x) + 1.0)
+            self.norm.eval()
+            self.norm(self.first(x))
+            self.norm.train()
+        return self.second(self.dropout(self.norm(self.first(self.other_norm(x))).relu()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        return nn.functional.cross_entropy(self.scores(x), y)
+
+
+@case
+def batch_norms_and_dropout(place: Place) -> Result:
+    """Of each rank's batch alone, as in the process that accumulates these batches."""
+    place.together = False
+    options = {"mode": "eager", "accumulate": place.size} if place.alone else {}
+    loader = place.loader(samples=16 * place.size, batch_size=4)
+    return fitted(Normed(), place.trainer(**options), loader, place.loader(9 * place.size, 3))
+
+
+@case
+def evaluations(place: Place) -> Result:
+    trainer, task = place.trainer(), Net()
+    loaders = [place.loader(11, 4, shuffle=False), place.loader(3, 4, shuffle=False)]
+    results = [trainer.validate(task, loaders), trainer.test(task, loaders[0])]
+    predicted = trainer.predict(task, loaders)
+    rows = [np.concatenate([each.numpy() for each in every]) for every in predicted]
+    return {"results": results, "predicted": rows}
+
+
+# ---------------------------------------------------------------------- files
+
+
+def resumable(place: Place, mode: str, callbacks: Any = (), path: Optional[Path] = None) -> Result:
+    alone = place.alone
+    place.together = False
+    loader = place.loader(4 * 6 * place.size, 4)
+    trainer = place.trainer(
+        place.size * 2 if alone else 2, mode=mode, callbacks=list(callbacks), max_epochs=2
+    )
+    result = fitted(Net("adamw"), trainer, loader, loader, ckpt_path=path)
+    return {key: result[key] for key in ("weights", "steps")}  # metrics are of other batches
+
+
+@case
+def saved_for_others(place: Place) -> Result:
+    """In the middle of a window; of the process that is alone, in the middle of a round."""
+    done = 3 * place.size + (1 if place.alone else 0)
+    name = "alone" if place.alone else "ranks"
+    resumable(place, "graph", [SavesAt(done, place.shared / f"{name}.safetensors")])
+    return {}
+
+
+@case
+def resumed_here_and_there(place: Place) -> Result:
+    """In either mode, on ranks or alone, a run goes on as the one that never stopped."""
+    whole = resumable(place, "graph")
+    runs = {
+        f"{mode} from {name}": resumable(place, mode, path=place.shared / f"{name}.safetensors")
+        for mode in ("graph", "eager")
+        for name in ("alone", "ranks")
+    }
+    return {"whole": whole, **runs}
 
 
 def run_case(name: str, place: Place) -> Result:
