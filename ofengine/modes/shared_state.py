@@ -12,7 +12,7 @@ import oneflow as flow
 from oneflow import nn
 
 from ofengine._oneflow import graphs, optimizer_state
-from ofengine._oneflow.global_tensors import Ranks, local
+from ofengine._oneflow.global_tensors import Ranks, Twins, local
 from ofengine._oneflow.optimizer_copies import replace_state
 from ofengine._oneflow.session import synchronize
 from ofengine.run.mode import ParameterStates
@@ -48,8 +48,12 @@ class SharedState:
         made = self._run.optimization
         if made is None:
             return 0, {}
-        names = {id(p): name for name, p in self._task.named_parameters()}
+        names = {id(self._own(p)): name for name, p in self._task.named_parameters()}
         return optimizer_state.optimizer_state(made.optimizer, names)
+
+    def _own(self, parameter: Any) -> Any:
+        """The parameter that the optimizer keeps its state by."""
+        return parameter
 
     def load(self, steps: int, states: ParameterStates) -> None:
         """Begin with these, as :meth:`read` of either mode's gave them."""
@@ -105,11 +109,14 @@ class SharedState:
 class StateOfRanks(SharedState):
     """The same as global tensors, which all ranks have whole."""
 
-    def __init__(self, run: Run, task: nn.Module, ranks: Ranks) -> None:
+    def __init__(self, run: Run, task: nn.Module, ranks: Ranks, twins: Twins) -> None:
         super().__init__(run, task)
-        self._ranks = ranks
+        self._ranks, self._twins = ranks, twins
         self.steps = 0
         """Updates made with this memory: only rank 0 has the graphs' own count."""
+
+    def _own(self, parameter: Any) -> Any:
+        return self._twins.local_of(parameter)
 
     def _steps(self) -> int:
         return self.steps
