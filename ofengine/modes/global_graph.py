@@ -75,7 +75,7 @@ class GlobalGraphMode(GraphMode):
         check = 0 if train is None else train.check_of(run.progress.batch_idx)
         share = (window if train is None else train.in_round), window
         line_up = partial(self._meetings.line_up, train=True, check=check)
-        structure, tensors, spread = self._gather(batch, line_up)
+        structure, tensors, spread = self._gather(batch, self._steps, line_up)
         accumulates = self._accumulates or share[0] != window or bool(self._gradients)
         key = (accumulates, structure, spread.round.is_cut, *_kinds(tensors))
         compiled = _find(self._steps, key)
@@ -118,15 +118,6 @@ class GlobalGraphMode(GraphMode):
         rest = self._take_outputs(graph, _own(graph, outputs, round_)[stop:])
         return {**(rest or {}), "loss": local(outputs[0])}
 
-    def _apply(self) -> None:
-        having = tuple(sorted(self._gradients))
-        gradients = [self._gradients[index] for index in having]
-        apply = self._applies.active.get(having) or self._applies.find(having)
-        if apply is None:
-            apply = self._compile_apply(having, gradients)
-        graphs.run_compiled(apply.graph, gradients)
-        self._gradients = {}
-
     def _window_scale(self, window: int) -> Any:
         return self._scale(1, window)
 
@@ -140,13 +131,25 @@ class GlobalGraphMode(GraphMode):
 
     # ------------------------------------------------------------------ the batch of all
 
-    def _gather(self, batch: Any, line_up: LineUp) -> Tuple[Structure, List[Any], Spread]:
-        """The batch of all ranks in this round, as global tensors."""
+    def _gather(
+        self, batch: Any, kept: Compilations, line_up: LineUp
+    ) -> Tuple[Structure, List[Any], Spread]:
+        """The batch of all ranks in this round, as global tensors.
+
+        Raises :class:`RankError` where the ranks cannot go on together with what they have.
+        """
         tensors: List[Any] = []
         structure = flatten(None if batch is ABSENT else batch, tensors)
         rows = 0 if batch is ABSENT else _rows_of(tensors)
-        told = line_up([rows, self._digest(structure, tensors) if rows else 0])
-        counts, kinds = told[:, 0].tolist(), told[:, 1].tolist()
+        kind = self._digest(structure, tensors) if rows else 0
+        told = line_up([rows, kind, sum(map(_stands, kept.active.values()))])
+        counts, kinds, standing = told.T.tolist()
+        if not same_everywhere(standing):
+            raise RankError(
+                "something that the compiled step has read is changed on some ranks alone, which "
+                "cannot compile it without the others: what a hook changes of the task must not "
+                "depend on the rank."
+            )
         round_ = Round(tuple(counts), self._meetings.rank)
         spread = Spread(self._ranks, round_)
         if not same_everywhere([kind for count, kind in zip(counts, kinds) if count] or [0]):
@@ -195,7 +198,7 @@ class GlobalGraphMode(GraphMode):
         if self._barrier.hit:
             self._look_again()
         line_up = partial(self._meetings.line_up, train=False)
-        structure, tensors, spread = self._gather(batch, line_up)
+        structure, tensors, spread = self._gather(batch, self._evals, line_up)
         if not spread.round.total:
             return None, False
         key = (step, dataloader_idx, structure, spread.round.is_cut, *_kinds(tensors))
@@ -295,6 +298,12 @@ class GlobalGraphMode(GraphMode):
             for graph in self._graphs:
                 let_go(graph)
         self._graphs.clear()
+
+
+def _stands(compiled: Compiled) -> bool:
+    """True where what the trace has read is so now."""
+    watch = compiled.watch
+    return not (compiled.looks and watch.may_differ() and watch.changed() is not None)
 
 
 def _find(kept: Compilations, key: Hashable) -> Optional[Compiled]:

@@ -20,9 +20,9 @@ from ofengine._oneflow.launch_race import mend_or_tell
 from ofengine._oneflow.operators import random_operations
 from ofengine._oneflow.session import start_session
 from ofengine.data.structure import Structure, flatten, unflatten
-from ofengine.errors import ConfigurationError, GraphModeError, warn
+from ofengine.errors import ConfigurationError, GraphModeError
 from ofengine.modes.batch_norms import BatchNorms
-from ofengine.modes.compiled import Changes, Compilations, Compiled
+from ofengine.modes.compiled import Changes, Compilations, Compiled, warn_of_many_graphs
 from ofengine.modes.compiling import (
     check_inputs,
     refuse_what_graphs_ignore,
@@ -48,9 +48,7 @@ from ofengine.task import TaskModule
 
 log = logging.getLogger("ofengine")
 
-
 _EMPTY = flatten({}, [])
-_MANY_GRAPHS = 8
 _TABLE_STEPS = 10_000
 """How many steps of rates are compiled in at first where the run's length is not known."""
 
@@ -134,14 +132,20 @@ class GraphMode:
         for index, gradient in zip(graph.having, outputs[1:stop]):
             total[index] = total[index] + gradient if index in total else gradient
         if closes:
-            having = tuple(sorted(total))
-            apply = self._applies.active.get(having) or self._applies.find(having)
-            gradients = [total[index] for index in having]
-            if apply is None:
-                apply = self._compile_apply(having, gradients)
-            graphs.run_compiled(apply.graph, gradients)
-            self._gradients = {}
+            self._apply()
         return {**(self._take_outputs(graph, outputs[stop:]) or {}), "loss": outputs[0]}
+
+    def _apply(self) -> None:
+        """Update by the gradients that a window has added up."""
+        having = tuple(sorted(self._gradients))
+        gradients = [self._gradients[index] for index in having]
+        apply = self._applies.active.get(having) or self._applies.find(having)
+        if apply is None:
+            apply = self._trace_apply(having, gradients)
+            self._watch(apply, updates=True)
+            self._tell_change(self._applies.add(having, apply))
+        graphs.run_compiled(apply.graph, gradients)
+        self._gradients = {}
 
     def _window_scale(self, window: int) -> Any:
         """``1 / window`` as a tensor of no dimension on the device."""
@@ -184,12 +188,7 @@ class GraphMode:
 
     def _keep_step(self, key: Hashable, compiled: Compiled) -> None:
         self._tell_change(self._steps.add(key, compiled))
-        if len(self._steps) == _MANY_GRAPHS:
-            warn(
-                f"{_MANY_GRAPHS} graphs were compiled for training so far, one for each shape "
-                "of batch and each constant in it (a number or text): each takes seconds and "
-                "memory. Pad the batches to few shapes, and keep constants out of them."
-            )
+        warn_of_many_graphs(len(self._steps))
 
     def _compile_step(self, structure: Structure, tensors: List[Any]) -> Compiled:
         compiled, updates = self._trace_step(structure, tensors, self._accumulates)
@@ -225,12 +224,6 @@ class GraphMode:
 
     def _batch_norms(self) -> BatchNorms:
         return BatchNorms()
-
-    def _compile_apply(self, having: Tuple[int, ...], gradients: Sequence[Any]) -> Compiled:
-        apply = self._trace_apply(having, gradients)
-        self._watch(apply, updates=True)
-        self._tell_change(self._applies.add(having, apply))
-        return apply
 
     def _trace_apply(self, having: Tuple[int, ...], gradients: Sequence[Any]) -> Compiled:
         apply = Compiled(ApplyGraph(self._run, having))

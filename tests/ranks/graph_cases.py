@@ -6,7 +6,6 @@ together. Run as a program, one rank goes through all cases and writes down what
 
 from __future__ import annotations
 
-import os
 import pickle
 import sys
 from pathlib import Path
@@ -16,11 +15,10 @@ import numpy as np
 import oneflow as flow
 from oneflow import nn
 from oneflow.utils.data import DataLoader, TensorDataset
-from rank_cases import Result, SavesAt, weights
-from rank_cases import Place as EagerPlace
+from rank_cases import Place as EagerPlace, Result, SavesAt, weights
 
 from ofengine import Callback, TaskModule, Trainer
-from ofengine.callbacks import EMAWeightAveraging, LRDecayCallback, ModelCheckpoint
+from ofengine.callbacks import EMAWeightAveraging, LRDecayCallback
 
 CASES: Dict[str, Callable[[Place], Result]] = {}
 
@@ -91,7 +89,9 @@ class Net(TaskModule):
         return flow.optim.AdamW(self.parameters(), lr=0.02)
 
 
-def fitted(task: TaskModule, trainer: Trainer, train: Any, val: Any = None, **options: Any) -> Result:
+def fitted(
+    task: TaskModule, trainer: Trainer, train: Any, val: Any = None, **options: Any
+) -> Result:
     before = {name: id(each) for name, each in task.named_parameters()}
     trainer.fit(task, train, val, **options)
     after = dict(task.named_parameters())
