@@ -294,10 +294,12 @@ class GlobalGraphMode(GraphMode):
         if self._meetings.over:
             _LEFT.extend(self._graphs)
             return
-        with exchange:
-            for graph in self._graphs:
-                let_go(graph)
-        self._graphs.clear()
+        if self._graphs:
+            self._meetings.talk("ends")  # rank 0 may be saving, and ask for the metrics of all
+            with exchange:
+                for graph in self._graphs:
+                    let_go(graph)
+            self._graphs.clear()
 
 
 def _stands(compiled: Compiled) -> bool:

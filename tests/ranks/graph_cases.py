@@ -6,7 +6,9 @@ together. Run as a program, one rank goes through all cases and writes down what
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional
@@ -17,8 +19,8 @@ from oneflow import nn
 from oneflow.utils.data import DataLoader, TensorDataset
 from rank_cases import Place as EagerPlace, Result, SavesAt, weights
 
-from ofengine import Callback, TaskModule, Trainer
-from ofengine.callbacks import EMAWeightAveraging, LRDecayCallback
+from ofengine import Callback, OFEngineError, TaskModule, Trainer
+from ofengine.callbacks import EMAWeightAveraging, LRDecayCallback, ModelCheckpoint
 
 CASES: Dict[str, Callable[[Place], Result]] = {}
 
@@ -212,7 +214,10 @@ def batch_norms_and_dropout(place: Place) -> Result:
     place.together = False
     options = {"mode": "eager", "accumulate": place.size} if place.alone else {}
     loader = place.loader(samples=16 * place.size, batch_size=4)
-    return fitted(Normed(), place.trainer(**options), loader, place.loader(9 * place.size, 3))
+    val = place.loader(9 * place.size, 3)
+    result = fitted(Normed(), place.trainer(**options), loader, val)
+    del result["metrics"]["loss"]  # that of the last batch, which is that of all ranks, or of one
+    return result
 
 
 @case
@@ -225,17 +230,78 @@ def evaluations(place: Place) -> Result:
     return {"results": results, "predicted": rows}
 
 
+# ---------------------------------------------------------------------- ends and refusals
+
+
+@case
+def a_signal_to_one_rank(place: Place) -> Result:
+    """All end after the same batch, and rank 0 saves."""
+
+    class Signals(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 2 and trainer.global_rank == trainer.world_size - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = place.trainer(callbacks=[Signals(), ModelCheckpoint()])
+    try:
+        trainer.fit(Net(), place.loader())
+    except SystemExit as end:
+        saved = [path.name for path in place.folder.rglob("*.safetensors")]
+        return {"code": end.code, "saved": len(saved), "steps": trainer.global_step > 1}
+    return {}
+
+
+class Beside(Net):
+    """Reads a tensor that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = flow.ones(6)
+
+    def scores(self, x: Any) -> Any:
+        return super().scores(x + self.shift)
+
+
+class OfAList(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch[:2], batch_idx)
+
+
+@case
+def what_is_refused(place: Place) -> Result:
+    """On all ranks, which go on afterwards; alone nothing needs to be."""
+    if place.alone:
+        return {"raised": True}
+    x, y = flow.ones(4, 6), flow.zeros(4, dtype=flow.int64)
+    uneven = [(x, y), (x[:, :3], y), (x, y)][: place.size]
+    averages = Net()
+    averages.norm = nn.BatchNorm1d(6, momentum=None)
+    raised = True
+    for task, batches, says in (
+        (Beside(), [(x, y)] * place.size, "neither of its batch nor a parameter or buffer"),
+        (OfAList(), [(x, y, flow.tensor(1.0))] * place.size, "along their first dimension"),
+        (Net(), uneven, "batches of other shapes"),
+        (Net(), [(x, y), (x, y + 7), (x, y)][: place.size], "4 of "),
+        (averages, [(x, y)] * place.size, "momentum=None"),
+    ):
+        try:
+            place.trainer().fit(task, batches)
+        except OFEngineError as error:
+            raised = raised and says in str(error)
+        else:
+            raised = False
+    return {"raised": raised}
+
+
 # ---------------------------------------------------------------------- files
 
 
 def resumable(place: Place, mode: str, callbacks: Any = (), path: Optional[Path] = None) -> Result:
-    alone = place.alone
     place.together = False
     loader = place.loader(4 * 6 * place.size, 4)
-    trainer = place.trainer(
-        place.size * 2 if alone else 2, mode=mode, callbacks=list(callbacks), max_epochs=2
-    )
-    result = fitted(Net("adamw"), trainer, loader, loader, ckpt_path=path)
+    accumulate = place.size * 2 if place.alone else 2
+    trainer = place.trainer(accumulate, mode=mode, callbacks=list(callbacks), max_epochs=2)
+    result = fitted(Net("adamw"), trainer, loader, ckpt_path=path)
     return {key: result[key] for key in ("weights", "steps")}  # metrics are of other batches
 
 
@@ -254,8 +320,7 @@ def resumed_here_and_there(place: Place) -> Result:
     whole = resumable(place, "graph")
     runs = {
         f"{mode} from {name}": resumable(place, mode, path=place.shared / f"{name}.safetensors")
-        for mode in ("graph", "eager")
-        for name in ("alone", "ranks")
+        for mode, name in (("graph", "alone"), ("graph", "ranks"), ("eager", "ranks"))
     }
     return {"whole": whole, **runs}
 
