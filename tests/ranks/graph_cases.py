@@ -148,7 +148,6 @@ class Changing(Callback):
         if trainer.global_step == 4:
             task.first.requires_grad_(True)
             task.second.weight.data = task.second.weight.data * 0.5
-        if trainer.global_step == 6:
             task.factor = 0.5
 
 
@@ -180,7 +179,7 @@ class Versatile(Net):
 
 @case
 def a_task_that_changes_as_it_trains(place: Place) -> Result:
-    trainer = place.trainer(callbacks=[Changing()], max_epochs=3, gradient_clip_val=0.01,
+    trainer = place.trainer(callbacks=[Changing()], gradient_clip_val=0.01,
                             gradient_clip_algorithm="value")  # fmt: skip
     loader = place.loader(samples=12 * place.size, batch_size=4)
     return fitted(Versatile(), trainer, loader, loader)
@@ -224,8 +223,8 @@ def batch_norms_and_dropout(place: Place) -> Result:
 def evaluations(place: Place) -> Result:
     trainer, task = place.trainer(), Net()
     loaders = [place.loader(11, 4, shuffle=False), place.loader(3, 4, shuffle=False)]
-    results = [trainer.validate(task, loaders), trainer.test(task, loaders[0])]
-    predicted = trainer.predict(task, loaders)
+    results = [trainer.validate(task, loaders), trainer.test(task, loaders[1])]
+    predicted = trainer.predict(task, loaders[:1])
     rows = [np.concatenate([each.numpy() for each in every]) for every in predicted]
     return {"results": results, "predicted": rows}
 
