@@ -267,9 +267,13 @@ class GlobalGraphMode(GraphMode):
     def _check(self, inputs: Any, what: str) -> None:
         """Nothing: they were made here."""
 
+    def _compile(self, compiled: Compiled, inputs: Sequence[Any], what: str, updates: bool) -> None:
+        # Kept even where it fails: collected as garbage, it would wait for the other ranks.
+        self._graphs.append(compiled.graph)
+        super()._compile(compiled, inputs, what, updates)
+
     def _watch(self, compiled: Compiled, updates: bool) -> None:
         graph = compiled.graph
-        self._graphs.append(graph)
         if isinstance(graph, StepGraph):
             local_of = self._twins.local_of
             graph.written = [attrs.evolve(w, tensor=local_of(w.tensor)) for w in graph.written]
