@@ -36,6 +36,7 @@ from ofengine.run.arguments import Limit
 
 _NONE: Any = object()
 _BATCH = operator.itemgetter(0)
+_ONES, _ALL = itertools.repeat(1), itertools.repeat(True)
 
 
 class Batches:
@@ -114,9 +115,13 @@ class Batches:
         """The batches of one pass, on the device."""
         return self._from(None)
 
-    def _from(self, resumption: Optional[Resumption]) -> Iterator[Any]:
-        """The batches of one pass; those that are ``done`` are gone through, or skipped."""
+    def _from(self, resumption: Optional[Resumption], counts: bool = True) -> Iterator[Any]:
+        """The batches of one pass; those that are ``done`` are gone through, or skipped.
+
+        Where it does not ``count`` them, whoever takes one takes the next of the numbers too.
+        """
         if self._kept is not None:
+            self._numbers = itertools.count()
             return iter(self._kept)
         if resumption is not None:
             resumption.begin()
@@ -132,7 +137,8 @@ class Batches:
             batches = (to_device(batch, self.device) for batch in batches)
         # Counted in C: where a batch cannot be had, its number is not taken.
         self._numbers = itertools.count(skipped)
-        batches = map(_BATCH, zip(batches, self._numbers))
+        if counts or self.keep:
+            batches = map(_BATCH, zip(batches, self._numbers))
         if self.count is not None:
             limited = itertools.islice(batches, self.count - skipped)
             batches = itertools.chain(limited, self._surplus(batches))
@@ -244,13 +250,13 @@ class Batches:
         Windows are those of one process that averages as many batches as all ranks together.
         """
         mine, self.in_round = ABSENT, 0
-        for number, batch, window, closes, is_last in self._steps(
+        for batch, number, window, closes, is_last in self._steps(
             accumulate * share.size, resumption
         ):
             self.in_round += batch is not STEPPED
             mine = mine if batch is OTHERS else batch
             if is_last or number % share.size == share.size - 1:
-                yield number // share.size, mine, window, closes, is_last
+                yield mine, number // share.size, window, closes, is_last
                 mine, self.in_round = ABSENT, 0
             elif batch is STEPPED:  # in the middle of a round: nothing is due before its end
                 mine = ABSENT
@@ -267,7 +273,7 @@ class Batches:
             window = len(window_batches)
             for place, batch in enumerate(window_batches):
                 closes = place == window - 1
-                step = (batch_idx, batch, window, closes, closes and not following)
+                step = (batch, batch_idx, window, closes, closes and not following)
                 if resumption is None or batch_idx >= done:
                     yield step
                 else:
@@ -285,7 +291,7 @@ class Batches:
     def _steps_of_known(
         self, count: int, accumulate: int, resumption: Optional[Resumption]
     ) -> Iterator[Step]:
-        batches = self._from(resumption)
+        batches = self._from(resumption, counts=False)
         last, first = count - 1, 0
         if resumption is not None:
             first = resumption.done
@@ -294,15 +300,16 @@ class Batches:
             if first:
                 yield from resumed_step(step_of(count, accumulate, first - 1, STEPPED), resumption)
             batches = resumption.behind(batches)
-        batch_idx = first - 1
-        if accumulate == 1:  # what _step_of gives, without its call at every step
-            for batch_idx, batch in enumerate(batches, first):
-                yield batch_idx, batch, 1, True, batch_idx == last
+        # Most of this runs in C, once a step.
+        self._numbers = itertools.count(first)
+        if accumulate == 1:  # what step_of gives, without its call at every step
+            lasts = itertools.chain(itertools.repeat(False, last - first), (True,))
+            yield from zip(batches, self._numbers, _ONES, _ALL, lasts)
         else:
-            for batch_idx, batch in enumerate(batches, first):
+            for batch, batch_idx in zip(batches, self._numbers):
                 yield step_of(count, accumulate, batch_idx, batch)
-        if batch_idx < last:
-            raise DataError(f"{self.what} {self._gave(batch_idx + 1)}")
+        if self.number_to_come <= last:
+            raise DataError(f"{self.what} {self._gave(self.number_to_come)}")
 
     def states(self) -> RandomState:
         """Where the generators that batches may draw from are now, for :meth:`set_states`."""

@@ -8,7 +8,7 @@ import oneflow as flow
 from oneflow import Tensor, nn
 
 from ofengine._oneflow import optimizer_state
-from ofengine._oneflow.bias_correction import STEPPING, let_optimizers_ask
+from ofengine._oneflow.bias_correction import STEPPING, corrects_bias, let_optimizers_ask
 from ofengine._oneflow.operators import backward_of
 from ofengine._oneflow.optimizer_copies import replace_state
 from ofengine._oneflow.watched_options import watch_options
@@ -49,6 +49,7 @@ class EagerMode:
         self._takes_both = step_arity(self._task, "training_step", 2) == 2
         optimizer.zero_grad(set_to_none=True)  # what a run that was cut off left behind
         let_optimizers_ask()
+        self._corrects_bias = corrects_bias(optimizer)
         self._clips = self._run.settings.gradient_clip_val is not None
         self._watch_groups()
         if self._run.ranks is not None:
@@ -86,11 +87,14 @@ class EagerMode:
                 self._watch_groups()
             if self._clips or self._mark.clips:
                 clip(self._run)
-            STEPPING.on = True  # Adam and its like correct their bias as graphs do
-            try:
+            if self._corrects_bias:
+                STEPPING.on = True  # Adam and its like do so as graphs do
+                try:
+                    optimizer.step()
+                finally:
+                    STEPPING.on = False
+            else:
                 optimizer.step()
-            finally:
-                STEPPING.on = False
             for call in self._before_zero_grad:
                 call(optimizer)
             optimizer.zero_grad(set_to_none=True)

@@ -134,8 +134,8 @@ def _train_epoch(
     if entry is not None:
         entry.restore_step_state(run)
         batch_idx = progress.batch_idx
-    interrupts.waiting = ranks is None
-    for batch_idx, batch, window, closes, is_last in steps:
+    interrupts.waiting = is_alone = ranks is None
+    for batch, batch_idx, window, closes, is_last in steps:
         interrupts.waiting = False
         progress.batch_idx = batch_idx
         beat()
@@ -200,7 +200,7 @@ def _train_epoch(
         if ends:
             course.epoch_cut_short(run, is_last)
             break
-        interrupts.waiting = ranks is None
+        interrupts.waiting = is_alone
     else:
         interrupts.waiting = False
         course.epoch_ended(run, train)

@@ -104,9 +104,9 @@ def test_each_batch_is_one_rank_s(size: int, workers: int) -> None:
         assert len(own) == len(range(rank, 8, size))
         seen += own
         rounds = list(batches.steps(1))
-        assert [each[0] for each in rounds] == list(range(-(-8 // size)))
+        assert [each[1] for each in rounds] == list(range(-(-8 // size)))
         assert [each[2] for each in rounds][-1] == (8 % size or size)
-        assert OTHERS not in [each[1] for each in rounds]
+        assert OTHERS not in [each[0] for each in rounds]
     assert sorted(sum(seen, ())) == list(range(23))
 
 
