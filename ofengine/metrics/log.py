@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import attrs
+from oneflow import Tensor
 
 from ofengine.data.structure import batch_size_of
 from ofengine.errors import ConfigurationError, warn
@@ -200,8 +201,10 @@ class Metrics:
         batch_size: Optional[int] = None,
     ) -> None:
         """See :meth:`ofengine.TaskModule.log`."""
-        stage = self._stage
-        is_counted = isinstance(value, Metric)
+        stage = self._stages[-1] if self._stages else self._stage
+        # Most are tensors of no dimension: they take the shortest way, for steps may log hundreds.
+        is_plain = type(value) is Tensor and not value.dim()
+        is_counted = not is_plain and isinstance(value, Metric)
         key = (
             name, prog_bar, logger, on_step, on_epoch, batch_size, stage.per_step, stage.suffix,
             is_counted,
@@ -220,7 +223,9 @@ class Metrics:
             check_spec(spec)
             logged = Logged([], [(spec, 0, 0)]) if is_counted else Logged([(spec, 0, 0)])
             known = self._logged[key] = (spec, logged)
-        if is_counted:
+        if is_plain:
+            value = value.detach()
+        elif is_counted:
             check_metric(name, value)
         else:
             value = scalar(name, value)
