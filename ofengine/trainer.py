@@ -22,8 +22,8 @@ from ofengine.rates.checks import check_rates
 from ofengine.rates.finder import LRFinder
 from ofengine.rates.optimizers import Optimization
 from ofengine.rates.plan import DecayEvents, RatePlan
-from ofengine.rates.planning import plan_run
-from ofengine.rates.preview import Preview, epoch_length, preview
+from ofengine.rates.planning import epoch_length, plan_run
+from ofengine.rates.preview import Preview, preview
 from ofengine.rates.resume import POLICIES
 from ofengine.run import connect, course, report, starting, together
 from ofengine.run.arguments import Limit, MaxTime, check_choice

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "ofengine"
 
 ROOMS: List[List[str]] = [
     ["ofengine"],  # the package itself: only names, looked up when they are first used
-    ["errors", "lines", "disk"],
+    ["errors", "html", "lines", "disk"],
     ["_oneflow"],
     ["launch.environment", "launch.slot", "launch.heartbeat"],
     ["processes"],

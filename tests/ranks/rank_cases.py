@@ -144,7 +144,8 @@ def adamw_with_all_that_goes_with_it(place: Place) -> Result:
                  "lr_decay_scale": 0.9},
             ]  # fmt: skip
             optimizer = flow.optim.AdamW(groups, lr=0.02)
-            return [optimizer], [flow.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)]
+            cosine = flow.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+            return {"optimizer": optimizer, "lr_scheduler": cosine}
 
     loader = DataLoader(dataset(), batch_size=4, shuffle=True)
     callbacks = [LRDecayCallback(every_n_batches=place.each(2)), EMAWeightAveraging(decay=0.9)]

@@ -45,7 +45,8 @@ class Net(TaskModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = flow.optim.SGD(self.param_groups(), lr=0.1, momentum=0.9)
-        return [optimizer], [flow.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12)]
+        cosine = flow.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12)
+        return {"optimizer": optimizer, "lr_scheduler": cosine}
 
     def train_dataloader(self) -> Any:
         return image_batches([4, 4, 4], (4,))
