@@ -13,7 +13,7 @@ from oneflow import nn
 
 from ofengine.callback import Callback
 from ofengine.checkpoint.checks import array, by_name, check_fits, listed, record, text, whole
-from ofengine.errors import CheckpointError, ConfigurationError
+from ofengine.errors import CheckpointError, ConfigurationError, quoted
 from ofengine.run.arguments import check_count, check_flag
 from ofengine.run.view import RunView
 from ofengine.task import TaskModule
@@ -180,8 +180,8 @@ class EMAWeightAveraging(Callback):
         start = "the averages of EMAWeightAveraging belong to another model"
         if extra or missing:
             raise CheckpointError(
-                f"{start} or another include_buffers: they lack {missing[:3]} ({len(missing)} "
-                f"tensors) and have {extra[:3]} ({len(extra)} tensors) that are not averaged here."
+                f"{start} or another include_buffers: they lack {quoted(missing)} of what is "
+                f"averaged here, and have {quoted(extra)} beside it."
             )
         for name, values in loaded.items():
             if values.shape != tuple(own[name].shape):
