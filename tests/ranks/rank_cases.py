@@ -20,6 +20,7 @@ from oneflow.utils.data import BatchSampler, DataLoader, Dataset, IterableDatase
 
 from ofengine import Callback, RankError, TaskModule, Trainer, in_memory_loader
 from ofengine.callbacks import EarlyStopping, EMAWeightAveraging, LRDecayCallback, ModelCheckpoint
+from ofengine.metrics import AUROC, Accuracy, ConfusionMatrix, F1Score, Mean, MeanSquaredError
 
 Result = Dict[str, Any]
 CASES: Dict[str, Callable[[Place], Result]] = {}
@@ -330,6 +331,110 @@ def what_is_read_at_every_batch(place: Place) -> Result:
     return fitted(Net(), place.trainer(callbacks=[Reads()]), loader, loader)
 
 
+class Counting(Net):
+    """Metrics of all kinds (whole numbers, sums in float64, rows), used in each way."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.acc, self.f1, self.matrix = Accuracy(), F1Score(num_classes=3), ConfusionMatrix(3)
+        self.errors = {"mse": MeanSquaredError(squared=False)}
+        self.areas = [AUROC(num_classes=3)]
+        self.between, self.callback_mean = Mean(), Mean()
+        self.matrices: List[Any] = []
+
+    def count(self, batch: Any, stage: str) -> None:
+        x, y = batch
+        scores = self.scores(x).detach()
+        self.acc(scores, y)
+        self.f1(scores, y)
+        self.errors["mse"](scores[:, 0], x[:, 0])
+        self.areas[0](scores.softmax(dim=1), y)
+        self.log(f"{stage}_acc", self.acc, on_step=stage == "train", on_epoch=True)
+        counted = {"f1": self.f1, "rmse": self.errors["mse"], "area": self.areas[0]}
+        named = {f"{stage}_{name}": metric for name, metric in counted.items()}
+        self.log_dict(named, on_step=False, on_epoch=True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.count(batch, "train")
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.count(batch, "val")
+        self.matrix(self.scores(batch[0]), batch[1])
+
+    test_step = validation_step
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.callback_mean.update(outputs["loss"], weight=len(batch[0]))
+
+    def on_train_epoch_end(self) -> None:
+        self.between.update(1.0 / (3 + self.trainer.current_epoch))
+        self.matrices.append([self.callback_mean.compute(), self.between.compute()])
+
+    def on_validation_epoch_end(self) -> None:
+        self.matrices.append(self.matrix.compute())
+        self.matrix.reset()
+
+
+@case
+def metrics_that_count(place: Place) -> Result:
+    class Looks(Callback):
+        """Rank 0 alone looks, and where the others are must not matter."""
+
+        rank_zero_only = True
+
+        def on_train_batch_end(self, trainer: Any, task: Any, *_: Any) -> None:
+            assert 0.0 <= task.acc.compute() <= 1.0
+
+    class Own(Callback):
+        def __init__(self) -> None:
+            self.mean, self.means = Mean(), []
+
+        def on_train_epoch_start(self, trainer: Any, task: Any) -> None:
+            self.mean.reset()
+
+        def on_train_batch_end(self, trainer: Any, task: Any, outputs: Any, *_: Any) -> None:
+            self.mean(outputs["loss"] / 3.0)
+
+        def on_train_epoch_end(self, trainer: Any, task: Any) -> None:
+            self.means.append(self.mean.compute())
+
+    task, own, data = Counting(), Own(), dataset(50)
+    options = {"log_every_n_steps": 2, "val_check_interval": place.each(3)}
+    options["num_sanity_val_steps"] = place.each(1)
+    trainer = place.trainer(callbacks=[own, Looks()], **options)
+    loader = DataLoader(data, batch_size=4, shuffle=True)
+    result = fitted(task, trainer, loader, DataLoader(data, batch_size=7))
+    kept = [each.compute() for each in (task.between, task.callback_mean, own.mean)]
+    result = {**result, "matrices": task.matrices, "own": own.means, "kept": kept}
+    loaders = [DataLoader(dataset(11), batch_size=4), DataLoader(dataset(9), batch_size=9)]
+    return {**result, "results": place.trainer().test(task, loaders)}
+
+
+@case
+def a_metric_that_all_reset_within_an_epoch(place: Place) -> Result:
+    """Every third round each rank reads and resets it; a process alone, where a round ends."""
+
+    class Resets(Callback):
+        def __init__(self) -> None:
+            self.mean, self.area, self.seen = Mean(), AUROC(num_classes=3), []
+
+        def on_train_batch_end(
+            self, trainer: Any, task: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            self.mean(outputs["loss"])
+            self.area(batch[0][:, :3].softmax(dim=1), batch[1])
+            if (batch_idx + 1) % place.each(3) == 0:
+                self.seen.append([self.mean.compute(), self.area.compute()])
+                self.mean.reset()
+                self.area.reset()
+
+    resets = Resets()
+    loader = DataLoader(dataset(50), batch_size=4, shuffle=True)
+    result = fitted(Counting(), place.trainer(callbacks=[resets]), loader)
+    return {**result, "seen": resets.seen, "left": resets.mean.compute()}
+
+
 # ---------------------------------------------------------------------- ends
 
 
@@ -413,6 +518,8 @@ def ranks_that_do_different_things(place: Place) -> Result:
 class SavesAt(Callback):
     """Saves when so many batches of all ranks are done."""
 
+    fires_last = True
+
     def __init__(self, batches: int, path: Path) -> None:
         self.batches, self.path = batches, path
 
@@ -425,7 +532,9 @@ class SavesAt(Callback):
 def resumable(place: Place, callbacks: Any = (), path: Optional[Path] = None) -> Result:
     loader = DataLoader(dataset(), batch_size=3, shuffle=True)
     trainer = place.trainer(accumulate=2, callbacks=list(callbacks), max_epochs=2)
-    return fitted(Net("adamw", dropout=0.2), trainer, loader, loader, ckpt_path=path)
+    task = Counting("adamw", dropout=0.2)
+    result = fitted(task, trainer, loader, loader, ckpt_path=path)
+    return {**result, "matrices": task.matrices[-1], "mean": task.callback_mean.compute()}
 
 
 @case

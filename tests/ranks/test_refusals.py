@@ -11,9 +11,13 @@ from oneflow.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from ofengine import ConfigurationError, DataError, RankError, Trainer, rank_zero_only
 from ofengine.data.batches import Batches
+from ofengine.launch.environment import read
 from ofengine.metrics import Mean
+from ofengine.ranks.meetings import Meetings
 from ofengine.ranks.messages import decode, encode, pack, unpack
 from ofengine.ranks.shares import OTHERS, Share
+from ofengine.run.progress import Progress
+from ofengine.shared_metrics import SharedMetrics
 
 
 @pytest.fixture
@@ -55,13 +59,16 @@ def test_ranks_of_other_machines_are_not_started() -> None:
         quiet_trainer(num_nodes=2).fit(Line(), [flow.ones(1, 1)])
 
 
-def test_metrics_that_count(second_of_two: None) -> None:
-    task = Line()
+def test_a_metric_that_the_others_could_not_find(second_of_two: None) -> None:
+    world = read()
+    assert world is not None
+    task, metrics = Line(), SharedMetrics(Meetings(world), Progress())
+    metrics.attach(task, [])
+    metrics.begin(per_step=False)
+    with pytest.raises(ConfigurationError, match="make it in the task's __init__"):
+        metrics.log("mean", Mean())
     task.mean = Mean()
-    with pytest.raises(
-        ConfigurationError, match=r"the sums of ofengine\.metrics\.Mean are those of"
-    ):
-        quiet_trainer().fit(task, [flow.ones(1, 1)])
+    metrics.log("mean", task.mean)
 
 
 def test_another_number_of_ranks_than_were_started(second_of_two: None) -> None:
