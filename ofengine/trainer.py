@@ -54,6 +54,7 @@ class Trainer(RunView):
             started with, or one. A script that is started plainly with more starts them itself.
         num_nodes: machines.
         strategy: "auto" or "ddp".
+        sync_batchnorm: on several ranks, let batch norms normalize by the batches of all.
         max_epochs: epochs to train. Default: 1000, or no limit where ``max_steps`` or
             ``max_time`` is given. -1 means no limit.
         max_steps: optimizer steps to train; -1 means no limit.
@@ -102,6 +103,7 @@ class Trainer(RunView):
         devices: Union[int, str] = "auto",
         num_nodes: int = 1,
         strategy: str = "auto",
+        sync_batchnorm: bool = False,
         max_epochs: Optional[int] = None,
         max_steps: int = -1,
         max_time: MaxTime = None,

@@ -24,6 +24,7 @@ from ofengine.metrics import AUROC, Accuracy, ConfusionMatrix, F1Score, Mean, Me
 
 Result = Dict[str, Any]
 CASES: Dict[str, Callable[[Place], Result]] = {}
+CLOSE: Dict[str, float] = {}
 SLOW: Set[str] = set()
 """Those that add least to the others."""
 
@@ -31,6 +32,16 @@ SLOW: Set[str] = set()
 def case(function: Callable[[Place], Result]) -> Callable[[Place], Result]:
     CASES[function.__name__] = function
     return function
+
+
+def close_case(most: float) -> Callable[[Any], Any]:
+    """One process comes this close to it; ranks are equal to each other to the bit."""
+
+    def close(function: Callable[[Place], Result]) -> Callable[[Place], Result]:
+        CLOSE[function.__name__] = most
+        return case(function)
+
+    return close
 
 
 def slow_case(function: Callable[[Place], Result]) -> Callable[[Place], Result]:
@@ -212,6 +223,74 @@ def batch_norms(place: Place) -> Result:
     """Each batch by its own statistics; the running ones see the batches of all."""
     loader = DataLoader(dataset(), batch_size=4, shuffle=True)
     return fitted(Normed(), place.trainer(), loader, loader)
+
+
+class Synced(TaskModule):
+    """With a batch norm of images that is called twice in a step, and one of vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        flow.manual_seed(1)
+        self.images = nn.BatchNorm2d(3, momentum=0.3)
+        self.vectors = nn.BatchNorm1d(8, affine=False)
+        self.untracked = nn.BatchNorm1d(8, track_running_stats=False)
+        self.layer = nn.Linear(6, 8)
+        self.last = nn.Linear(8, 3)
+
+    def scores(self, x: Any) -> Any:
+        images = self.images(self.images(x.reshape(-1, 3, 2, 1)) * 2.0 + 1.0)
+        return self.last(self.untracked(self.vectors(self.layer(images.reshape(-1, 6))).relu()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = nn.functional.cross_entropy(self.scores(batch[0]), batch[1])
+        self.log("train_loss", loss, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", nn.functional.cross_entropy(self.scores(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        return flow.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+@close_case(3e-6)
+def batch_norms_of_all_ranks(place: Place) -> Result:
+    """As one process with batches as large as all ranks' together; in the end one has some."""
+    data, task = dataset(4 * place.size * 3 + 4), Synced()
+    batch = 4 * place.size if place.alone else 4
+    trainer = place.trainer(
+        accumulate_grad_batches=1, sync_batchnorm=True, num_sanity_val_steps=0, max_epochs=3
+    )
+    val = DataLoader(data, batch_size=5)  # some normalize by a batch there too
+    result = fitted(task, trainer, DataLoader(data, batch_size=batch, shuffle=True), val)
+    assert type(task.images) is nn.BatchNorm2d and "forward" not in vars(task.images)
+    del result["seen"]
+    return result
+
+
+@case
+def batch_norms_that_some_ranks_call_alone(place: Place) -> Result:
+    """All raise, wherever the steps are at odds; a process that is alone cannot be."""
+    if place.alone:
+        return {"calls": "RankError", "losses": "RankError"}
+
+    class Uneven(Synced):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if self.what == "calls" and self.trainer.global_rank:
+                self.vectors.eval()
+            loss = super().training_step(batch, batch_idx)
+            return self.last.weight.sum() if self.trainer.global_rank else loss
+
+    raised = {}
+    for what in ("calls", "losses"):
+        task = Uneven()
+        task.what = what
+        try:
+            place.trainer(sync_batchnorm=True).fit(task, DataLoader(dataset(), batch_size=4))
+        except RankError as error:
+            assert "differ in their batch norms" in str(error)
+            raised[what] = type(error).__name__
+    return raised
 
 
 # ---------------------------------------------------------------------- data
