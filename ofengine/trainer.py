@@ -40,6 +40,7 @@ from ofengine.task import TaskModule
 from ofengine.trials.lr_find import lr_find
 from ofengine.trials.proof import Report
 from ofengine.trials.prove import prove
+from ofengine.trials.prove_ranks import prove_ranks
 
 log = logging.getLogger("ofengine")
 
@@ -258,11 +259,13 @@ class Trainer(RunView):
     def prove(self, task: TaskModule, train_dataloaders: Any = None, steps: int = 20) -> Report:
         """Run ``task`` in both modes, whole and resumed, compare all bits, put everything back.
 
-        See :func:`ofengine.trials.prove.prove`.
+        On several ranks: on all of them and in one process that accumulates, whole and resumed.
+        See :func:`ofengine.trials.prove.prove`, :func:`ofengine.trials.prove_ranks.prove_ranks`.
         """
-        starting.refuse_on_ranks(self.settings, "prove")
         given = self.settings, self.callbacks, task, train_dataloaders
-        return prove(*given, _fit_apart, steps=steps)
+        starting.start_missing_ranks(self.settings)
+        proof = prove if self.settings.world is None else prove_ranks
+        return proof(*given, _fit_apart, steps=steps)
 
     # ------------------------------------------------------------------ saving
 

@@ -677,6 +677,41 @@ def files_and_best(place: Place) -> Result:
     return {**result, "best": best, "rows": rows, "files": left, "name": name}
 
 
+class Cheats(Normed):
+    """Where there are several ranks, the last trains with another loss from the third step on."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        ranks = self.trainer.world_size
+        is_last = ranks > 1 and self.trainer.global_rank == ranks - 1
+        return loss * 2.0 if is_last and self.trainer.global_step > 1 else loss
+
+
+@case
+def the_proof(place: Place) -> Result:
+    """Of a task that is the same on ranks, its batches uneven."""
+    if place.alone:
+        return {"rows": [(5, ""), (3, ""), (3, ""), (3, "")]}
+    trainer = place.trainer(callbacks=[LRDecayCallback(every_n_batches=2)])
+    loader = DataLoader(dataset(4 * 3 * place.size + 1), batch_size=4, shuffle=True)
+    report = trainer.prove(Normed(), loader, steps=5)
+    assert report.equal, report
+    assert report.rows[0].name == f"{place.size} ranks"
+    return {"rows": [(each.steps, each.error) for each in report.rows]}
+
+
+@slow_case
+def the_proof_of_a_task_that_cheats(place: Place) -> Result:
+    if place.alone:
+        return {"first": {"loss": 3, "weights": 3, "metrics": 3}}
+    loader = DataLoader(dataset(), batch_size=4, shuffle=True)
+    row = place.trainer().prove(Cheats(), loader, steps=4).rows[0]
+    assert row.difference is not None and row.difference.step == 3
+    assert row.difference.parameter is not None and row.difference.distance > 0.0
+    assert f"The loss of batch {place.size - 1} in that round" in row.difference.origin
+    return {"first": {name: step for name, step in row.first.items() if step is not None}}
+
+
 def run_case(name: str, place: Place) -> Result:
     place.folder.mkdir(parents=True, exist_ok=True)
     flow.manual_seed(0)
