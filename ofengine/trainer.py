@@ -40,6 +40,7 @@ from ofengine.task import TaskModule
 from ofengine.trials.lr_find import lr_find
 from ofengine.trials.proof import Report
 from ofengine.trials.prove import prove
+from ofengine.trials.prove_ranks import prove_ranks
 
 log = logging.getLogger("ofengine")
 
@@ -54,6 +55,7 @@ class Trainer(RunView):
             started with, or one. A script that is started plainly with more starts them itself.
         num_nodes: machines.
         strategy: "auto" or "ddp".
+        sync_batchnorm: on several ranks, let batch norms normalize by the batches of all.
         max_epochs: epochs to train. Default: 1000, or no limit where ``max_steps`` or
             ``max_time`` is given. -1 means no limit.
         max_steps: optimizer steps to train; -1 means no limit.
@@ -102,6 +104,7 @@ class Trainer(RunView):
         devices: Union[int, str] = "auto",
         num_nodes: int = 1,
         strategy: str = "auto",
+        sync_batchnorm: bool = False,
         max_epochs: Optional[int] = None,
         max_steps: int = -1,
         max_time: MaxTime = None,
@@ -256,11 +259,13 @@ class Trainer(RunView):
     def prove(self, task: TaskModule, train_dataloaders: Any = None, steps: int = 20) -> Report:
         """Run ``task`` in both modes, whole and resumed, compare all bits, put everything back.
 
-        See :func:`ofengine.trials.prove.prove`.
+        On several ranks: on all of them and in one process that accumulates, whole and resumed.
+        See :func:`ofengine.trials.prove.prove`, :func:`ofengine.trials.prove_ranks.prove_ranks`.
         """
-        starting.refuse_on_ranks(self.settings, "prove")
         given = self.settings, self.callbacks, task, train_dataloaders
-        return prove(*given, _fit_apart, steps=steps)
+        starting.start_missing_ranks(self.settings)
+        proof = prove if self.settings.world is None else prove_ranks
+        return proof(*given, _fit_apart, steps=steps)
 
     # ------------------------------------------------------------------ saving
 

@@ -26,7 +26,7 @@ ROOMS: List[List[str]] = [
     ["data"],
     ["rates"],
     ["tracing"],
-    ["metrics", "shared_metrics"],
+    ["metrics", "shared_metrics", "shared_sums"],
     ["loggers"],
     ["run.mode"],
     ["run.state", "run.report"],

@@ -9,7 +9,8 @@ nothing waits for the device.
 
 from __future__ import annotations
 
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+import contextlib
+from typing import Any, ContextManager, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import attrs
 from oneflow import Tensor
@@ -34,6 +35,9 @@ from ofengine.tracing import active_trace
 
 MOST_PENDING = 4000
 """So many tensors wait on the device before they are read, to bound the memory."""
+
+
+_SIDES = {False: "training", True: "evaluation"}
 
 
 class Metrics:
@@ -67,6 +71,13 @@ class Metrics:
         """Training, or an evaluation, begins, and so do the sums that metrics have of it."""
         for metric in self.held.values():
             metric.begin(evaluation)
+
+    def running(self) -> ContextManager[None]:
+        """In the block a verb is carried out."""
+        return contextlib.nullcontext()
+
+    def settle(self) -> None:
+        """A verb is over: nothing is left that others have not seen."""
 
     # ------------------------------------------------------------------ stages
 
@@ -147,7 +158,7 @@ class Metrics:
                     "of a metric that is no attribute of the task: make it in the task's __init__, "
                     "as in self.acc = Accuracy()."
                 )
-        in_evaluation = len(self._stages) > 1  # which begins anew where it is cut off
+        sides = [False] if len(self._stages) > 1 else [False, True]  # evaluation begins anew
         return {
             "counted": [
                 [attrs.asdict(spec), places[id(metric)]]
@@ -155,10 +166,16 @@ class Metrics:
                 if id(metric) in places
             ],
             "held": {
-                place: {"class": type(metric).__qualname__, **metric.states(not in_evaluation)}
+                place: {
+                    "class": type(metric).__qualname__,
+                    **{_SIDES[side]: self._sums_of(place, metric, side) for side in sides},
+                }
                 for place, metric in held.items()
             },
         }
+
+    def _sums_of(self, place: str, metric: Metric, evaluation: bool) -> Dict[str, Any]:
+        return metric.kept(evaluation)
 
     def load_state(self, state: Dict[str, Any]) -> None:
         """Go on from :meth:`state`, in the stage of training."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import oneflow as flow
 from oneflow import Tensor, nn
@@ -22,6 +22,7 @@ from ofengine.modes.steps import (
 from ofengine.ranks.gradients import GradientExchange
 from ofengine.ranks.shares import ABSENT
 from ofengine.ranks.statistics import RunningStatistics
+from ofengine.ranks.synced_norms import SyncedNorms
 from ofengine.run.mode import HookCalls, ParameterStates
 from ofengine.run.state import Run
 from ofengine.task import TaskModule
@@ -41,7 +42,7 @@ class EagerMode:
         self._task_name = type(task).__name__
         self._exchange: Optional[GradientExchange] = None
         """Where there are several ranks: what the window has of all of them."""
-        self._statistics: Optional[RunningStatistics] = None
+        self._norms: Union[RunningStatistics, SyncedNorms, None] = None
 
     def start(self) -> None:
         """See :class:`~ofengine.run.mode.Mode`."""
@@ -54,8 +55,9 @@ class EagerMode:
         self._watch_groups()
         if self._run.ranks is not None:
             every = [each for group in optimizer.param_groups for each in group.parameters]
-            self._exchange = GradientExchange(self._run.ranks, every)
-            self._statistics = RunningStatistics(self._run.ranks, self._task)
+            kind = SyncedNorms if self._run.settings.sync_batchnorm else RunningStatistics
+            self._norms = kind(self._run.ranks, self._task)
+            self._exchange = GradientExchange(self._run.ranks, every, self._norms.room)
 
     def _watch_groups(self) -> None:
         self._groups = list(self._optimizer.param_groups)
@@ -65,6 +67,8 @@ class EagerMode:
         """See :class:`~ofengine.run.mode.Mode`."""
         rest: Dict[str, Any] = {}
         if batch is not ABSENT:
+            if self._norms is not None:
+                self._norms.begin()
             step: Callable[..., Any] = self._task.training_step
             loss = step(batch, batch_idx) if self._takes_both else step(batch)
             if type(loss) is not Tensor or loss.dim() or not loss.requires_grad:
@@ -104,10 +108,10 @@ class EagerMode:
         """Add the gradients of all ranks; where the window ``closes``, they are in ``.grad``."""
         train = self._run.train
         check = 0 if train is None else train.check_of(self._run.progress.batch_idx)
-        statistics = self._statistics
-        calls = exchange.add(check, 0 if statistics is None else statistics.calls)
-        if calls and statistics is not None:
-            statistics.exchange(calls)
+        norms = self._norms
+        most = exchange.add(check, 0 if norms is None else norms.note)
+        if norms is not None:
+            norms.finish(most)
         if closes:
             exchange.put()
 
@@ -153,8 +157,8 @@ class EagerMode:
 
     def close(self) -> None:
         """Let go of the batch norms."""
-        if self._statistics is not None:
-            self._statistics.close()
+        if self._norms is not None:
+            self._norms.close()
 
     def default_train_graph(self) -> nn.Graph:
         """There is none."""

@@ -52,8 +52,6 @@ TRAINER_ARGUMENTS: Mapping[str, str] = {
         "distributed_backend num_processes prepare_data_per_node",
         _LEAVE_OUT,
     ),
-    "sync_batchnorm": "each rank's batch norms see the batches of that rank; what makes them see "
-    "those of all is not done yet: leave it out",
     **_each(
         "use_distributed_sampler replace_sampler_ddp",
         "the batches that the DataLoader's own sampler gives are shared out among the ranks: leave "

@@ -86,6 +86,7 @@ CHECKS: Tuple[Tuple[str, Callable[[str, Any], Any]], ...] = (
     ("devices", _devices),
     ("num_nodes", _whole(1, _FROM_ONE)),
     ("strategy", _one_of("auto", "ddp", "zero")),
+    ("sync_batchnorm", check_flag),
     ("max_steps", _whole(-1, "a number, -1 for any")),
     ("max_time", lambda name, value: seconds_of(value)),
     ("max_epochs", _or_none(_whole(-1, "a whole number of epochs, or -1 for no limit"))),
@@ -123,6 +124,7 @@ class Settings:
     """Ranks on each machine."""
     num_nodes: int
     strategy: str
+    sync_batchnorm: bool
     world: Optional[World]
     """This rank among all; None where one process is alone, or is to start the ranks."""
     max_epochs: int

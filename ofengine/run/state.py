@@ -122,7 +122,7 @@ class Run:
         run = cls(settings, callbacks, loggers, seed=seed, data_seed=data_seed)
         if settings.world is not None:
             run.ranks = Meetings(settings.world)
-            run.metrics = SharedMetrics(run.ranks)
+            run.metrics = SharedMetrics(run.ranks, run.progress)
         return run
 
     @property

@@ -73,6 +73,7 @@ def end(run: Run) -> None:
     ranks = run.ranks
     if ranks is None or ranks.over:
         return
+    run.metrics.settle()
     own = [each.state_dict() if each.rank_zero_only else {} for each in run.callbacks]
     said = ranks.talk({"callbacks": own if ranks.rank == 0 else []})
     if ranks.rank:

@@ -78,7 +78,8 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
         run.mode = modes[settings.mode]
     run.interrupts, run.told_not_finite = InterruptGuard(), False
     status = "failed"
-    with CrashReport() as report, workers_noted(), run.interrupts, heartbeat.verb:
+    shares = run.metrics.running()
+    with CrashReport() as report, workers_noted(), run.interrupts, heartbeat.verb, shares:
         place_before, run.place = run.place, report.place
         try:
             hooks.fire("setup", verb)

@@ -36,7 +36,6 @@ DATA = [flow.ones(1, 1)]
     [
         ("precision", "leave it out"),
         ("accelerator", "device="),
-        ("sync_batchnorm", "batch norms"),
         ("profiler", "profil"),
         ("deterministic", "seed"),
         ("min_epochs", "EarlyStopping"),

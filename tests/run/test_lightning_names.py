@@ -37,7 +37,7 @@ EXPECTED = {
         checkpoint_callback datamodule detect_anomaly deterministic enable_autolog_hparams
         gpus inference_mode min_epochs min_steps model model_registry plugins precision
         profiler progress_bar_refresh_rate reload_dataloaders_every_n_epochs resume_from_checkpoint
-        return_predictions sync_batchnorm tpu_cores track_grad_norm
+        return_predictions tpu_cores track_grad_norm
         use_distributed_sampler verbose weights_only weights_summary
         """,
     "TRAINER_ATTRIBUTES": """
