@@ -110,9 +110,12 @@ class SharedMetrics(Metrics):
         index = OUTSIDE if batch is None else stage.batch_idx
         for logged, values in stage.current:
             places = dict.fromkeys(each[1:] for each in [*logged.on_step, *logged.on_epoch])
-            for spec, tensor, _ in places:  # of one number each: no step is compiled on ranks
+            for spec, tensor, at in places:
                 weight = batch_size if spec.batch_size is None else spec.batch_size
-                rows.append((index, spec, values[tensor], float(weight), ""))
+                value = values[tensor]
+                if getattr(value, "ndim", 0):  # of several numbers, from a compiled step
+                    value = value[at]
+                rows.append((index, spec, value, float(weight), ""))
             for _, spec, tensor, _ in logged.counted:
                 value = of_batch(spec, values[tensor]) if spec.on_step else 0.0
                 rows.append((index, spec, value, 0.0, self._shared.place_of(values[tensor]) or ""))

@@ -7,12 +7,16 @@ import types
 from typing import Any, Dict, Iterator, List, Sequence
 
 import attrs
+import numpy as np
 import oneflow as flow
 from oneflow import nn
 
+from ofengine._oneflow.global_tensors import local
 from ofengine._oneflow.tracing import module_of, outside_the_trace
 from ofengine.errors import GraphModeError
 from ofengine.modes.in_place import Written
+from ofengine.ranks.meetings import Meetings
+from ofengine.ranks.statistics import update_by_calls
 
 _UNCOUNTED = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 """They have the counter of batch norm, and leave it alone."""
@@ -42,12 +46,16 @@ class BatchNorms:
 
     A compiled batch norm updates its running statistics but not ``num_batches_tracked``: the calls
     are added up after the steps.
+
+    Args:
+        apart: keep apart what each call adds, the first ones too, for :meth:`exchange`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, apart: bool = False) -> None:
+        self._apart = apart
         self._calls: Dict[Any, int] = {}
         self.again: List[_Again] = []
-        """The further calls of layers that were called before."""
+        """The further calls of layers that were called before; all calls, where these are apart."""
         self.runs = 0
         """Runs since :meth:`settle`."""
 
@@ -60,6 +68,20 @@ class BatchNorms:
         """Add what the last run's further calls left to the running statistics."""
         for each in self.again:
             each.take_over()
+
+    def exchange(self, ranks: Meetings, each_its_own: bool) -> None:
+        """Add what the last run's calls on all ranks have left, rank by rank.
+
+        ``each_its_own``: False where all ranks had the same batch, which counts once.
+        """
+        if self.again:
+            kept = [local(tensor) for tensor in self.scratch]
+            flat = np.concatenate([each.numpy().reshape(-1) for each in kept]).astype(np.float64)
+            rows = ranks.gather(flat) if each_its_own else flat[None]
+            update_by_calls([each.layer for each in self.again], rows)
+            for each in kept:
+                each.zero_()
+        self.runs += ranks.size if each_its_own else 1
 
     def refuse(self, written: Sequence[Written]) -> None:
         """Raise where a step writes into running statistics that a layer of it updates too."""
@@ -94,7 +116,7 @@ class BatchNorms:
             if not layer.training:  # a step may have called eval() of it
                 return forward(layer, x, *addend)
             calls = self._calls[origin] = self._calls.get(origin, 0) + 1
-            if calls == 1:
+            if calls == 1 and not self._apart:
                 return forward(layer, x, *addend)
             with outside_the_trace():
                 added = {name: flow.zeros_like(getattr(origin, name)) for name in _RUNNING}

@@ -13,6 +13,7 @@ from ofengine.modes.draws import Draws
 _MOST_VARIANTS = 4
 """So many graphs are kept for one shape of batch, for values that come again (a switch)."""
 _OFTEN = 5
+_MANY = 8
 
 
 @attrs.define
@@ -100,3 +101,13 @@ class Changes:
                 f"oneflow.tensor(0.0)) in __init__, self.{attribute}_.fill_(value) in the hook), "
                 'or use Trainer(mode="eager").'
             )
+
+
+def warn_of_many_graphs(steps: int) -> None:
+    """Say so where so many compiled steps are too many, once."""
+    if steps == _MANY:
+        warn(
+            f"{_MANY} graphs were compiled for training so far, one for each shape of batch and "
+            "each constant in it (a number or text): each takes seconds and memory. Pad the "
+            "batches to few shapes, and keep constants out of them."
+        )

@@ -75,9 +75,14 @@ class Feed:
                     stack.callback(setattr, holder, name, original)
             yield self
 
-    def _feed(self, prepare: Callable[[], Draw], example: Any) -> Any:
+    def _feed(self, prepare: Callable[[], Draw], example: Any, like: Any = None) -> Any:
+        """A further input like ``example``; ``like`` is the tensor whose shape that has."""
         self.met.append(prepare)
         return self._add_input(example)
+
+    def _shape(self, like: Any) -> Tuple[int, ...]:
+        """The shape of what is drawn here for a tensor."""
+        return tuple(like.shape)
 
     # ------------------------------------------------------------------ replacements
 
@@ -94,12 +99,12 @@ class Feed:
     ) -> Any:
         if not training or p == 0.0:
             return original(input, p, training, inplace, generator, addend=addend)
-        shape, spec = tuple(input.shape), {"dtype": input.dtype, "device": input.device}
+        shape, spec = self._shape(input), {"dtype": input.dtype, "device": input.device}
 
         def prepare() -> Draw:
             return partial(original, flow.ones(shape, **spec), p, True, False, generator)
 
-        scales = self._feed(prepare, eager_result(flow.zeros, shape, **spec))
+        scales = self._feed(prepare, eager_result(flow.zeros, shape, **spec), input)
         kept = input * scales  # 0 where dropped, else 1 / (1 - p)
         return kept if addend is None else kept + addend
 
@@ -115,9 +120,9 @@ class Feed:
     ) -> Any:
         # libstdc++'s bernoulli_distribution compares one double from [0, 1), as rand draws it,
         # with p.
-        shape, spec = tuple(input.shape), {"dtype": flow.float64, "device": flow.device("cpu")}
+        shape, spec = self._shape(input), {"dtype": flow.float64, "device": flow.device("cpu")}
         draw = partial(self._rand, shape, generator=generator, **spec)
-        drawn = self._feed(lambda: draw, eager_result(flow.zeros, shape, **spec))
+        drawn = self._feed(lambda: draw, eager_result(flow.zeros, shape, **spec), input)
         below = input.to(flow.float64) if p is None else p
         return (drawn < below).to(dtype)
 
@@ -126,13 +131,13 @@ class Feed:
         return self._feed(lambda: draw, _example(original, args, kwargs))
 
     def _alike(self, original: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
-        shape, spec = tuple(input.shape), {"dtype": input.dtype, "device": input.device}
+        shape, spec = self._shape(input), {"dtype": input.dtype, "device": input.device}
 
         def prepare() -> Draw:
             return partial(original, flow.zeros(shape, **spec), *args, **kwargs)
 
         like = eager_result(flow.zeros, shape, **spec)
-        return self._feed(prepare, _example(original, (like, *args), kwargs))
+        return self._feed(prepare, _example(original, (like, *args), kwargs), input)
 
 
 def _example(function: Any, args: Sequence[Any], kwargs: Dict[str, Any]) -> Any:

@@ -123,6 +123,9 @@ class EagerMode:
         with flow.no_grad():
             return getattr(self._task, step)(*(batch, batch_idx, dataloader_idx)[:arity])
 
+    def evaluated(self, step: str, dataloader_idx: int) -> None:
+        """Nothing: a rank evaluates its batches alone."""
+
     def optimizer_state(self) -> Tuple[int, ParameterStates]:
         """See :class:`~ofengine.run.mode.Mode`."""
         names = {id(p): name for name, p in self._task.named_parameters()}

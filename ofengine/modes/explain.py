@@ -25,6 +25,9 @@ _OTHERWISE_WRONG = {
     "only support types: Tensor/None": "returns something that is no tensor: return the loss, a "
     "tuple or a dict of tensors",
     "Loss blob not found": "never calls backward(): call it on the loss",
+    "Got input tensors with inconsistent attributes": "reads a tensor that is neither of its batch "
+    "nor a parameter or buffer of the task, which a graph of several ranks does not take: make it "
+    "a buffer, with self.register_buffer(...) in __init__",
     "must be a variable created in nn.Graph": "returns no tensor: return the loss",
 }
 

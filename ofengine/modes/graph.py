@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple
 
 import oneflow as flow
 from oneflow import nn
@@ -20,8 +20,9 @@ from ofengine._oneflow.launch_race import mend_or_tell
 from ofengine._oneflow.operators import random_operations
 from ofengine._oneflow.session import start_session
 from ofengine.data.structure import Structure, flatten, unflatten
-from ofengine.errors import ConfigurationError, GraphModeError, warn
-from ofengine.modes.compiled import Changes, Compilations, Compiled
+from ofengine.errors import ConfigurationError, GraphModeError
+from ofengine.modes.batch_norms import BatchNorms
+from ofengine.modes.compiled import Changes, Compilations, Compiled, warn_of_many_graphs
 from ofengine.modes.compiling import (
     check_inputs,
     refuse_what_graphs_ignore,
@@ -47,9 +48,7 @@ from ofengine.task import TaskModule
 
 log = logging.getLogger("ofengine")
 
-
 _EMPTY = flatten({}, [])
-_MANY_GRAPHS = 8
 _TABLE_STEPS = 10_000
 """How many steps of rates are compiled in at first where the run's length is not known."""
 
@@ -72,6 +71,8 @@ class GraphMode:
         self._structure: Structure = flatten(None, [])
         self._gradients: Dict[int, Any] = {}
         self._window_scales: Dict[int, Any] = {}
+        self._tells = True
+        """False where another rank records what a step logs."""
         self._rates_until: Optional[int] = None
         """The first step whose rates are not compiled in, or None where all are."""
 
@@ -101,13 +102,7 @@ class GraphMode:
             compiled = None
         if compiled is None:
             compiled = self._compile_step(structure, tensors)
-            self._tell_change(self._steps.add(key, compiled))
-            if len(self._steps) == _MANY_GRAPHS:
-                warn(
-                    f"{_MANY_GRAPHS} graphs were compiled for training so far, one for each shape "
-                    "of batch and each constant in it (a number or text): each takes seconds and "
-                    "memory. Pad the batches to few shapes, and keep constants out of them."
-                )
+            self._keep_step(key, compiled)
         graph = compiled.graph
         if self._accumulates:
             result = self._accumulate(compiled, tensors, window, closes)
@@ -137,17 +132,20 @@ class GraphMode:
         for index, gradient in zip(graph.having, outputs[1:stop]):
             total[index] = total[index] + gradient if index in total else gradient
         if closes:
-            having = tuple(sorted(total))
-            apply = self._applies.active.get(having) or self._applies.find(having)
-            gradients = [total[index] for index in having]
-            if apply is None:
-                apply = Compiled(ApplyGraph(self._run, having))
-                self._compile(apply, [gradients], "the optimizer step", updates=True)
-                self._watch(apply, updates=True)
-                self._tell_change(self._applies.add(having, apply))
-            graphs.run_compiled(apply.graph, gradients)
-            self._gradients = {}
+            self._apply()
         return {**(self._take_outputs(graph, outputs[stop:]) or {}), "loss": outputs[0]}
+
+    def _apply(self) -> None:
+        """Update by the gradients that a window has added up."""
+        having = tuple(sorted(self._gradients))
+        gradients = [self._gradients[index] for index in having]
+        apply = self._applies.active.get(having) or self._applies.find(having)
+        if apply is None:
+            apply = self._trace_apply(having, gradients)
+            self._watch(apply, updates=True)
+            self._tell_change(self._applies.add(having, apply))
+        graphs.run_compiled(apply.graph, gradients)
+        self._gradients = {}
 
     def _window_scale(self, window: int) -> Any:
         """``1 / window`` as a tensor of no dimension on the device."""
@@ -164,9 +162,12 @@ class GraphMode:
         rest = iter(outputs)
         if graph.frozen:
             values = [next(rest) if number is None else number for number in graph.frozen]
-            self._run.metrics.record_traced(graph.logged, values)
+            if self._tells:
+                self._run.metrics.record_traced(graph.logged, values)
         for metric, names in graph.updates:
-            metric.add({name: next(rest) for name in names})
+            sums = {name: next(rest) for name in names}
+            if self._tells:
+                metric.add(sums)
         return {} if graph.rest == _EMPTY else unflatten(graph.rest, rest)
 
     def settle(self) -> None:
@@ -185,13 +186,25 @@ class GraphMode:
         before = self._state.read()[0] - start  # steps of an earlier fit with this optimizer
         self._rates_until = self._run.rates.lower_into(graph, start, stop, before)
 
+    def _keep_step(self, key: Hashable, compiled: Compiled) -> None:
+        self._tell_change(self._steps.add(key, compiled))
+        warn_of_many_graphs(len(self._steps))
+
     def _compile_step(self, structure: Structure, tensors: List[Any]) -> Compiled:
+        compiled, updates = self._trace_step(structure, tensors, self._accumulates)
+        self._watch(compiled, updates)
+        return compiled
+
+    def _trace_step(
+        self, structure: Structure, tensors: List[Any], accumulates: bool
+    ) -> Tuple[Compiled, bool]:
+        """A graph for such batches; and whether it updates the parameters."""
         refuse_what_graphs_ignore(self.task)
         self.settle()  # an older graph for these shapes may be let go
         inputs: List[Any] = [tensors]
         what, updates = "training_step", True
-        if self._accumulates:
-            graph: Any = GradientGraph(self._run, structure)
+        if accumulates:
+            graph: Any = self._gradient_graph(structure)
             inputs.append(self._window_scale(1))
             updates = False
         else:
@@ -201,11 +214,21 @@ class GraphMode:
                 check_own_graph(graph, self._run, [c.graph for c in self._steps])
                 tell_what_is_forgotten(graph)
                 inputs, what = tensors, f"{type(graph).__name__}.build"
-        compiled = Compiled(graph)
+        compiled = Compiled(graph, batch_norms=self._batch_norms())
         with compiled.batch_norms.counting(self.task):
             self._compile(compiled, inputs, what, updates)
-        self._watch(compiled, updates)
-        return compiled
+        return compiled, updates
+
+    def _gradient_graph(self, structure: Structure) -> GradientGraph:
+        return GradientGraph(self._run, structure)
+
+    def _batch_norms(self) -> BatchNorms:
+        return BatchNorms()
+
+    def _trace_apply(self, having: Tuple[int, ...], gradients: Sequence[Any]) -> Compiled:
+        apply = Compiled(ApplyGraph(self._run, having))
+        self._compile(apply, [gradients], "the optimizer step", updates=True)
+        return apply
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -230,6 +253,9 @@ class GraphMode:
         self._gradients = {i: gradients[name] for i, name in trained if name in gradients}
 
     # ------------------------------------------------------------------ evaluation
+
+    def evaluated(self, step: str, dataloader_idx: int) -> None:
+        """See :class:`~ofengine.run.mode.Mode`."""
 
     def eval_step(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
         """See :class:`~ofengine.run.mode.Mode`."""
@@ -278,11 +304,7 @@ class GraphMode:
             own = [*self.task.named_parameters(), *self.task.named_buffers()]
             replaced = [name for name, each in own if tensors.get(id(each)) == "data"]
             if replaced:
-                kept = self.gradients()
-                self.load_gradients({n: g for n, g in kept.items() if n not in replaced})
-                self._evals.clear()
-                self.rebuild(f"{replaced[0]}.data is another tensor")
-                self._changes.note(f"self.{replaced[0]}.data")
+                self._let_go_of(replaced)
             training = trained_parameters(self._run) if self._run.optimization else []
             if [*map(id, training)] != [*map(id, self._run.parameters)]:
                 gradients = self.gradients()
@@ -291,6 +313,14 @@ class GraphMode:
                 self.rebuild("other parameters train from here on")
         for kind in (self._steps, self._applies, self._evals):
             kind.look_again(places)
+
+    def _let_go_of(self, replaced: Sequence[str]) -> None:
+        """These parameters and buffers have other memory now."""
+        kept = self.gradients()
+        self.load_gradients({n: g for n, g in kept.items() if n not in replaced})
+        self._evals.clear()
+        self.rebuild(f"{replaced[0]}.data is another tensor")
+        self._changes.note(f"self.{replaced[0]}.data")
 
     def _tell_change(self, name: Optional[str]) -> None:
         if name is not None:
@@ -310,10 +340,13 @@ class GraphMode:
         self._steps.clear()
         self._applies.clear()
 
+    def _check(self, inputs: Any, what: str) -> None:
+        check_inputs(inputs, what)
+
     def _compile(self, compiled: Compiled, inputs: Sequence[Any], what: str, updates: bool) -> None:
         """Compile a graph for ``inputs``; where it ``updates``, over the shared state."""
         graph = compiled.graph
-        check_inputs(inputs, what)
+        self._check(inputs, what)
         if graphs.graphs_compiled() >= graphs.MOST_GRAPHS:
             raise GraphModeError(
                 f"this process has compiled {graphs.graphs_compiled():,} graphs, and OneFlow "

@@ -87,7 +87,7 @@ class _Teller:
         labels: Any = given.get("target", given.get("labels"))
         scores: Any = given.get("input", given.get("logits"))
         both = isinstance(labels, flow.Tensor) and isinstance(scores, flow.Tensor)
-        if both and labels.dtype in _INTEGERS and not labels.is_global:
+        if both and labels.dtype in _INTEGERS:
             last = self.name.startswith("sparse")
             classes = scores.shape[-1 if last or scores.ndim == 1 else 1]
             ignored = None if last else given.get("ignore_index", -100)

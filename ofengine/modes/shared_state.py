@@ -12,6 +12,7 @@ import oneflow as flow
 from oneflow import nn
 
 from ofengine._oneflow import graphs, optimizer_state
+from ofengine._oneflow.global_tensors import Ranks, Twins, local
 from ofengine._oneflow.optimizer_copies import replace_state
 from ofengine._oneflow.session import synchronize
 from ofengine.run.mode import ParameterStates
@@ -37,15 +38,22 @@ class SharedState:
         for name, tensor in self._tensors.items():
             parameter, key = optimizer_state.split_graph_state(name)
             if parameter in self._parameter_of:
-                states.setdefault(self._parameter_of[parameter], {})[key] = tensor
-        return int(self._tensors[optimizer_state.TRAIN_STEP].item()), states
+                states.setdefault(self._parameter_of[parameter], {})[key] = local(tensor)
+        return self._steps(), states
+
+    def _steps(self) -> int:
+        return int(self._tensors[optimizer_state.TRAIN_STEP].item())
 
     def _of_optimizer(self) -> Tuple[int, ParameterStates]:
         made = self._run.optimization
         if made is None:
             return 0, {}
-        names = {id(p): name for name, p in self._task.named_parameters()}
+        names = {id(self._own(p)): name for name, p in self._task.named_parameters()}
         return optimizer_state.optimizer_state(made.optimizer, names)
+
+    def _own(self, parameter: Any) -> Any:
+        """The parameter that the optimizer keeps its state by."""
+        return parameter
 
     def load(self, steps: int, states: ParameterStates) -> None:
         """Begin with these, as :meth:`read` of either mode's gave them."""
@@ -87,6 +95,38 @@ class SharedState:
         for name, kept in states.items():
             for key, tensor in kept.items():
                 if name in in_graph:
-                    self._tensors[optimizer_state.graph_state_name(in_graph[name], key)] = tensor
-        count = flow.tensor([steps], dtype=flow.int64).to(self._run.settings.device)
-        self._tensors[optimizer_state.TRAIN_STEP] = count
+                    place = optimizer_state.graph_state_name(in_graph[name], key)
+                    self._tensors[place] = self._as_graphs_have_it(tensor)
+        self._tensors[optimizer_state.TRAIN_STEP] = self._count(steps)
+
+    def _as_graphs_have_it(self, tensor: Any) -> Any:
+        return tensor
+
+    def _count(self, steps: int) -> Any:
+        return flow.tensor([steps], dtype=flow.int64).to(self._run.settings.device)
+
+
+class StateOfRanks(SharedState):
+    """The same as global tensors, which all ranks have whole."""
+
+    def __init__(self, run: Run, task: nn.Module, ranks: Ranks, twins: Twins) -> None:
+        super().__init__(run, task)
+        self._ranks, self._twins = ranks, twins
+        self.steps = 0
+        """Updates made with this memory: only rank 0 has the graphs' own count."""
+
+    def _own(self, parameter: Any) -> Any:
+        return self._twins.local_of(parameter)
+
+    def _steps(self) -> int:
+        return self.steps
+
+    def _begin(self) -> None:
+        self.steps, _ = self._of_optimizer()
+        super()._begin()
+
+    def _as_graphs_have_it(self, tensor: Any) -> Any:
+        return self._ranks.whole(tensor)
+
+    def _count(self, steps: int) -> Any:
+        return self._ranks.count(steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import oneflow as flow
 from oneflow import nn
@@ -23,6 +23,7 @@ from ofengine.metrics.base import Metric
 from ofengine.metrics.stage import Logged, LogSpec
 from ofengine.modes.draws import Draw, Feed, no_numbers_frozen
 from ofengine.modes.in_place import InPlace, Written
+from ofengine.modes.spread import Spread
 from ofengine.modes.steps import clip, split_outputs, step_arity
 from ofengine.run.state import Run
 from ofengine.task import TaskModule
@@ -57,6 +58,8 @@ class StepGraph(LateInputs):
         """What the last outputs are written back into after each run."""
         self.rest: Structure = flatten(None, [])
         self.random_calls: List[Callable[[], Draw]] = []
+        self.spread: Optional[Spread] = None
+        """Where several ranks trace the step over global tensors: how these lie."""
 
     def call_step(self, tensors: Sequence[Any]) -> Any:
         """Trace the task's step; note what it logs, return (outputs, logged).
@@ -69,7 +72,9 @@ class StepGraph(LateInputs):
         build_parameters(self.task)
         arguments = (batch, self.index, *self.extra)[: self.arity]
         task = instance_in_trace(self.task)
-        feeding = Feed(self.add_input).replacing_calls()
+        spread = self.spread
+        feed_of = Feed(self.add_input) if spread is None else spread.feed(self.add_input)
+        feeding = feed_of.replacing_calls()
         answering = answering_as_modules(self.task)
         self.in_place = InPlace(self.task, self.step, tensors, self.trains)
         with contextlib.ExitStack() as stack:
@@ -81,7 +86,8 @@ class StepGraph(LateInputs):
         self.assigned = assignments_in_trace(task)
         self.updates = [(metric, list(sums)) for metric, sums in trace.updates]
         counted = [value for _, sums in trace.updates for value in sums.values()]
-        return outputs, [*self._together(trace.logs), *counted]
+        logs = trace.logs if spread is None else spread.logs(trace.logs)
+        return outputs, [*self._together(logs), *counted]
 
     def _together(self, logs: Sequence[Tuple[LogSpec, Any]]) -> List[Any]:
         """The logged tensors, those of one kind stacked: each output costs about what a step does.
@@ -92,7 +98,7 @@ class StepGraph(LateInputs):
         places: List[Tuple[LogSpec, Any, int]] = []
         counted: List[Tuple[LogSpec, Any, int]] = []
         for number, (spec, value) in enumerate(logs):
-            stacks = isinstance(value, flow.Tensor) and not value.is_global
+            stacks = isinstance(value, flow.Tensor) and value.is_global == bool(self.spread)
             kind = (value.dtype, value.device) if stacks else number
             alike = kinds.setdefault(kind, [])
             (counted if isinstance(value, Metric) else places).append((spec, kind, len(alike)))
@@ -113,11 +119,17 @@ class StepGraph(LateInputs):
             self.rest = flatten(outputs, rest, f"{self.step} returns")
         except DataError as error:
             raise GraphModeError(str(error)) from None
+        if self.spread is not None:
+            first, logged = self.spread.whole(first), self.spread.whole(logged)
+            rest = self.spread.rows(rest, len(first) + len(logged))
         # One tensor may not be put out twice.
         put_out = [*first, *(identity(tensor) for tensor in [*logged, *rest])]
         written = self.in_place.written()
         self.written = [each for each, _ in written]
-        return [*put_out, *(identity(value) for _, value in written)]
+        values = [value for _, value in written]
+        if self.spread is not None:
+            values = self.spread.whole(values)
+        return [*put_out, *map(identity, values)]
 
 
 class _TrainStepGraph(StepGraph):
@@ -144,6 +156,8 @@ class TrainGraph(_TrainStepGraph):
     def build(self, tensors: List[Any], late: List[Any]) -> List[Any]:
         """Trace the whole step."""
         loss, rest, logged = self.trained_loss(tensors, None)
+        if self.spread is not None:
+            self.spread.gradients(self.run.parameters)
         clip(self.run)
         return self.put_out(rest, logged, [loss])
 

@@ -25,6 +25,8 @@ from ofengine.launch.heartbeat import exchange
 from ofengine.ranks.messages import decode, encode
 
 _CONTROL = 8
+_LEAST = 4
+"""So many numbers a meeting carries at least."""
 _MOST_IN_MEETING = 64 * 1024
 """So many numbers a meeting carries at most; more are gathered apart."""
 _MOST_NUMBERS = 4 * 1024 * 1024
@@ -47,6 +49,8 @@ class Purpose(enum.IntEnum):
     """A message of each."""
     STATISTICS = 6
     """Those of a batch norm, in a step."""
+    LINE_UP = 7
+    """The round of a compiled step."""
 
 
 @attrs.define
@@ -84,15 +88,15 @@ class Meetings:
         """Looks at it only: it is given again."""
         self.serve_statistics: Callable[[int, np.ndarray], None] = lambda of, rows: None
         """Takes what the batch norms of others have sent while this rank has no batch."""
-        self._room = 0
+        self._room = _LEAST
 
     def make_room(self, numbers: int) -> int:
         """Let meetings carry so many numbers, or as many as there is room for; all ranks at once.
 
         Returns how many.
         """
-        self._room = min(numbers, _MOST_IN_MEETING)
-        return self._room
+        self._room = max(_LEAST, min(numbers, _MOST_IN_MEETING))
+        return min(numbers, self._room)
 
     @property
     def most_numbers(self) -> int:
@@ -117,6 +121,15 @@ class Meetings:
         """
         rows = self._meet(Purpose.STATISTICS, own.view(np.float32), of)
         return _statistics_in(rows)[:, : own.size]
+
+    def line_up(self, numbers: Sequence[int], train: bool, check: int = 0) -> np.ndarray:
+        """Up to four ``numbers`` below 2**24 of each rank, before a compiled step; a row for each.
+
+        ``check`` must be the same on all ranks.
+        """
+        purpose = Purpose.STEP if train else Purpose.LINE_UP
+        rows = self._meet(purpose, np.array(numbers, np.float32), check)
+        return rows[:, _CONTROL : _CONTROL + len(numbers)].astype(np.int64)
 
     def all_stop(self) -> bool:
         """True where all ranks were told to end training after this batch.
@@ -286,6 +299,7 @@ _WORDS = {
     Purpose.METRICS: "is at the end of its batches, or logs",
     Purpose.STATISTICS: "normalizes a batch by those of all",
     Purpose.TALK: "is between two parts of the run",
+    Purpose.LINE_UP: "goes through a batch without training",
 }
 
 

@@ -9,7 +9,7 @@ all ranks then update theirs by what every rank has, one after the other.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
 import oneflow as flow
@@ -48,11 +48,7 @@ class RunningStatistics:
         for name, module in task.named_modules():
             if not isinstance(module, KINDS) or module.running_mean is None:
                 continue
-            if module.momentum is None:
-                raise RankError(
-                    f"{type(task).__name__}.{name} has momentum=None, which several ranks do not "
-                    "keep to: give it a number, such as 0.1."
-                )
+            _refuse_average(task, name, module)
             self._layers.append(module)
             self._own.append((module, vars(module).get("forward")))
             vars(module)["forward"] = partial(self._call, module, module.forward)
@@ -127,6 +123,40 @@ class RunningStatistics:
                 layer.num_batches_tracked.add_(others)
         self._before.clear()
         self._added.clear()
+
+
+def update_by_calls(layers: Sequence[Any], rows: np.ndarray) -> None:
+    """Update the running statistics by calls that each rank has made of ``layers``, in this order.
+
+    A row for each rank: of each call what it adds to the mean, then what it adds to the variance.
+    """
+    now = {id(layer): running_of(layer) for layer in layers}
+    for row in rows:
+        at = 0
+        for layer in layers:
+            mean, variance = now[id(layer)]
+            size = mean.size
+            added = row[at : at + 2 * size].astype(mean.dtype)
+            both = (added[:size], added[size:])
+            now[id(layer)] = updated((mean, variance), both, layer.momentum)
+            at += 2 * size
+    for layer in {id(each): each for each in layers}.values():
+        write(layer, now[id(layer)])
+
+
+def refuse_averages(task: nn.Module) -> None:
+    """Raise :class:`RankError` for a batch norm that averages over all batches."""
+    for name, module in task.named_modules():
+        if isinstance(module, KINDS) and module.running_mean is not None:
+            _refuse_average(task, name, module)
+
+
+def _refuse_average(task: nn.Module, name: str, layer: Any) -> None:
+    if layer.momentum is None:
+        raise RankError(
+            f"{type(task).__name__}.{name} has momentum=None, which several ranks do not "
+            "keep to: give it a number, such as 0.1."
+        )
 
 
 def running_of(layer: Any) -> Pair:

@@ -126,12 +126,6 @@ def check_ranks(values: Dict[str, Any], world: Optional[World]) -> None:
             'sync_batchnorm=True synchronizes steps of mode="eager", and in a graph each rank has '
             "its own statistics: leave out one of the two."
         )
-    for name in ("mode", "eval_mode"):
-        if values[name] == "graph":
-            raise ConfigurationError(
-                f'{name}="graph" trains on one rank, and there are {asked}: use {name}="eager" '
-                "(OneFlow would send rank 0's graph to all ranks)."
-            )
     if world is not None and values["device"].type == "cuda":
         if world.local_rank >= flow.cuda.device_count():
             raise DeviceError(

@@ -301,6 +301,7 @@ def evaluation_loop(
         metrics.begin(per_step=False)
         for loader in loaders:
             loader.set_epoch(run.progress.epoch)
+        together.share_order(run, loaders)
         hooks.fire(f"on_{stage}_start")
         hooks.fire(f"on_{stage}_epoch_start")
         for loader_idx, loader in enumerate(loaders):
@@ -371,6 +372,7 @@ def _evaluate(
             interrupts.check()
         interrupts.waiting = is_alone
     interrupts.waiting = False
+    mode.evaluated(step_name, loader_idx)
     if taken is None:
         at = f" in the validation of epoch {run.progress.epoch}" if stage == "validation" else ""
         loader.check_given(batch_idx + 1, at)

@@ -29,6 +29,9 @@ class Mode(Protocol):
     def eval_step(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
         """``validation_step``, ``test_step`` or ``predict_step`` on one batch, no gradients."""
 
+    def evaluated(self, step: str, dataloader_idx: int) -> None:
+        """This rank has gone through its batches of a loader; other ranks may have one left."""
+
     def optimizer_state(self) -> Tuple[int, ParameterStates]:
         """The optimizer's steps, and what it keeps of each parameter by name; live memory."""
 

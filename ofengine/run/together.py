@@ -198,6 +198,19 @@ def share_buffers(run: Run) -> None:
         _share(run.ranks, dict(run.task.named_buffers()))
 
 
+def share_order(run: Run, loaders: List[Batches]) -> None:
+    """Let all ranks shuffle what is evaluated as rank 0 does, or samples would be repeated."""
+    if run.ranks is None or run.ranks.over:
+        return
+    found = of_rank_zero(
+        run,
+        lambda: {"global": global_states(), "data": [_plain_states(each) for each in loaders]},
+    )
+    set_global_states(found["global"])
+    for each, states in zip(loaders, found["data"]):
+        set_states_in(None, each.source, states)
+
+
 def check_equal(run: Run, when: str) -> None:
     """Raise :class:`RankError` where the ranks' parameters are not equal, bit for bit."""
     if run.ranks is None or run.ranks.over:

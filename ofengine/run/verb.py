@@ -11,6 +11,7 @@ from ofengine._oneflow.loaders import end_workers, workers_noted
 from ofengine.errors import ConfigurationError, GraphModeError
 from ofengine.launch import heartbeat
 from ofengine.modes.eager import EagerMode
+from ofengine.modes.global_graph import GlobalGraphMode
 from ofengine.modes.graph import GraphMode
 from ofengine.processes.crash_report import CrashReport
 from ofengine.processes.interrupts import InterruptGuard
@@ -71,7 +72,7 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
         trainer, task, [each for each in run.callbacks if first or not each.rank_zero_only]
     )
     modes: Dict[str, Mode] = {
-        name: (GraphMode if name == "graph" else EagerMode)(run, task, hooks.calls)
+        name: _mode(name, run, hooks)
         for name in ({settings.mode, settings.eval_mode} if verb == "fit" else {settings.eval_mode})
     }
     if verb == "fit":
@@ -112,6 +113,14 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
                     stack.callback(each.finalize, status)
                 for call in reversed(hooks.calls["teardown"]):
                     stack.callback(call, verb)
+
+
+def _mode(name: str, run: Run, hooks: HookRunner) -> Mode:
+    if name == "eager":
+        return EagerMode(run, run.task, hooks.calls)
+    if run.ranks is not None:
+        return GlobalGraphMode(run, run.task, hooks.calls, run.ranks)
+    return GraphMode(run, run.task, hooks.calls)
 
 
 def _leave_others_alone(run: Run, error: BaseException) -> None:

@@ -1,0 +1,347 @@
+"""What graph mode trains on several ranks, to be compared with one process on the whole batch.
+
+Each case is a function of a :class:`Place`; alone, it takes batches as large as those of all ranks
+together. Run as a program, one rank goes through all cases and writes down what it got.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, Optional
+
+import numpy as np
+import oneflow as flow
+from oneflow import nn
+from oneflow.utils.data import DataLoader, TensorDataset
+from rank_cases import Place as EagerPlace, Result, SavesAt, weights
+
+from ofengine import Callback, OFEngineError, TaskModule, Trainer
+from ofengine.callbacks import EMAWeightAveraging, LRDecayCallback, ModelCheckpoint
+
+CASES: Dict[str, Callable[[Place], Result]] = {}
+
+
+def case(function: Callable[[Place], Result]) -> Callable[[Place], Result]:
+    CASES[function.__name__] = function
+    return function
+
+
+class Place(EagerPlace):
+    """Where a case runs: on one of ``size`` ranks, or alone, with the batches of all of them."""
+
+    together = True
+    """False where a process that is alone takes the batches of ranks one after the other."""
+
+    def rows(self, batch_size: int) -> int:
+        """``batch_size`` of each rank, in the rows that this process takes at once."""
+        return batch_size * self.size if self.alone and self.together else batch_size
+
+    def trainer(self, accumulate: int = 1, **options: Any) -> Trainer:
+        given = {"accumulate_grad_batches": accumulate, "mode": "graph", **options}
+        return super().trainer(**given)
+
+    def loader(self, samples: int = 46, batch_size: int = 4, shuffle: bool = True) -> DataLoader:
+        rng = np.random.default_rng(0)
+        x = rng.standard_normal((samples, 6)).astype(np.float32)
+        data = TensorDataset(flow.tensor(x), flow.tensor(rng.integers(0, 3, samples)))
+        return DataLoader(data, batch_size=self.rows(batch_size), shuffle=shuffle)
+
+
+class Net(TaskModule):
+    """Two layers, and one that nothing uses."""
+
+    def __init__(self, optimizer: str = "sgd") -> None:
+        super().__init__()
+        flow.manual_seed(1)
+        self.optimizer_name = optimizer
+        self.first = nn.Linear(6, 8)
+        self.second = nn.Linear(8, 3)
+        self.never = nn.Linear(2, 2)
+        self.register_buffer("scale", flow.tensor([0.9]))
+
+    def scores(self, x: Any) -> Any:
+        return self.second(self.first(x).relu() * self.scale)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        scores = self.scores(x)
+        loss = nn.functional.cross_entropy(scores, y)
+        self.log("train_loss", loss, on_step=True, on_epoch=True)
+        self.log("train_acc", (scores.argmax(dim=-1) == y).to(flow.float32).mean())
+        return {"loss": loss, "scores": scores}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        scores = self.scores(x)
+        self.log("val_loss", nn.functional.cross_entropy(scores, y))
+        self.log("val_acc", (scores.argmax(dim=-1) == y).to(flow.float32).mean())
+
+    test_step = validation_step
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.scores(batch[0])
+
+    def configure_optimizers(self) -> Any:
+        if self.optimizer_name == "sgd":
+            return flow.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        return flow.optim.AdamW(self.parameters(), lr=0.02)
+
+
+def fitted(
+    task: TaskModule, trainer: Trainer, train: Any, val: Any = None, **options: Any
+) -> Result:
+    before = {name: id(each) for name, each in task.named_parameters()}
+    trainer.fit(task, train, val, **options)
+    after = dict(task.named_parameters())
+    assert {name: id(each) for name, each in after.items()} == before
+    assert all(each.is_local for each in (*after.values(), *task.buffers()))
+    return {
+        "weights": weights(task),
+        "metrics": dict(trainer.callback_metrics),
+        "steps": trainer.global_step,
+    }
+
+
+@case
+def five_steps_of_sgd(place: Place) -> Result:
+    return fitted(Net(), place.trainer(max_steps=5, max_epochs=-1), place.loader())
+
+
+@case
+def five_steps_of_adamw(place: Place) -> Result:
+    return fitted(Net("adamw"), place.trainer(max_steps=5, max_epochs=-1), place.loader())
+
+
+@case
+def layerwise_rates_clipping_and_all_that(place: Place) -> Result:
+    """Over windows of two rounds, with an epoch's end that cuts one short and is uneven."""
+
+    class Layerwise(Net):
+        def configure_optimizers(self) -> Any:
+            groups = [
+                {"params": self.first.parameters(), "lr": 0.02, "name": "a", "lr_scale": 0.5},
+                {"params": [*self.second.parameters(), *self.never.parameters()], "lr": 0.02,
+                 "name": "b", "lr_decay_scale": 0.9},
+            ]  # fmt: skip
+            optimizer = flow.optim.AdamW(groups, lr=0.02)
+            return [optimizer], [flow.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)]
+
+    callbacks = [LRDecayCallback(every_n_batches=2), EMAWeightAveraging(decay=0.9)]
+    trainer = place.trainer(accumulate=2, gradient_clip_val=0.05, callbacks=callbacks)
+    # Of 5 rows and one, the last rank has few, or none.
+    val = place.loader(batch_size=9, samples=9 * place.size + 1)
+    result = fitted(Layerwise(), trainer, place.loader(), val)
+    rates = [trainer.rates.rates(step) for step in range(trainer.global_step)]
+    return {**result, "rates": rates}
+
+
+class Changing(Callback):
+    """Freezes a layer, gives another new memory, and changes what a step reads, as it goes on."""
+
+    def on_train_batch_start(self, trainer: Any, task: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 2:
+            task.first.requires_grad_(False)
+        if trainer.global_step == 4:
+            task.first.requires_grad_(True)
+            task.second.weight.data = task.second.weight.data * 0.5
+        if trainer.global_step == 6:
+            task.factor = 0.5
+
+
+class Versatile(Net):
+    """Makes tensors in its step, writes into a buffer, and trains by a rate that metrics change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = 1.0
+        self.register_buffer("mean", flow.zeros(6))
+        self.register_buffer("seen", flow.zeros(1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        self.seen.add_(flow.tensor([float(x.shape[0])], device=x.device))
+        shift = flow.ones(6, device=x.device).to(x.device) * flow.linspace(0.0, 1.0, 6)
+        scores = self.scores((x - shift).to(flow.float32)) + flow.zeros(x.shape[0], 3)
+        return nn.functional.cross_entropy(scores, y) * self.factor
+
+    def configure_optimizers(self) -> Any:
+        optimizer = flow.optim.SGD(self.parameters(), lr=0.4)
+        plateau = flow.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"},
+        }
+
+
+@case
+def a_task_that_changes_as_it_trains(place: Place) -> Result:
+    trainer = place.trainer(callbacks=[Changing()], max_epochs=3, gradient_clip_val=0.01,
+                            gradient_clip_algorithm="value")  # fmt: skip
+    loader = place.loader(samples=12 * place.size, batch_size=4)
+    return fitted(Versatile(), trainer, loader, loader)
+
+
+class Normed(Net):
+    """With a batch norm that is called twice in a step, in eval mode in between, and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8, momentum=0.3)
+        self.other_norm = nn.BatchNorm1d(6)
+        self.dropout = nn.Dropout(0.4)
+
+    def scores(self, x: Any) -> Any:
+        if self.training:
+            self.norm(self.first(x) + 1.0)
+            self.norm.eval()
+            self.norm(self.first(x))
+            self.norm.train()
+        return self.second(self.dropout(self.norm(self.first(self.other_norm(x))).relu()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        return nn.functional.cross_entropy(self.scores(x), y)
+
+
+@case
+def batch_norms_and_dropout(place: Place) -> Result:
+    """Of each rank's batch alone, as in the process that accumulates these batches."""
+    place.together = False
+    options = {"mode": "eager", "accumulate": place.size} if place.alone else {}
+    loader = place.loader(samples=16 * place.size, batch_size=4)
+    val = place.loader(9 * place.size, 3)
+    result = fitted(Normed(), place.trainer(**options), loader, val)
+    del result["metrics"]["loss"]  # that of the last batch, which is that of all ranks, or of one
+    return result
+
+
+@case
+def evaluations(place: Place) -> Result:
+    trainer, task = place.trainer(), Net()
+    loaders = [place.loader(11, 4, shuffle=False), place.loader(3, 4, shuffle=False)]
+    results = [trainer.validate(task, loaders), trainer.test(task, loaders[0])]
+    predicted = trainer.predict(task, loaders)
+    rows = [np.concatenate([each.numpy() for each in every]) for every in predicted]
+    return {"results": results, "predicted": rows}
+
+
+# ---------------------------------------------------------------------- ends and refusals
+
+
+@case
+def a_signal_to_one_rank(place: Place) -> Result:
+    """All end after the same batch, and rank 0 saves."""
+
+    class Signals(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 2 and trainer.global_rank == trainer.world_size - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = place.trainer(callbacks=[Signals(), ModelCheckpoint()])
+    try:
+        trainer.fit(Net(), place.loader())
+    except SystemExit as end:
+        saved = [path.name for path in place.folder.rglob("*.safetensors")]
+        return {"code": end.code, "saved": len(saved), "steps": trainer.global_step > 1}
+    return {}
+
+
+class Beside(Net):
+    """Reads a tensor that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = flow.ones(6)
+
+    def scores(self, x: Any) -> Any:
+        return super().scores(x + self.shift)
+
+
+class OfAList(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch[:2], batch_idx)
+
+
+@case
+def what_is_refused(place: Place) -> Result:
+    """On all ranks, which go on afterwards; alone nothing needs to be."""
+    if place.alone:
+        return {"raised": True}
+    x, y = flow.ones(4, 6), flow.zeros(4, dtype=flow.int64)
+    uneven = [(x, y), (x[:, :3], y), (x, y)][: place.size]
+    averages = Net()
+    averages.norm = nn.BatchNorm1d(6, momentum=None)
+    raised = True
+    for task, batches, says in (
+        (Beside(), [(x, y)] * place.size, "neither of its batch nor a parameter or buffer"),
+        (OfAList(), [(x, y, flow.tensor(1.0))] * place.size, "along their first dimension"),
+        (Net(), uneven, "batches of other shapes"),
+        (Net(), [(x, y), (x, y + 7), (x, y)][: place.size], "4 of "),
+        (averages, [(x, y)] * place.size, "momentum=None"),
+    ):
+        try:
+            place.trainer().fit(task, batches)
+        except OFEngineError as error:
+            raised = raised and says in str(error)
+        else:
+            raised = False
+    return {"raised": raised}
+
+
+# ---------------------------------------------------------------------- files
+
+
+def resumable(place: Place, mode: str, callbacks: Any = (), path: Optional[Path] = None) -> Result:
+    place.together = False
+    loader = place.loader(4 * 6 * place.size, 4)
+    accumulate = place.size * 2 if place.alone else 2
+    trainer = place.trainer(accumulate, mode=mode, callbacks=list(callbacks), max_epochs=2)
+    result = fitted(Net("adamw"), trainer, loader, ckpt_path=path)
+    return {key: result[key] for key in ("weights", "steps")}  # metrics are of other batches
+
+
+@case
+def saved_for_others(place: Place) -> Result:
+    """In the middle of a window; of the process that is alone, in the middle of a round."""
+    done = 3 * place.size + (1 if place.alone else 0)
+    name = "alone" if place.alone else "ranks"
+    resumable(place, "graph", [SavesAt(done, place.shared / f"{name}.safetensors")])
+    return {}
+
+
+@case
+def resumed_here_and_there(place: Place) -> Result:
+    """In either mode, on ranks or alone, a run goes on as the one that never stopped."""
+    whole = resumable(place, "graph")
+    runs = {
+        f"{mode} from {name}": resumable(place, mode, path=place.shared / f"{name}.safetensors")
+        for mode, name in (("graph", "alone"), ("graph", "ranks"), ("eager", "ranks"))
+    }
+    return {"whole": whole, **runs}
+
+
+def run_case(name: str, place: Place) -> Result:
+    place.folder.mkdir(parents=True, exist_ok=True)
+    flow.manual_seed(0)
+    return CASES[name](place)
+
+
+def main(folder: Path, names: Any) -> None:
+    from ofengine.launch.environment import read
+
+    world = read()
+    assert world is not None
+    results: Dict[str, Any] = {}
+    for name in names:
+        place = Place(world.world_size, False, folder / "ranks" / name, folder)
+        results[name] = run_case(name, place)
+    (folder / f"results_{world.rank}.pickle").write_bytes(pickle.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[3:])

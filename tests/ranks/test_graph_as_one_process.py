@@ -1,0 +1,78 @@
+"""Graph mode on N ranks is one process that takes the batches of all of them as one."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, List
+
+import numpy as np
+import pytest
+from graph_cases import CASES, Place, run_case
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path(__file__).with_name("graph_cases.py")
+CLOSE = {"five_steps_of_sgd": 3e-8, "batch_norms_and_dropout": 0.0}
+"""By how much weights may differ; 1e-6 where nothing is said."""
+BITS_OF_A_MEAN = 1e-6
+SIZES = [pytest.param(2, id="2 ranks"), pytest.param(3, id="3 ranks", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """How many there are, a folder, and what each rank got for each case, in one start of all."""
+    size, folder = request.param, tmp_path_factory.mktemp("ranks")
+    run_case("saved_for_others", Place(size, True, folder / "alone" / "saved", folder))
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    launched = subprocess.run(
+        [sys.executable, "-m", "ofengine", "launch", "--nproc", str(size), "--hang-timeout", "60",
+         str(SCRIPT), str(folder), "--rank", *CASES],
+        env={**os.environ, "PYTHONPATH": paths},
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert launched.returncode == 0, launched.stdout
+    files = [folder / f"results_{rank}.pickle" for rank in range(size)]
+    return size, folder, [pickle.loads(each.read_bytes()) for each in files]
+
+
+def assert_close(one: Any, other: Any, atol: float, at: str) -> None:
+    assert type(one) is type(other), at
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), at
+        for key in one:
+            near = atol if at.count("/") or key != "metrics" else max(atol, BITS_OF_A_MEAN)
+            assert_close(one[key], other[key], near, f"{at}/{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), at
+        for place, (a, b) in enumerate(zip(one, other)):
+            assert_close(a, b, atol, f"{at}[{place}]")
+    elif isinstance(one, (np.ndarray, float)):
+        np.testing.assert_allclose(one, other, rtol=0, atol=atol, err_msg=at)
+    else:
+        assert one == other, at
+
+
+def test_ranks_compute_what_one_process_does(ranks: Any) -> None:
+    size, folder, results = ranks
+    for name in CASES:
+        alone = run_case(name, Place(size, True, folder / "alone" / name, folder))
+        assert_close(results[0][name], alone, CLOSE.get(name, 1e-6), name)
+
+
+def test_all_ranks_are_equal_bit_for_bit(ranks: Any) -> None:
+    _, _, results = ranks
+    first: Dict[str, Any] = results[0]
+    others: List[Dict[str, Any]] = results[1:]
+    for each in others:
+        assert_close(each, first, 0.0, "")
+
+
+def test_a_run_that_goes_on_is_one_that_never_stopped(ranks: Any) -> None:
+    _, _, results = ranks
+    runs = results[0]["resumed_here_and_there"]
+    assert_close(runs["graph from ranks"], runs["whole"], 0.0, "from ranks")
+    assert_close(runs["graph from alone"], runs["whole"], 1e-6, "from alone")
+    assert_close(runs["eager from ranks"], runs["whole"], 1e-6, "in eager mode")
