@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
-from ofengine.data.sources import count_batches, refuse_several
+from ofengine.data.combined import length_of, together
+from ofengine.data.sources import count_batches
 from ofengine.errors import ConfigurationError, RateError
 from ofengine.rates.calendar import ceil_div
 from ofengine.rates.canvas import LETTERS, Canvas, figure, in_columns, round_numbers, spread
@@ -330,11 +331,7 @@ def epoch_length(
             )
         return steps_per_epoch * settings.window
     source = train_dataloaders if train_dataloaders is not None else task.train_dataloader()
-    refuse_several(source, "train_dataloader")
-    try:
-        total: Optional[int] = None if source is None else len(source)
-    except TypeError:
-        total = None
+    total = None if source is None else length_of(together(source))
     limit, name = settings.limit_train_batches, "limit_train_batches"
     if settings.overfit_batches is not None:
         limit, name = settings.overfit_batches, "overfit_batches"

@@ -61,6 +61,8 @@ class Run:
     """What the randomness of dataloaders' workers is a function of."""
     task: Any = None
     """The task of the verb that is running, or ran last."""
+    datamodule: Any = None
+    """Where its data comes from; None where that was given, or is the task's own."""
 
     # Set by fit.
     mode: Optional[Mode] = None

@@ -269,6 +269,11 @@ class RunView:
         return self._run.task
 
     @property
+    def datamodule(self) -> Any:
+        """The ``DataModule`` that the verb was given; None where it was given none."""
+        return self._run.datamodule
+
+    @property
     def optimizer(self) -> Optimizer:
         """The optimizer of the running or last ``fit``."""
         return self._run.made.optimizer
