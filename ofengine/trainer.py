@@ -33,6 +33,7 @@ from ofengine.run.settings import CHECKS, Settings, refuse_arguments
 from ofengine.run.state import Run
 from ofengine.run.verb import alone_in_training, carry_out
 from ofengine.run.view import Content, RunView
+from ofengine.run.windows import Accumulation
 from ofengine.task import TaskModule
 from ofengine.trials.lr_find import lr_find
 from ofengine.trials.proof import Report
@@ -68,8 +69,9 @@ class Trainer(RunView):
         overfit_batches: train and validate on the same few batches (an int) or share of them
             (a float), held in memory.
         log_every_n_steps: how often, in optimizer steps, metrics are read and logged.
-        accumulate_grad_batches: batches whose gradients are averaged into one optimizer step.
-            The last window of an epoch may be shorter; it is averaged over what it has.
+        accumulate_grad_batches: batches whose gradients are averaged into one optimizer step; a
+            dict such as {0: 1, 5: 4} says so by the epoch from which on it is so many. The last
+            window of an epoch may be shorter; it is averaged over what it has.
         gradient_clip_val: clip the gradients of all groups together to this norm (or value).
         gradient_clip_algorithm: "norm" or "value".
         seed: makes shuffling, dropout and the global generators functions of (seed, epoch)
@@ -112,7 +114,7 @@ class Trainer(RunView):
         fast_dev_run: Union[bool, int] = False,
         overfit_batches: Union[int, float] = 0,
         log_every_n_steps: int = 50,
-        accumulate_grad_batches: int = 1,
+        accumulate_grad_batches: Accumulation = 1,
         gradient_clip_val: Optional[float] = None,
         gradient_clip_algorithm: str = "norm",
         seed: Optional[int] = None,

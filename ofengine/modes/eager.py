@@ -24,6 +24,7 @@ from ofengine.ranks.shares import ABSENT
 from ofengine.ranks.statistics import RunningStatistics
 from ofengine.run.mode import HookCalls, ParameterStates
 from ofengine.run.state import Run
+from ofengine.run.weighing import weight_of
 from ofengine.task import TaskModule
 
 
@@ -49,6 +50,7 @@ class EagerMode:
         self._takes_both = step_arity(self._task, "training_step", 2) == 2
         optimizer.zero_grad(set_to_none=True)  # what a run that was cut off left behind
         let_optimizers_ask()
+        self._averages = self._run.settings.windows.most > 1
         self._clips = self._run.settings.gradient_clip_val is not None
         self._watch_groups()
         if self._run.ranks is not None:
@@ -70,7 +72,10 @@ class EagerMode:
                 loss, rest = split_outputs(loss, self._task_name)
             for call in self._before_backward:
                 call(loss)
-            backward_of(loss if window == 1 else loss / window)
+            if "weight" in rest and self._averages:
+                backward_of(self._weighed(loss, rest["weight"]))
+            else:
+                backward_of(loss if window == 1 else loss / window)
             for call in self._after_backward:
                 call()
             rest["loss"] = loss.detach()
@@ -80,6 +85,8 @@ class EagerMode:
             optimizer = self._optimizer
             if window > 1:
                 drop_gradients_of_frozen(optimizer)
+            if self._run.weighing.batches:
+                self._weigh(window)
             for call in self._before_update:
                 call(optimizer)
             if optimizer.param_groups != self._groups:  # load_state_dict makes new ones
@@ -95,6 +102,23 @@ class EagerMode:
                 call(optimizer)
             optimizer.zero_grad(set_to_none=True)
         return rest
+
+    def _weighed(self, loss: Any, weight: Any) -> Any:
+        if self._exchange is not None:
+            raise ConfigurationError(
+                f"{self._task_name}.training_step returned a weight, and the ranks of a run do not "
+                "exchange weights yet: leave it out, or use Trainer(devices=1)."
+            )
+        weight = weight_of(loss, weight, self._task_name)
+        self._run.weighing.add(weight)
+        return loss * weight
+
+    def _weigh(self, window: int) -> None:
+        parameters = [p for g in self._optimizer.param_groups for p in g.parameters]
+        gradients = [each.grad for each in parameters]
+        weighed = self._run.weighing.close(gradients, window, self._task_name)
+        for parameter, gradient in zip(parameters, weighed):
+            parameter.grad = gradient
 
     def _exchange_gradients(self, exchange: GradientExchange, closes: bool) -> None:
         """Add the gradients of all ranks; where the window ``closes``, they are in ``.grad``."""

@@ -63,7 +63,7 @@ class GraphMode:
         self._run = run
         self.task = task
         self._before_compile = calls["on_before_graph_compile"]
-        self._accumulates = run.settings.accumulate_grad_batches > 1
+        self._accumulates = run.settings.windows.most > 1
         self._steps, self._applies, self._evals = Compilations(), Compilations(), Compilations()
         self._guards, self._changes = Guards(), Changes()
         self._barrier = self._guards.barrier
@@ -133,13 +133,18 @@ class GraphMode:
             tensors += compiled.draws.draw()
         outputs = graphs.run_compiled(graph, tensors)
         stop = 1 + len(graph.having)
-        total = self._gradients
+        total, weighing = self._gradients, self._run.weighing
+        if graph.weighs:
+            weighing.add(outputs[stop])
+            stop += 1
         for index, gradient in zip(graph.having, outputs[1:stop]):
             total[index] = total[index] + gradient if index in total else gradient
         if closes:
             having = tuple(sorted(total))
             apply = self._applies.active.get(having) or self._applies.find(having)
             gradients = [total[index] for index in having]
+            if weighing.batches:
+                gradients = weighing.close(gradients, window, type(self.task).__name__)
             if apply is None:
                 apply = Compiled(ApplyGraph(self._run, having))
                 self._compile(apply, [gradients], "the optimizer step", updates=True)

@@ -49,7 +49,7 @@ def new_plan(
 ) -> RatePlan:
     """A plan at the beginning of a run; its decay is to be set."""
     schedule = make_schedule(made, [group.name for group in groups], [group.lr for group in groups])
-    calendar = Calendar(batches, settings.window)
+    calendar = Calendar(batches, settings.windows)
     plan = RatePlan(groups, calendar, schedule, made.interval, made.frequency)
     plan.stop = settings.total_steps(batches)
     return plan

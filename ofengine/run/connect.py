@@ -21,6 +21,7 @@ from ofengine.run.arguments import Limit, batches_between_validations
 from ofengine.run.hooks import refuse_eager_only_hooks
 from ofengine.run.settings import LIMIT_OF_STAGE, Settings
 from ofengine.run.state import Run
+from ofengine.run.windows import Windows
 from ofengine.task import TaskModule
 
 STEP_OF_STAGE = {
@@ -41,8 +42,9 @@ VERB_OF_STAGE = {"train": "fit", "validation": "validate", "test": "test", "pred
 def check_graph_mode(run: Run) -> None:
     """Refuse, before training, what graph mode cannot do for this task."""
     task, accumulate = run.task, run.settings.accumulate_grad_batches
+    accumulates = run.settings.windows.most > 1
     refuse_eager_only_hooks(task, run.callbacks)
-    if has_own_graph(task) and accumulate > 1:
+    if has_own_graph(task) and accumulates:
         raise ConfigurationError(
             f"accumulate_grad_batches={accumulate} cannot reach into "
             f"{type(task).__name__}.build_graph(): leave build_graph() as it is, or use "
@@ -203,7 +205,7 @@ def _validations(run: Run) -> int:
     if settings.max_steps != -1:
         if not batches:
             return 0
-        whole = settings.max_steps // -(-batches // settings.accumulate_grad_batches)
+        whole, _ = Windows.of(settings.accumulate_grad_batches).locate(settings.max_steps, batches)
         epochs = whole if epochs == -1 else min(whole, epochs)
     begun = 0 if run.moments_resumed is None else run.moments_resumed["loop"]["epoch"]
     due = epochs // settings.check_val_every_n_epoch - begun // settings.check_val_every_n_epoch

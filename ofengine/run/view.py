@@ -85,8 +85,8 @@ class RunView:
 
     @property
     def accumulate_grad_batches(self) -> int:
-        """Batches whose gradients are averaged into one optimizer step."""
-        return self._run.settings.accumulate_grad_batches
+        """Batches whose gradients are averaged into one optimizer step, in this epoch."""
+        return self._run.settings.accumulate_in(self._run.progress.epoch)
 
     @property
     def gradient_clip_val(self) -> Optional[float]:
