@@ -21,8 +21,8 @@ ROOMS: List[List[str]] = [
     ["launch"],
     ["ranks"],
     ["run"],
-    ["run.arguments", "run.devices", "run.lightning", "run.settings"],
-    ["run.progress", "run.finite"],
+    ["run.arguments", "run.devices", "run.lightning", "run.windows", "run.settings"],
+    ["run.progress", "run.finite", "run.weighing"],
     ["data"],
     ["rates"],
     ["tracing"],
@@ -32,7 +32,7 @@ ROOMS: List[List[str]] = [
     ["run.state", "run.report"],
     ["run.view"],
     ["checkpoint.file", "checkpoint.weights", "checkpoint"],
-    ["task_hooks", "task"],
+    ["data_module", "task_hooks", "task"],
     ["callback"],
     ["modes"],
     [
@@ -41,7 +41,7 @@ ROOMS: List[List[str]] = [
     ],
     [
         *("run.hooks", "run.culprit", "run.connect", "run.course", "run.losses", "run.starting"),
-        *("run.together", "run.verb", "run.loops"),
+        *("run.together", "run.verb", "run.loops", "run.fitting"),
     ],
     ["callbacks"],
     ["trials"],

@@ -11,6 +11,8 @@ from typing import Any, Iterable, Iterator, List, Optional, Tuple
 import oneflow as flow
 from oneflow.utils.data import DataLoader
 
+from ofengine.data.combined import CombinedLoader, each_loader, length_of, together
+from ofengine.data.feeds import can_skip_all, open_combined
 from ofengine.data.generators import (
     RandomState,
     global_states,
@@ -18,7 +20,7 @@ from ofengine.data.generators import (
     set_states_in,
     states_in,
 )
-from ofengine.data.loading import Order, can_skip, open_source
+from ofengine.data.loading import Order, can_skip, derive_seed, open_source
 from ofengine.data.sources import (
     count_batches,
     describe_once,
@@ -65,6 +67,7 @@ class Batches:
         resumable: bool = False,
         share: Optional[Share] = None,
     ) -> None:
+        source = together(source)
         if not hasattr(source, "__iter__") or isinstance(source, (str, bytes, dict, type)):
             raise DataError(
                 f"{what} is {describe(source)}, which holds no batches: give a "
@@ -77,10 +80,7 @@ class Batches:
         self._share = share
         self._resumable = resumable
         self._kept: Optional[List[Any]] = None
-        try:
-            total: Optional[int] = len(source)  # type: ignore[arg-type]
-        except TypeError:
-            total = None
+        total = length_of(source)
         if total == 0:
             raise DataError(f"{what} is empty: it has no batch (is batch_size larger than the "
                             "dataset, with drop_last=True?).")  # fmt: skip
@@ -130,7 +130,12 @@ class Batches:
             self._begun = self.pass_seed
         skipped = resumption.done if resumption is not None and self.can_skip else 0
         self.order = Order()
-        batches = open_source(self.source, skipped, self.pass_seed, self.order, self._share)
+        begun = (skipped, self.pass_seed, self.order)
+        if isinstance(self.source, CombinedLoader):
+            batches = open_combined(self.source, *begun, self.what)
+            batches = batches if self._share is None else self._share.of(batches, skipped)
+        else:
+            batches = open_source(self.source, *begun, self._share)
         if isinstance(self.source, DataLoader):
             batches = ended_by_its_own(batches, self.source, self.what, skipped)
         if self.device.type != "cpu" or self._share is not None:
@@ -225,7 +230,10 @@ class Batches:
     @property
     def can_skip(self) -> bool:
         """True where batches that are done need not be loaded again to get behind them."""
-        return not self.keep and self._total is not None and can_skip(self.source)
+        if self.keep or self._total is None:
+            return False
+        source = self.source
+        return can_skip_all(source) if isinstance(source, CombinedLoader) else can_skip(source)
 
     def steps(self, accumulate: int, resumption: Optional[Resumption] = None) -> Iterator[Step]:
         """The batches of one pass with their windows of ``accumulate`` batches.
@@ -337,30 +345,34 @@ class Batches:
 
     def reseed(self, seed: int) -> None:
         """Make the next pass shuffle as a function of ``seed`` alone."""
-        if isinstance(self.source, DataLoader):
+        several = isinstance(self.source, CombinedLoader)
+        for number, (_, loader) in enumerate(each_loader(self.source)):
             generator = flow.Generator("cpu")
-            generator.manual_seed(seed)
-            for holder in self._holders():
+            generator.manual_seed(derive_seed(seed, number) if several else seed)
+            for holder in _holders(loader):
                 holder.generator = generator
-
-    def _holders(self) -> List[Any]:
-        """The loader and its samplers that draw from a ``generator`` of theirs."""
-        source: Any = self.source
-        batch_sampler, sampler = source.batch_sampler, source.sampler
-        inner = [getattr(each, "sampler", None) for each in (batch_sampler, sampler)]
-        held = (source, sampler, batch_sampler, *inner)
-        return [each for each in held if hasattr(each, "generator")]
 
     @contextlib.contextmanager
     def as_reseeded(self, is_so: bool) -> Iterator[None]:
         """With the one generator within that :meth:`reseed` gives; then with its own again."""
-        if not is_so or not isinstance(self.source, DataLoader):
+        if not is_so:
             yield
             return
-        kept = [(holder, holder.generator) for holder in self._holders()]
+        holders = [each for _, loader in each_loader(self.source) for each in _holders(loader)]
+        kept = [(holder, holder.generator) for holder in holders]
         self.reseed(0)
         try:
             yield
         finally:
             for holder, generator in kept:
                 holder.generator = generator
+
+
+def _holders(loader: Any) -> List[Any]:
+    """The loader and its samplers that draw from a ``generator`` of theirs; none of others."""
+    if not isinstance(loader, DataLoader):
+        return []
+    batch_sampler, sampler = loader.batch_sampler, loader.sampler
+    inner = [getattr(each, "sampler", None) for each in (batch_sampler, sampler)]
+    held = (loader, sampler, batch_sampler, *inner)
+    return [each for each in held if hasattr(each, "generator")]

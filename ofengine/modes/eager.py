@@ -25,6 +25,7 @@ from ofengine.ranks.statistics import RunningStatistics
 from ofengine.ranks.synced_norms import SyncedNorms
 from ofengine.run.mode import HookCalls, ParameterStates
 from ofengine.run.state import Run
+from ofengine.run.weighing import weight_of, weights_of_ranks
 from ofengine.task import TaskModule
 
 
@@ -51,6 +52,7 @@ class EagerMode:
         optimizer.zero_grad(set_to_none=True)  # what a run that was cut off left behind
         let_optimizers_ask()
         self._corrects_bias = corrects_bias(optimizer)
+        self._averages = self._run.settings.windows.most > 1
         self._clips = self._run.settings.gradient_clip_val is not None
         self._watch_groups()
         if self._run.ranks is not None:
@@ -75,7 +77,10 @@ class EagerMode:
                 loss, rest = split_outputs(loss, self._task_name)
             for call in self._before_backward:
                 call(loss)
-            backward_of(loss if window == 1 else loss / window)
+            if "weight" in rest and self._averages:
+                backward_of(self._weighed(loss, rest["weight"]))
+            else:
+                backward_of(loss if window == 1 else loss / window)
             for call in self._after_backward:
                 call()
             rest["loss"] = loss.detach()
@@ -85,6 +90,8 @@ class EagerMode:
             optimizer = self._optimizer
             if window > 1:
                 drop_gradients_of_frozen(optimizer)
+            if self._run.weighing.batches:
+                self._weigh(window)
             for call in self._before_update:
                 call(optimizer)
             if optimizer.param_groups != self._groups:  # load_state_dict makes new ones
@@ -103,6 +110,20 @@ class EagerMode:
                 call(optimizer)
             optimizer.zero_grad(set_to_none=True)
         return rest
+
+    def _weighed(self, loss: Any, weight: Any) -> Any:
+        if self._exchange is not None:
+            raise weights_of_ranks(self._task_name)
+        weight = weight_of(loss, weight, self._task_name)
+        self._run.weighing.add(weight)
+        return loss * weight
+
+    def _weigh(self, window: int) -> None:
+        parameters = [p for g in self._optimizer.param_groups for p in g.parameters]
+        gradients = [each.grad for each in parameters]
+        weighed = self._run.weighing.close(gradients, window, self._task_name)
+        for parameter, gradient in zip(parameters, weighed):
+            parameter.grad = gradient
 
     def _exchange_gradients(self, exchange: GradientExchange, closes: bool) -> None:
         """Add the gradients of all ranks; where the window ``closes``, they are in ``.grad``."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any, Iterable, Optional, Sequence, Tuple
 
-from ofengine.data.sources import count_batches, refuse_several
+from ofengine.data.combined import length_of, together
+from ofengine.data.sources import count_batches
 from ofengine.errors import ConfigurationError, RateError
 from ofengine.rates.calendar import Calendar
 from ofengine.rates.groups import Group, check_groups
@@ -59,7 +60,7 @@ def new_plan(
 ) -> RatePlan:
     """A plan at the beginning of a run; its decay is to be set."""
     schedule = make_schedule(made, [group.name for group in groups], [group.lr for group in groups])
-    calendar = Calendar(batches, settings.window)
+    calendar = Calendar(batches, settings.windows)
     plan = RatePlan(groups, calendar, schedule, made.interval, made.frequency)
     plan.stop = settings.total_steps(batches)
     return plan
@@ -95,13 +96,9 @@ def epoch_length(
             raise ConfigurationError(
                 f"steps_per_epoch={steps_per_epoch!r}: give a whole number from 1 on."
             )
-        return steps_per_epoch * settings.window
+        return steps_per_epoch * settings.windows.at(0)
     source = train_dataloaders if train_dataloaders is not None else task.train_dataloader()
-    refuse_several(source, "train_dataloader")
-    try:
-        total: Optional[int] = None if source is None else len(source)
-    except TypeError:
-        total = None
+    total = None if source is None else length_of(together(source))
     limit, name = settings.limit_train_batches, "limit_train_batches"
     if settings.overfit_batches is not None:
         limit, name = settings.overfit_batches, "overfit_batches"

@@ -103,13 +103,11 @@ class Preview:
     @property
     def epochs(self) -> List[int]:
         """The first step of each epoch; only the first where an epoch's length is not known."""
-        per_epoch = self._steps_per_epoch()
-        return list(range(0, self.total_steps, per_epoch)) if per_epoch else [0]
-
-    def _steps_per_epoch(self) -> Optional[int]:
-        calendar = self.plan.calendar
-        batches = calendar.batches_per_epoch
-        return None if batches is None else ceil_div(batches, calendar.accumulate)
+        starts, following = [0], self.plan.calendar.next_epoch(0)
+        while following is not None and following < self.total_steps:
+            starts.append(following)
+            following = self.plan.calendar.next_epoch(following)
+        return starts
 
     def _rates(self, step: int) -> List[float]:
         if step in self._sampled:
@@ -196,13 +194,16 @@ class Preview:
 
     def heading(self) -> str:
         """The run in one line: how long it is, and when decay happens."""
-        per_epoch, accumulate = self._steps_per_epoch(), self.plan.calendar.accumulate
+        batches, windows = self.plan.calendar.batches_per_epoch, self.plan.calendar.windows
         text = f"{self.title}: {_count(self.total_steps, 'optimizer step')}"
-        if per_epoch:
-            epochs = self.total_steps / per_epoch
-            text += f", {epochs:.4g} epoch{'' if epochs == 1 else 's'} of {per_epoch:,}"
-        if accumulate > 1:
-            text += f", {accumulate} batches a step"
+        if batches:
+            epoch, within = windows.locate(self.total_steps, batches)
+            per_epoch = ceil_div(batches, windows.at(epoch))
+            epochs = epoch + within / per_epoch
+            text += f", {epochs:.4g} epoch{'' if epochs == 1 else 's'}"
+            text += f" of {per_epoch:,}" if len(windows.changes) == 1 else ""
+        if windows.most > 1:
+            text += f", {' then '.join(str(each) for _, each in windows.changes)} batches a step"
         if any(self.plan.decay_scale(index) != 1.0 for index in range(len(self.names))):
             text += f", decay after every {_count(self.plan.decay.every_n_batches, 'batch', 'es')}"
         return text
@@ -290,8 +291,9 @@ class Preview:
             if 1 < len(self.epochs) <= _EPOCH_MARKS:
                 for epoch in self.epochs[1:]:
                     axes.axvline(epoch, color="0.9", linewidth=0.8, zorder=0)
-            per_epoch = self._steps_per_epoch()
-            if per_epoch:
+            batches, windows = self.plan.calendar.batches_per_epoch, self.plan.calendar.windows
+            if batches and len(windows.changes) == 1:
+                per_epoch = ceil_div(batches, windows.most)
                 top = axes.secondary_xaxis(
                     "top", functions=(lambda x: x / per_epoch, lambda x: x * per_epoch)
                 )

@@ -165,7 +165,7 @@ def begin_epoch(run: Run, train: Batches) -> None:
 
 def batch_seeds(run: Run) -> Optional[BatchSeeds]:
     """What seeds each batch's step, where an optimizer step averages several."""
-    if run.seed is None or run.settings.window == 1:
+    if run.seed is None or run.settings.windows.at(run.progress.epoch) == 1:
         return None
     return BatchSeeds(run.seed, run.progress.epoch, run.task)
 

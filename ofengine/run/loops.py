@@ -130,7 +130,7 @@ def _train_epoch(
     shapes: Any = _NONE_YET
     place, in_epoch = run.place.batch, f" in epoch {progress.epoch}"
     batch_idx = -1
-    steps = train.steps(settings.accumulate_grad_batches, entry.data if entry else None)
+    steps = train.steps(settings.accumulate_in(progress.epoch), entry.data if entry else None)
     if entry is not None:
         entry.restore_step_state(run)
         batch_idx = progress.batch_idx

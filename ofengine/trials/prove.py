@@ -19,6 +19,8 @@ from ofengine.callbacks import (
     ModelSummary,
     ProgressBar,
 )
+from ofengine.data.combined import together
+from ofengine.data.sources import is_iterator
 from ofengine.errors import ConfigurationError, DataError, OFEngineError
 from ofengine.rates.optimizers import read_optimizers
 from ofengine.run.devices import move
@@ -88,7 +90,8 @@ def begin_proof(settings: Settings, task: Any, train_dataloaders: Any, steps: in
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
         raise ConfigurationError(f"prove(steps={steps!r}): give a whole number from 2 on.")
     source = train_dataloaders if train_dataloaders is not None else task.train_dataloader()
-    if hasattr(source, "__next__"):
+    source = together(source)
+    if is_iterator(source):
         raise DataError(
             f"train_dataloader is a {type(source).__name__}, which can be gone through only once, "
             "and prove goes through it many times: give a DataLoader or a list of batches."

@@ -12,6 +12,7 @@ from ofengine.callback import Callback
 from ofengine.errors import ConfigurationError, DataError
 from ofengine.ranks.meetings import Meetings
 from ofengine.run.settings import Settings
+from ofengine.run.windows import times
 from ofengine.task import TaskModule
 from ofengine.trials.proof import Difference, Report, Row
 from ofengine.trials.prove import RATES, Fit, Proof, Way, begin_proof, compare, largest, left_out
@@ -66,9 +67,11 @@ def _of_one(settings: Settings) -> Settings:
     ranks = settings.world_size
     counts = (
         "limit_train_batches", "limit_val_batches", "val_check_interval", "overfit_batches",
-        "accumulate_grad_batches",
     )  # fmt: skip
-    changes: Dict[str, Any] = {"mode": "eager", "world": None, "devices": 1, "num_nodes": 1}
+    changes: Dict[str, Any] = {
+        "mode": "eager", "world": None, "devices": 1, "num_nodes": 1,
+        "accumulate_grad_batches": times(settings.accumulate_grad_batches, ranks),
+    }  # fmt: skip
     for name in counts:
         value = getattr(settings, name)
         changes[name] = ranks * value if type(value) is int else value
