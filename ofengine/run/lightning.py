@@ -79,7 +79,7 @@ TRAINER_ARGUMENTS: Mapping[str, str] = {
     "enable_pl_optimizer": "the optimizer is OneFlow's own, without a wrapper: leave it out",
     "track_grad_norm": _GRAD_NORM,
     "truncated_bptt_steps": _SPLIT_SEQUENCES,
-    "stochastic_weight_avg": "list an EMAWeightAveraging in callbacks",
+    "stochastic_weight_avg": "list a StochasticWeightAveraging in callbacks",
     # How long, and on which data.
     **_each("min_epochs min_steps", _NO_EARLIER_END),
     **_each("reload_dataloaders_every_n_epochs reload_dataloaders_every_epoch", _ANEW_EACH_PASS),
