@@ -10,6 +10,7 @@ from ofengine.callbacks.lr_monitor import LearningRateMonitor
 from ofengine.callbacks.model_checkpoint import ModelCheckpoint
 from ofengine.callbacks.model_summary import ModelSummary
 from ofengine.callbacks.progress_bar import ProgressBar
+from ofengine.callbacks.stochastic_weight_averaging import StochasticWeightAveraging
 from ofengine.callbacks.terminate_on_nan import TerminateOnNaN
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "ModelCheckpoint",
     "ModelSummary",
     "ProgressBar",
+    "StochasticWeightAveraging",
     "TerminateOnNaN",
 ]

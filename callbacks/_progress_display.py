@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import sys
+import textwrap
 from time import monotonic
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
@@ -20,10 +22,13 @@ _LINE_AT_LATEST = 60.0
 """... and at least every so many."""
 _LEAST_CELLS = 6
 """A bar shorter than this says less than the numbers in its place would."""
+_LOSS = ("loss", "loss_step", "loss_epoch")
+_LEAST_COLUMNS = 20
+"""Lines are not made shorter than this; some terminals say that they have no columns at all."""
 _COMPACT = "{desc}: {n_fmt}/{total_fmt}, {rate_fmt}{postfix}"
 """What a terminal shows that is too narrow for a bar and the metrics."""
 
-_IN_NOTEBOOK = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
+IN_NOTEBOOK = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
 
 
 class Count:
@@ -77,13 +82,14 @@ class Count:
         return f"{seconds / batches:.2f}s/it"
 
     def line(self, metrics: Dict[str, float]) -> str:
-        """The pass in one line of text."""
+        """The pass in one line; a mean over the epoch stands for the value of its last step too."""
         of = "" if self.total in (None, self.done) else f"/{self.total}"
         unit = "batch" if self.done == 1 and not of else "batches"
         time = f"{self.done}{of} {unit} in {duration(self.seconds)}"
         if self._compilations:
             time += f" + {duration(self._compile_seconds)} compiling"
-        return f"{self.label}: " + ", ".join(filter(None, [time, self.speed, *words(metrics)]))
+        facts = [time, self.speed, *words(_of_epoch(metrics))]
+        return f"{self.label}: " + ", ".join(filter(None, facts))
 
 
 class Display:
@@ -165,7 +171,7 @@ class Bars(Display):
                 total=count.total,
                 file=sys.stdout,
                 leave=False,
-                dynamic_ncols=not _IN_NOTEBOOK,
+                dynamic_ncols=not IN_NOTEBOOK,
                 mininterval=0.0,
                 miniters=1,
                 smoothing=0.1,
@@ -197,7 +203,7 @@ class Bars(Display):
         bar.refresh()
 
     def end(self, count: Count) -> None:
-        if _IN_NOTEBOOK:  # each new bar would take another piece of the cell: keep this one
+        if IN_NOTEBOOK:  # each new bar would take another piece of the cell: keep this one
             self.draw(count, [])
             return
         bar, self._bars[count.nested] = self._bars[count.nested], None
@@ -206,7 +212,7 @@ class Bars(Display):
 
     def write(self, line: str) -> None:
         with _terminal_may_be_closed():
-            _Bar.write(line, file=sys.stdout)
+            _Bar.write(line if IN_NOTEBOOK else _wrapped(line), file=sys.stdout)
             sys.stdout.flush()
 
     def close(self) -> None:
@@ -228,7 +234,7 @@ class _Bar(tqdm):
         facts: Dict[str, Any] = super().format_dict
         words, columns = list(self.words), facts["ncols"]
         facts["postfix"] = ", ".join(words)
-        if _IN_NOTEBOOK or not columns:
+        if IN_NOTEBOOK or not columns:
             return facts
         numbers = self.format_meter(**{**facts, "ncols": 0})
         if len(numbers) + _LEAST_CELLS < columns:
@@ -241,8 +247,27 @@ class _Bar(tqdm):
 
 
 def words(metrics: Dict[str, float]) -> List[str]:
-    names = sorted(metrics, key=lambda name: name != "loss")  # first, where room is short
+    names = sorted(metrics, key=lambda name: name not in _LOSS)  # first, where room is short
     return [f"{name}={short(metrics[name])}" for name in names]
+
+
+def _of_epoch(metrics: Dict[str, float]) -> Dict[str, float]:
+    """``metrics`` without ``x_step`` where there is ``x_epoch``."""
+    doubles = {f"{name[:-6]}_step" for name in metrics if name.endswith("_epoch")}
+    return {name: value for name, value in metrics.items() if name not in doubles}
+
+
+def _wrapped(line: str) -> str:
+    """``line`` in as many lines as the terminal needs for it: no number is cut in two."""
+    try:
+        columns = os.get_terminal_size(sys.stdout.fileno()).columns
+    except (OSError, ValueError, AttributeError):  # it does not say how wide it is
+        return line
+    if columns < _LEAST_COLUMNS:
+        return line
+    return textwrap.fill(
+        line, columns, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def short(value: float) -> str:

@@ -8,11 +8,15 @@ from typing import Dict, Iterable, List, Sequence, Tuple
 
 from oneflow import nn
 
+from ofengine import html
 from ofengine.callback import Callback
+from ofengine.callbacks._progress_display import IN_NOTEBOOK
 from ofengine.errors import ConfigurationError
 from ofengine.run.view import RunView
 from ofengine.task import TaskModule
 
+_Cells = Tuple[Sequence[str], Sequence[Sequence[str]]]
+"""A table's header and rows."""
 _MOST_GROUPS = 2
 """A module with parameters in more groups than these shows their number and range instead."""
 
@@ -43,31 +47,31 @@ class ModelSummary(Callback):
 
     def on_fit_start(self, trainer: RunView, task: TaskModule) -> None:
         """Print it."""
-        if self.max_depth:
+        if self.max_depth and IN_NOTEBOOK:
+            from IPython.display import HTML, display
+
+            display(HTML(self.html(trainer, task)))
+        elif self.max_depth:
             print(self.text(trainer, task), flush=True)
 
     def text(self, trainer: RunView, task: TaskModule) -> str:
         """The summary. ``trainer`` must be one that fits, or has fitted, ``task``."""
-        parameters = list(task.parameters())
-        total = sum(parameter.numel() for parameter in parameters)
-        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-        device = "cpu" if trainer.device.type == "cpu" else str(trainer.device)
-        return "\n".join(
-            [
-                "",
-                f"{type(task).__name__}, {trainer.mode} mode on {device}",
-                "",
-                *self._modules(trainer, task),
-                "",
-                f"{total:,} parameters, {total * 4 / 1e6:,.2f} MB in float32:",
-                f"{trained:,} trainable, {total - trained:,} frozen",
-                "",
-                *_groups(trainer),
-                "",
-            ]
-        )
+        header, rows = self._modules(trainer, task)
+        modules = _table(header, rows, "<<><<", droppable=(1, 3))
+        header, rows, decay = _groups(trainer)
+        groups = _table(header, rows, "<" + ">" * (len(header) - 1), droppable=(1, 2))
+        blocks = ["\n".join(modules), "\n".join(_totals(task)), "\n".join(groups), decay]
+        parts = ["", _title(trainer, task), *filter(None, blocks)]
+        return "\n\n".join(parts)[1:] + "\n"
 
-    def _modules(self, trainer: RunView, task: TaskModule) -> List[str]:
+    def html(self, trainer: RunView, task: TaskModule) -> str:
+        """The same for a notebook, which shows it by itself where ``fit`` runs in one."""
+        header, rows, decay = _groups(trainer)
+        note = " ".join(_totals(task)) + "."
+        modules = html.table(_title(trainer, task), *self._modules(trainer, task), note)
+        return modules + html.table("parameter groups", header, rows, decay)
+
+    def _modules(self, trainer: RunView, task: TaskModule) -> _Cells:
         group_of: Dict[int, int] = {
             id(parameter): index
             for index, group in enumerate(trainer.optimizer.param_groups)
@@ -97,7 +101,22 @@ class ModelSummary(Callback):
         if own:
             rows.append(row("(the task's own)", "Parameter", own))
         header = ("module", "type", "parameters", "trainable", f"group (rate at step {step})")
-        return _table(header, rows, "<<><<", droppable=(1, 3))
+        return header, rows
+
+
+def _title(trainer: RunView, task: TaskModule) -> str:
+    device = "cpu" if trainer.device.type == "cpu" else str(trainer.device)
+    return f"{type(task).__name__}, {trainer.mode} mode on {device}"
+
+
+def _totals(task: TaskModule) -> List[str]:
+    parameters = list(task.parameters())
+    total = sum(parameter.numel() for parameter in parameters)
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return [
+        f"{total:,} parameters, {total * 4 / 1e6:,.2f} MB in float32:",
+        f"{trained:,} trainable, {total - trained:,} frozen",
+    ]
 
 
 def _tree(module: nn.Module, depth: int, level: int = 0) -> List[Tuple[str, nn.Module]]:
@@ -130,7 +149,8 @@ def _step(trainer: RunView) -> int:
     return trainer.rates.within(trainer.global_step) if trainer.rates.changes else 0
 
 
-def _groups(trainer: RunView) -> List[str]:
+def _groups(trainer: RunView) -> Tuple[List[str], List[List[str]], str]:
+    """Header, rows, and a sentence on decay."""
     plan = trainer.rates
     step = _step(trainer)
     rates = plan.rates(step)
@@ -146,14 +166,14 @@ def _groups(trainer: RunView) -> List[str]:
     header.append(f"rate at step {step}")
     for row, rate in zip(rows, rates):
         row.append(_rate(rate))
-    lines = _table(header, rows, "<" + ">" * (len(header) - 1), droppable=(1, 2))
+    decay = ""
     if any(plan.decay_scale(index) != 1.0 for index in range(len(rows))):
         each, every = (
             "each epoch" if plan.decay.per_epoch else "the run",
             plan.decay.every_n_batches,
         )
-        lines += ["", f"Decay: after batches 0, {every}, {2 * every}, ... of {each}."]
-    return lines
+        decay = f"Decay: after batches 0, {every}, {2 * every}, ... of {each}."
+    return header, rows, decay
 
 
 def _rate(rate: float) -> str:

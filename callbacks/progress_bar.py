@@ -9,7 +9,7 @@ from typing import Any, Dict, Optional
 from oneflow import nn
 
 from ofengine.callback import Callback
-from ofengine.callbacks._progress_display import _IN_NOTEBOOK, Bars, Count, Display, Lines, words
+from ofengine.callbacks._progress_display import IN_NOTEBOOK, Bars, Count, Display, Lines, words
 from ofengine.errors import ConfigurationError
 from ofengine.run.view import RunView
 from ofengine.task import TaskModule
@@ -64,7 +64,7 @@ class ProgressBar(Callback):
         self._compiling = False
         self._lengths.clear()
         if self.refresh_rate:
-            moving = _IN_NOTEBOOK or (sys.stdout is not None and sys.stdout.isatty())
+            moving = IN_NOTEBOOK or (sys.stdout is not None and sys.stdout.isatty())
             self._display = Bars() if moving else Lines()
         else:
             self._display = Display()

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, List
 if TYPE_CHECKING:
     from ofengine.callback import Callback
     from ofengine.checkpoint.weights import load_weights
+    from ofengine.data.combined import CombinedLoader
     from ofengine.data.in_memory import ImageArrays, in_memory_loader
     from ofengine.data.seeding import seed_everything
+    from ofengine.data_module import DataModule
     from ofengine.errors import (
         CheckpointError,
         ConfigurationError,
@@ -37,8 +39,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "Callback": "ofengine.callback",
     "CheckpointError": "ofengine.errors",
+    "CombinedLoader": "ofengine.data.combined",
     "ConfigurationError": "ofengine.errors",
     "DataError": "ofengine.errors",
+    "DataModule": "ofengine.data_module",
     "DeviceError": "ofengine.errors",
     "GraphModeError": "ofengine.errors",
     "ImageArrays": "ofengine.data.in_memory",
@@ -59,8 +63,10 @@ _HOMES = {
 __all__ = [
     "Callback",
     "CheckpointError",
+    "CombinedLoader",
     "ConfigurationError",
     "DataError",
+    "DataModule",
     "DeviceError",
     "GraphModeError",
     "ImageArrays",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 import warnings
 from types import FrameType
+from typing import Any, Collection
 
 
 class OFEngineError(Exception):
@@ -56,12 +58,31 @@ class OFEngineWarning(UserWarning):
     """Something that trains, but perhaps not what was meant."""
 
 
+def quoted(names: Collection[Any], most: int = 3) -> str:
+    """``names`` in a sentence: "nothing", "'a' and 'b'", "'a', 'b', 'c' and 7 more"."""
+    shown = [repr(name) for name in itertools.islice(names, most)]
+    if len(names) > most:
+        shown.append(f"{len(names) - most:,} more")
+    if not shown:
+        return "nothing"
+    return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
+
+
+def take_colours_off(error: BaseException) -> None:
+    """Leave the text of ``error``, which OneFlow colours, as plain text."""
+    if any(isinstance(each, str) and "\x1b[" in each for each in error.args):
+        error.args = tuple(
+            _COLOUR.sub("", each) if isinstance(each, str) else each for each in error.args
+        )
+
+
 def said_by(error: BaseException) -> str:
     """What ``error`` says, its kind first, in one line and without OneFlow's colours."""
-    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split()).rstrip(".")
+    text = " ".join(_COLOUR.sub("", str(error)).split()).rstrip(".")
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _PASSED_BY = ("ofengine", "oneflow", "contextlib")
 
 

@@ -7,52 +7,97 @@ in which one process would have logged them: by batch, then by rank.
 from __future__ import annotations
 
 from math import isfinite
-from typing import Any, Dict, Iterable, List, Tuple
+from typing import Any, ContextManager, Dict, List, Tuple
 
 import attrs
 
 from ofengine.data.structure import batch_size_of
 from ofengine.errors import ConfigurationError
-from ofengine.metrics.base import Metric
+from ofengine.metrics.base import Metric, shared_with
 from ofengine.metrics.log import MOST_PENDING, Metrics
-from ofengine.metrics.stage import LOSS, LogSpec, Stage, read_all
+from ofengine.metrics.stage import LOSS, LogSpec, Stage, of_batch, read_all
 from ofengine.ranks.meetings import Meetings
+from ofengine.run.progress import Progress
+from ofengine.shared_sums import OUTSIDE, Key, SharedSums
 
-_OUTSIDE = -1
-"""The batch of what was logged between batches."""
-
-Row = Tuple[int, LogSpec, Any, float]
-"""The batch's index, how it is reported, the value, its weight in the epoch's mean."""
+Row = Tuple[int, LogSpec, Any, float, str]
+"""The batch's index, how it is reported, the value, its weight in the epoch's mean; of a metric
+that is computed at the end of the epoch, where it is held."""
 Last = Dict[str, Tuple[LogSpec, Any, int]]
 Sums = Dict[str, List[Any]]
+Counted = Dict[str, Tuple[LogSpec, Metric]]
 """As a :class:`~ofengine.metrics.stage.Stage` has them."""
 
 
 class SharedMetrics(Metrics):
     """The metrics of all ranks. ``log`` and ``commit`` tell nobody; reading waits for all."""
 
-    def __init__(self, meetings: Meetings) -> None:
+    def __init__(self, meetings: Meetings, progress: Progress) -> None:
         super().__init__()
-        self._meetings = meetings
+        self._meetings, self._progress = meetings, progress
+        self._part = 0
+        """Which part of the run it is: all ranks go through the same ones."""
+        self._batch = OUTSIDE
+        self._shared = SharedSums(self._now, lambda: self.held, self._peek_of_sums)
         meetings.give_metrics = self._give
         meetings.take_metrics = self._take
         meetings.show_metrics = self._show
         self._rows: Dict[int, List[Row]] = {}
         """Of each stage, by its depth, what was not folded yet."""
-        self._shown: Dict[int, Tuple[Last, Sums]] = {}
+        self._shown: Dict[int, Tuple[Last, Sums, Counted]] = {}
         """Of each stage, by its depth, what the last look at all ranks saw."""
         self._unread = 0
 
-    def attach(self, task: Any, callbacks: Iterable[Any]) -> None:
-        """See :class:`~ofengine.metrics.log.Metrics`. Raises for metrics that count."""
-        super().attach(task, callbacks)
-        for place, metric in self.held.items():
-            raise _one_rank_only(place, metric)
+    def running(self) -> ContextManager[None]:
+        """See :class:`~ofengine.metrics.log.Metrics`."""
+        return shared_with(self._shared)
+
+    def settle(self) -> None:
+        """See :class:`~ofengine.metrics.log.Metrics`; all ranks call it."""
+        self._meetings.metrics()
+
+    def _now(self) -> Key:
+        if len(self._stages) == 1 and self._stages[0].per_step:
+            return self._part, self._progress.batch_idx
+        return self._part, self._batch
+
+    def _enter(self) -> None:
+        self._part += 1
+        self._batch = OUTSIDE
+
+    def count_anew(self, evaluation: bool) -> None:
+        """See :class:`~ofengine.metrics.log.Metrics`."""
+        super().count_anew(evaluation)
+        self._shared.begin(evaluation)
+
+    def begin(self, per_step: bool, suffix: str = "") -> None:
+        """See :class:`~ofengine.metrics.log.Metrics`."""
+        super().begin(per_step, suffix)
+        self._enter()
+
+    def at_batch(self, batch_idx: int) -> None:
+        """See :class:`~ofengine.metrics.log.Metrics`."""
+        super().at_batch(batch_idx)
+        self._batch = batch_idx
+
+    def begin_batches(self) -> Stage:
+        """See :class:`~ofengine.metrics.log.Metrics`."""
+        self._enter()
+        return super().begin_batches()
+
+    def end_batches(self) -> None:
+        """See :class:`~ofengine.metrics.log.Metrics`."""
+        super().end_batches()
+        self._enter()
 
     def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
-        """See :class:`~ofengine.metrics.log.Metrics`. Raises for metrics that count."""
-        if isinstance(value, Metric):
-            raise _one_rank_only(f"log({name!r}, ...)", value)
+        """See :class:`~ofengine.metrics.log.Metrics`. Raises for a metric that nobody holds."""
+        if isinstance(value, Metric) and self._shared.place_of(value) is None:
+            raise ConfigurationError(
+                f"log({name!r}, {type(value).__name__}): several ranks run, which find each "
+                "other's metric by the attribute that holds it: make it in the task's __init__, as "
+                "in self.acc = Accuracy()."
+            )
         super().log(name, value, *args, **options)
 
     def commit(self, batch: Any = None) -> None:
@@ -62,7 +107,7 @@ class SharedMetrics(Metrics):
             return
         rows = self._rows_of(stage)
         batch_size = 1 if batch is None else batch_size_of(batch)
-        index = _OUTSIDE if batch is None else stage.batch_idx
+        index = OUTSIDE if batch is None else stage.batch_idx
         for logged, values in stage.current:
             places = dict.fromkeys(each[1:] for each in [*logged.on_step, *logged.on_epoch])
             for spec, tensor, at in places:
@@ -70,7 +115,10 @@ class SharedMetrics(Metrics):
                 value = values[tensor]
                 if getattr(value, "ndim", 0):  # of several numbers, from a compiled step
                     value = value[at]
-                rows.append((index, spec, value, float(weight)))
+                rows.append((index, spec, value, float(weight), ""))
+            for _, spec, tensor, _ in logged.counted:
+                value = of_batch(spec, values[tensor]) if spec.on_step else 0.0
+                rows.append((index, spec, value, 0.0, self._shared.place_of(values[tensor]) or ""))
         self._unread += len(stage.current)
         stage.current.clear()
         if self._unread >= MOST_PENDING:
@@ -80,19 +128,23 @@ class SharedMetrics(Metrics):
     def _rows_of(self, stage: Stage) -> List[Row]:
         rows = self._rows.setdefault(self._stages.index(stage), [])
         if stage.loss is not None:
-            rows.append((stage.batch_idx, LOSS, stage.loss, 0.0))
+            rows.append((stage.batch_idx, LOSS, stage.loss, 0.0, ""))
             stage.loss = None
         return rows
 
     @staticmethod
     def _read(rows: List[Row]) -> None:
-        numbers = read_all([value for _, _, value, _ in rows])
-        rows[:] = [(i, spec, n[0], weight) for (i, spec, _, weight), n in zip(rows, numbers)]
+        numbers = read_all([row[2] for row in rows])
+        rows[:] = [(*row[:2], each[0], *row[3:]) for row, each in zip(rows, numbers)]
 
     def peek(self) -> None:
         """See :class:`~ofengine.metrics.log.Metrics`; the other ranks may be anywhere."""
         if self._stages:
             self._meetings.peek()
+
+    def _peek_of_sums(self) -> bool:
+        self._meetings.peek()
+        return not self._meetings.over
 
     def state(self) -> Dict[str, Any]:
         """See :class:`~ofengine.metrics.log.Metrics`; the other ranks may be anywhere."""
@@ -103,12 +155,17 @@ class SharedMetrics(Metrics):
             self.commit(stage.batch)  # what hooks have logged for it so far
         self._shown.clear()
         self.peek()
-        kept = stage.last, stage.sums
-        stage.last, stage.sums = self._shown.get(0, kept)
+        kept = stage.last, stage.sums, stage.counted
+        stage.last, stage.sums, stage.counted = self._shown.get(0, kept)
         try:
             return super().state()
         finally:
-            stage.last, stage.sums = kept
+            stage.last, stage.sums, stage.counted = kept
+
+    def _sums_of(self, place: str, metric: Metric, evaluation: bool) -> Dict[str, Any]:
+        if not self._stages:
+            return super()._sums_of(place, metric, evaluation)
+        return self._shared.shown(place, metric, evaluation)
 
     def _peek(self, stage: Stage) -> None:
         """Nothing: what was folded is read, and the rest is not this rank's alone."""
@@ -124,6 +181,7 @@ class SharedMetrics(Metrics):
         """See :class:`~ofengine.metrics.log.Metrics`."""
         self._rows.pop(len(self._stages) - 1, None)
         super().end()
+        self._enter()
 
     def reset(self) -> None:
         """See :class:`~ofengine.metrics.log.Metrics`."""
@@ -133,67 +191,75 @@ class SharedMetrics(Metrics):
     # ------------------------------------------------------------------ the exchange
 
     def _give(self) -> Any:
-        """This rank's rows of all stages."""
+        """This rank's rows of all stages, and the sums of its metrics."""
         given = []
         for stage in self._stages:
             rows = self._rows_of(stage)
             self._read(rows)
-            specs = list(dict.fromkeys(spec for _, spec, _, _ in rows))
+            specs = list(dict.fromkeys(spec for _, spec, *_ in rows))
             place = {spec: number for number, spec in enumerate(specs)}
             given.append(
                 {
                     "specs": [attrs.asdict(spec) for spec in specs],
-                    "rows": [[i, place[spec], value, weight] for i, spec, value, weight in rows],
+                    "rows": [[i, place[spec], *rest] for i, spec, *rest in rows],
                 }
             )
-        return given
+        return {"stages": given, "sums": self._shared.give()}
 
     def _take(self, messages: List[Any]) -> None:
         """Fold what all ranks gave; all are at the same point."""
         for depth, stage in enumerate(self._stages):
-            losses = _fold(messages, depth, stage.last, stage.sums)
+            losses = self._fold(messages, depth, stage.last, stage.sums, stage.counted)
             self._publish_last(stage.last)
             if losses and depth == 0:
                 self.newest_loss = next((each for each in losses if not isfinite(each)), losses[-1])
         self._rows.clear()
+        self._shared.take([each["sums"] for each in messages])
 
     def _show(self, messages: List[Any]) -> None:
         """See what it comes to so far; the others may be further, or behind."""
         for depth, stage in enumerate(self._stages):
-            last, sums = dict(stage.last), {name: [*kept] for name, kept in stage.sums.items()}
-            self._shown[depth] = last, sums
-            _fold(messages, depth, last, sums)
-            self._publish_last(last)
+            sums = {name: [*kept] for name, kept in stage.sums.items()}
+            shown = self._shown[depth] = dict(stage.last), sums, dict(stage.counted)
+            self._fold(messages, depth, *shown)
+            self._publish_last(shown[0])
+        self._shared.show([each["sums"] for each in messages])
+
+    def _fold(
+        self, messages: List[Any], depth: int, last: Last, sums: Sums, counted: Counted
+    ) -> List[float]:
+        """Add what all ranks gave for the stage of this depth; return the losses among it."""
+        losses, rows = [], _in_order(messages, depth)
+        held = self.held if any(place for *_, place in rows) else {}
+        for spec, value, weight, place in rows:
+            if spec == LOSS:
+                losses.append(value)
+            if spec.on_step:
+                last[spec.full_name] = (spec, value, 0)
+            if place:
+                counted[spec.full_name] = (spec, held[place])
+            elif spec.on_epoch:
+                _, total, weights = sums.get(spec.full_name, (spec, 0.0, 0.0))
+                sums[spec.full_name] = [spec, total + value * weight, weights + weight]
+        return losses
 
     def _publish_last(self, last: Last) -> None:
         for spec, value, _ in last.values():
             self._publish(spec, spec.step_name, value)
 
 
-def _one_rank_only(where: str, metric: Metric) -> ConfigurationError:
-    return ConfigurationError(
-        f"{where}: the sums of ofengine.metrics.{type(metric).__name__} are those of one rank, and "
-        "several train here: log a tensor of each batch, whose mean is that of all ranks."
-    )
-
-
-def _fold(messages: List[Any], depth: int, last: Last, sums: Sums) -> List[float]:
-    """Add what all ranks gave for the stage of this depth; return the losses among it."""
-    rows: List[Tuple[int, int, int, LogSpec, float, float]] = []
-    for rank, stages in enumerate(messages):
+def _in_order(messages: List[Any], depth: int) -> List[Tuple[LogSpec, float, float, str]]:
+    """What all ranks gave for the stage of this depth, in the order of one process."""
+    rows: List[Any] = []
+    for rank, message in enumerate(messages):
+        stages = message["stages"]
         told = stages[depth] if depth < len(stages) else {"specs": [], "rows": []}
         specs = [LogSpec(**each) for each in told["specs"]]
-        for place, (index, number, value, weight) in enumerate(told["rows"]):
-            rows.append((index, rank, place, specs[number], value, weight))
-    inside = sorted((row for row in rows if row[0] != _OUTSIDE), key=lambda row: row[:3])
-    outside = [row for row in rows if row[0] == _OUTSIDE]
-    for _, _, _, spec, value, weight in [*inside, *_said_once(outside, len(messages))]:
-        if spec.on_step:
-            last[spec.full_name] = (spec, value, 0)
-        if spec.on_epoch:
-            _, total, weights = sums.get(spec.full_name, (spec, 0.0, 0.0))
-            sums[spec.full_name] = [spec, total + value * weight, weights + weight]
-    return [row[4] for row in inside if row[3] == LOSS]
+        for place, (index, number, *rest) in enumerate(told["rows"]):
+            rows.append((index, rank, place, specs[number], *rest))
+    inside = sorted((row for row in rows if row[0] != OUTSIDE), key=lambda row: row[:3])
+    outside = [row for row in rows if row[0] == OUTSIDE]
+    return [row[3:] for row in [*inside, *_said_once(outside, len(messages))]]
 
 
 def _said_once(rows: List[Any], ranks: int) -> List[Any]:

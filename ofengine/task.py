@@ -29,6 +29,7 @@ from ofengine.errors import (
     ConfigurationError,
     UnknownArgumentError,
     UnknownAttributeError,
+    quoted,
     warn,
 )
 from ofengine.run.lightning import LOG_ARGUMENTS, TASK_ATTRIBUTES, mend_for
@@ -241,7 +242,7 @@ class TaskModule(TaskHooks, nn.Module):
         if unknown:
             raise ConfigurationError(
                 f"save_hyperparameters({unknown[0]!r}): __init__ has no such argument; it has "
-                f"{sorted(arguments)}."
+                f"{quoted(sorted(arguments), most=20)}."
             )
         kept = {k: v for k, v in arguments.items() if k in (names or arguments) and k not in ignore}
         told = {name: own_copy(value) for name, value in kept.items()}

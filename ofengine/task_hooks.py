@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 class TaskHooks:
     """Methods that a task may override; each is told in :class:`ofengine.Callback`."""
 
+    def prepare_data(self) -> None:
+        """Download and unpack: of several ranks on a machine, one does it and the others wait."""
+
     def setup(self, stage: str) -> None:
         """See :meth:`ofengine.Callback.setup`."""
 

@@ -4,42 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 from ofengine.callback import Callback
 from ofengine.checkpoint.file import write
 from ofengine.checkpoint.find import CheckpointPath, supervised, weights_file
-from ofengine.checkpoint.resume import Resumed
 from ofengine.checkpoint.snapshot import content_of
 from ofengine.checkpoint.weights import load_weights
-from ofengine.data.seeding import seed_everything
+from ofengine.data_module import DataModule
 from ofengine.defaults import add_rate_callback, configure_logging, make_callbacks, make_loggers
 from ofengine.errors import warn
 from ofengine.loggers import Logger
-from ofengine.rates.checks import check_rates
 from ofengine.rates.finder import LRFinder
 from ofengine.rates.optimizers import Optimization
 from ofengine.rates.plan import DecayEvents, RatePlan
-from ofengine.rates.planning import plan_run
-from ofengine.rates.preview import Preview, epoch_length, preview
+from ofengine.rates.planning import epoch_length, plan_run
+from ofengine.rates.preview import Preview, preview
 from ofengine.rates.resume import POLICIES
-from ofengine.run import connect, course, report, starting, together
+from ofengine.run import connect, starting, together
 from ofengine.run.arguments import Limit, MaxTime, check_choice
 from ofengine.run.devices import move
-from ofengine.run.finite import Expected
+from ofengine.run.fitting import fit_run
 from ofengine.run.hooks import HookRunner
-from ofengine.run.loops import evaluation_loop, fit_loop
+from ofengine.run.loops import evaluation_loop
 from ofengine.run.mode import Mode
 from ofengine.run.settings import CHECKS, Settings, refuse_arguments
 from ofengine.run.state import Run
 from ofengine.run.verb import alone_in_training, carry_out
 from ofengine.run.view import Content, RunView
+from ofengine.run.windows import Accumulation
 from ofengine.task import TaskModule
 from ofengine.trials.lr_find import lr_find
 from ofengine.trials.proof import Report
 from ofengine.trials.prove import prove
+from ofengine.trials.prove_ranks import prove_ranks
 
 log = logging.getLogger("ofengine")
 
@@ -54,6 +53,7 @@ class Trainer(RunView):
             started with, or one. A script that is started plainly with more starts them itself.
         num_nodes: machines.
         strategy: "auto" or "ddp".
+        sync_batchnorm: on several ranks, let batch norms normalize by the batches of all.
         max_epochs: epochs to train. Default: 1000, or no limit where ``max_steps`` or
             ``max_time`` is given. -1 means no limit.
         max_steps: optimizer steps to train; -1 means no limit.
@@ -71,8 +71,9 @@ class Trainer(RunView):
         overfit_batches: train and validate on the same few batches (an int) or share of them
             (a float), held in memory.
         log_every_n_steps: how often, in optimizer steps, metrics are read and logged.
-        accumulate_grad_batches: batches whose gradients are averaged into one optimizer step.
-            The last window of an epoch may be shorter; it is averaged over what it has.
+        accumulate_grad_batches: batches whose gradients are averaged into one optimizer step; a
+            dict such as {0: 1, 5: 4} says so by the epoch from which on it is so many. The last
+            window of an epoch may be shorter; it is averaged over what it has.
         gradient_clip_val: clip the gradients of all groups together to this norm (or value).
         gradient_clip_algorithm: "norm" or "value".
         seed: makes shuffling, dropout and the global generators functions of (seed, epoch)
@@ -102,6 +103,7 @@ class Trainer(RunView):
         devices: Union[int, str] = "auto",
         num_nodes: int = 1,
         strategy: str = "auto",
+        sync_batchnorm: bool = False,
         max_epochs: Optional[int] = None,
         max_steps: int = -1,
         max_time: MaxTime = None,
@@ -115,7 +117,7 @@ class Trainer(RunView):
         fast_dev_run: Union[bool, int] = False,
         overfit_batches: Union[int, float] = 0,
         log_every_n_steps: int = 50,
-        accumulate_grad_batches: int = 1,
+        accumulate_grad_batches: Accumulation = 1,
         gradient_clip_val: Optional[float] = None,
         gradient_clip_algorithm: str = "norm",
         seed: Optional[int] = None,
@@ -145,15 +147,18 @@ class Trainer(RunView):
         val_dataloaders: Any = None,
         ckpt_path: Union[str, Path, None] = None,
         rates_on_resume: str = "checkpoint",
+        datamodule: Optional[DataModule] = None,
         **_unknown: Any,
     ) -> None:
         """Train ``task``.
 
         Args:
             task: the task.
-            train_dataloaders: a ``oneflow.utils.data.DataLoader`` or any iterable of batches.
-                Default: ``task.train_dataloader()``.
-            val_dataloaders: one, or a list of DataLoaders. Default: ``task.val_dataloader()``.
+            train_dataloaders: a ``oneflow.utils.data.DataLoader`` or any iterable of batches; a
+                dict or list of several, see :class:`~ofengine.CombinedLoader`; or a
+                :class:`~ofengine.DataModule`. Default: ``task.train_dataloader()``.
+            val_dataloaders: one, or a list or dict of DataLoaders. Default:
+                ``task.val_dataloader()``.
             ckpt_path: a checkpoint of a run, which goes on as if it had never stopped, in either
                 mode. "last" takes the one that is furthest, by what the files say and not by
                 their dates, of the run that saved last, among those of the ``ModelCheckpoint``
@@ -163,6 +168,7 @@ class Trainer(RunView):
             rates_on_resume: which rates count where those of the checkpoint and those of the
                 code differ: "checkpoint" goes on with the checkpoint's schedule, rates, scales
                 and decay; "config" takes the code's, as if they had been so from the start.
+            datamodule: has the data, in the place of the dataloaders.
 
         Raises:
             OFEngineError: something does not fit together; raised before training starts.
@@ -174,6 +180,9 @@ class Trainer(RunView):
         connect.check_task(task)
         check_choice("rates_on_resume", rates_on_resume, POLICIES)
         self._run = run = Run.new(self.settings, self.callbacks, self.loggers)
+        data = connect.take_datamodule(
+            run, self, "fit", datamodule, train_dataloaders, val_dataloaders
+        )
         self._attach(task)
         connect.check_step(task, "train")
         add_rate_callback(run.callbacks, self.mode)
@@ -184,9 +193,7 @@ class Trainer(RunView):
             connect.check_graph_mode(run)
 
         def body(hooks: HookRunner, eval_mode: Mode) -> None:
-            self._fit(
-                hooks, eval_mode, train_dataloaders, val_dataloaders, resumed, rates_on_resume
-            )
+            fit_run(run, hooks, eval_mode, data, val_dataloaders, resumed, rates_on_resume)
 
         carry_out(self, self._run, "fit", body)
 
@@ -195,33 +202,38 @@ class Trainer(RunView):
         task: TaskModule,
         dataloaders: Any = None,
         ckpt_path: CheckpointPath = None,
+        datamodule: Optional[DataModule] = None,
         **_unknown: Any,
     ) -> List[Dict[str, float]]:
         """Run ``validation_step`` over the data; return its metrics, a dict for each dataloader.
 
         ``ckpt_path`` names saved weights to load first; "best" and "last" are as in ``fit``.
         """
-        return self._evaluate("validation", task, dataloaders, ckpt_path, _unknown)[0]
+        return self._evaluate("validation", task, dataloaders, ckpt_path, datamodule, _unknown)[0]
 
     def test(
         self,
         task: TaskModule,
         dataloaders: Any = None,
         ckpt_path: CheckpointPath = None,
+        datamodule: Optional[DataModule] = None,
         **_unknown: Any,
     ) -> List[Dict[str, float]]:
         """As :meth:`validate`, with ``test_step``."""
-        return self._evaluate("test", task, dataloaders, ckpt_path, _unknown)[0]
+        return self._evaluate("test", task, dataloaders, ckpt_path, datamodule, _unknown)[0]
 
     def predict(
         self,
         task: TaskModule,
         dataloaders: Any = None,
         ckpt_path: CheckpointPath = None,
+        datamodule: Optional[DataModule] = None,
         **_unknown: Any,
     ) -> List[Any]:
         """What ``predict_step`` returned for each batch; with several dataloaders, a list each."""
-        predictions = self._evaluate("predict", task, dataloaders, ckpt_path, _unknown)[1]
+        predictions = self._evaluate("predict", task, dataloaders, ckpt_path, datamodule, _unknown)[
+            1
+        ]
         return predictions[0] if len(predictions) == 1 else predictions
 
     def preview(
@@ -233,7 +245,8 @@ class Trainer(RunView):
         ``steps_per_epoch`` are optimizer steps, instead of that length. See
         :func:`ofengine.rates.preview.preview`.
         """
-        batches = epoch_length(self.settings, task, train_dataloaders, steps_per_epoch)
+        with connect.training_source(self, train_dataloaders) as source:
+            batches = epoch_length(self.settings, task, source, steps_per_epoch)
         with self._imagining(task, batches):
             return preview(self.settings, task, batches, self._decays())
 
@@ -251,16 +264,20 @@ class Trainer(RunView):
         def fit(settings: Settings, callback: Callback, task: TaskModule, source: Any) -> None:
             _fit_apart(settings, [callback], task, source, None)
 
-        return lr_find(self.settings, task, train_dataloaders, plan, fit, **options)
+        with connect.training_source(self, train_dataloaders) as source:
+            return lr_find(self.settings, task, source, plan, fit, **options)
 
     def prove(self, task: TaskModule, train_dataloaders: Any = None, steps: int = 20) -> Report:
         """Run ``task`` in both modes, whole and resumed, compare all bits, put everything back.
 
-        See :func:`ofengine.trials.prove.prove`.
+        On several ranks: on all of them and in one process that accumulates, whole and resumed.
+        See :func:`ofengine.trials.prove.prove`, :func:`ofengine.trials.prove_ranks.prove_ranks`.
         """
-        starting.refuse_on_ranks(self.settings, "prove")
-        given = self.settings, self.callbacks, task, train_dataloaders
-        return prove(*given, _fit_apart, steps=steps)
+        starting.start_missing_ranks(self.settings)
+        proof = prove if self.settings.world is None else prove_ranks
+        with connect.training_source(self, train_dataloaders) as source:
+            given = self.settings, self.callbacks, task, source
+            return proof(*given, _fit_apart, steps=steps)
 
     # ------------------------------------------------------------------ saving
 
@@ -278,50 +295,10 @@ class Trainer(RunView):
         """See :meth:`RunView.checkpoint_content`."""
         return content_of(self._run)
 
-    # ------------------------------------------------------------------ fit
-
-    def _fit(
-        self,
-        hooks: HookRunner,
-        eval_mode: Mode,
-        train_dataloaders: Any,
-        val_dataloaders: Any,
-        resumed: Optional[Resumed],
-        rates_on_resume: str,
-    ) -> None:
-        run, settings, task = self._run, self.settings, self._run.task
-        train, validation = connect.take_data(run, train_dataloaders, val_dataloaders)
-        move(task, settings.device)
-        together.share_start(run, train, validation, resumed)
-        if run.seed is not None:
-            seed_everything(run.seed)
-        run.optimization, run.plan = plan_run(settings, task, train.count, self._decays())
-        if resumed is not None:
-            resumed.check(run, rates_on_resume)
-            resumed.restore_run(run)
-        run.expected = Expected.of(task)
-        hooks.fire("on_fit_start")
-        if resumed is not None:
-            resumed.restore_rates(run, rates_on_resume)
-        step = run.progress.global_step
-        check_rates(run.plan, run.optimization, run.total_steps, settings.max_epochs, step)
-        report.log_hyperparams(run)
-        run.begun_at = time.monotonic()
-        if settings.max_time is not None:
-            run.deadline = run.begun_at + settings.max_time - run.seconds_before
-        if train.count == 0:
-            log.info("limit_train_batches is 0: nothing is trained.")
-        else:
-            with course.leaving_rates_behind(run):
-                fit_loop(run, hooks, eval_mode, train, validation, resumed)
-            together.check_equal(run, "at the end of training")
-        course.note_data_states(run, train, validation)
-        hooks.fire("on_fit_end")
+    # ------------------------------------------------------------------ all verbs
 
     def _decays(self) -> List[Tuple[str, DecayEvents]]:
         return connect.decay_events(self.settings, self.callbacks)
-
-    # ------------------------------------------------------------------ all verbs
 
     def _evaluate(
         self,
@@ -329,20 +306,22 @@ class Trainer(RunView):
         task: TaskModule,
         dataloaders: Any,
         ckpt_path: CheckpointPath,
+        datamodule: Optional[DataModule],
         unknown: Mapping[str, Any],
     ) -> Tuple[List[Dict[str, float]], List[List[Any]]]:
         verb = connect.VERB_OF_STAGE[stage]
         refuse_arguments(verb, unknown)
         starting.start_missing_ranks(self.settings)
+        data = connect.take_datamodule(self._run, self, verb, datamodule, dataloaders)
         self._attach(task)
         connect.check_step(task, stage)
         together.begin(self._run, verb)
 
         def body(hooks: HookRunner, mode: Mode) -> Tuple[List[Dict[str, float]], List[List[Any]]]:
-            loaders = connect.evaluation_batches(self.settings, task, stage, dataloaders)
+            loaders = connect.evaluation_batches(self._run, stage, data)
             limit = self.settings.limit(stage)
             if limit is None or limit > 0:
-                connect.require_data(task, stage, loaders)
+                connect.require_data(self._run, stage, loaders)
             move(task, self.device)
             if ckpt_path is not None:
                 path = together.of_rank_zero(

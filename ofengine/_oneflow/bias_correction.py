@@ -14,6 +14,7 @@ import threading
 from typing import Any, List
 
 import numpy as np
+from oneflow import optim
 from oneflow.nn.optimizer import adam, adamw, lamb
 
 _MODULES: Any = (adam, adamw, lamb)
@@ -68,6 +69,14 @@ class _Math:
             return graph_power(float(x), int(y))
         power: float = self._instead_of.pow(x, y)
         return power
+
+
+_WITHOUT = (optim.SGD, optim.RMSprop, optim.Adagrad, optim.Adadelta)
+
+
+def corrects_bias(optimizer: Any) -> bool:
+    """False where ``optimizer`` has no bias to correct; True where that is not known."""
+    return type(optimizer) not in _WITHOUT
 
 
 def let_optimizers_ask() -> None:

@@ -34,14 +34,18 @@ def open_with_indices(loader: Any, wrap: Callable[[Any], Any]) -> Iterator[Any]:
     if kept is not None:
         kept._index_sampler = wrapped
         kept._status_reset = False  # or its first pass gives what it loaded when it was made
-        # What an iterator draws when it is made, perhaps from the generator of the order.
-        flow.randint(0, np.iinfo(np.int64).max, (), generator=loader.generator)
+        draw_as_begun(loader)
     try:
         return noted(iter(loader))
     finally:
         vars(loader)[name] = own
         if loader._iterator is not None:
             loader._iterator._index_sampler = own
+
+
+def draw_as_begun(loader: Any) -> None:
+    """Draw what an iterator draws when it is made, perhaps from the generator of the order."""
+    flow.randint(0, np.iinfo(np.int64).max, (), generator=loader.generator)
 
 
 def forget_workers(loader: Any) -> None:

@@ -231,16 +231,18 @@ def _check_layers(run: Run, state: State) -> None:
 def _check_accumulation(run: Run, checkpoint: Checkpoint) -> None:
     state: Any = checkpoint.state
     accumulate, now = state["run"]["accumulate_grad_batches"], run.settings
-    if accumulate == now.window:
+    kept = [tuple(each) for each in state["run"].get("windows", [(0, accumulate)])]
+    if kept == list(now.windows.changes):
         return
     ranks = state["run"].get("ranks", 1)
-    what, before = "accumulate_grad_batches", f"{accumulate // ranks}"
+    by_epoch = {epoch: batches // ranks for epoch, batches in kept}
+    what, before = "accumulate_grad_batches", f"{by_epoch if kept[1:] else accumulate // ranks}"
     after = f"{now.accumulate_grad_batches}"
     if ranks > 1 or now.world_size > 1:
         what = "accumulate_grad_batches times the ranks"
         before, after = f"{before} times {ranks}", f"{after} times {now.world_size}"
     text = f"{what} was {before} in {checkpoint.path} and is {after} now"
-    if state["gradients"]:
+    if state["gradients"] and accumulate != now.windows.at(max(0, state["loop"]["epoch"])):
         raise CheckpointError(
             f"{text}, and the checkpoint lies within a window: resume with {accumulate}."
         )

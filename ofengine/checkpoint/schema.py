@@ -29,6 +29,7 @@ from ofengine.checkpoint.checks import (
     whole,
 )
 from ofengine.run.progress import Point
+from ofengine.run.windows import Windows
 
 _NEAR = 10_000
 """No noted rate is of a step or position that is further away than this (``rates.resume``)."""
@@ -177,7 +178,7 @@ _STATE = record(
                 "seconds": number(0),
                 "saved_at": number(0, _YEAR_9999),
             },
-            {"ranks": whole(1)},
+            {"ranks": whole(1), "windows": listed(row(whole(0, _EPOCHS), whole(1)))},
         ),
         "versions": by_name(text),
     },
@@ -189,6 +190,7 @@ _STATE = record(
         "tensors": by_name(array("biuf")),
         "optimizers": by_name(_OPTIMIZER),
         "seen": by_name(text),
+        "weights": maybe(record({"batches": whole(1), "total": number(0)})),
         "history": HISTORY,
     },
 )
@@ -216,6 +218,7 @@ def _of_a_run(state: Any, place: str) -> None:
         if loop[key] > max(loop["batches_seen"], least):
             most = f"no more than loop/batches_seen, {loop['batches_seen']},"
             raise misfit(f"loop/{key}", loop[key], most)
+    _check_windows(state["run"], max(0, loop["epoch"]))
     if rates["step"] != loop["global_step"]:
         raise misfit("rates/step", rates["step"], f"loop/global_step, {loop['global_step']},")
     if "logger_keys" in state and len(state["logger_keys"]) != len(state["loggers"]):
@@ -223,6 +226,16 @@ def _of_a_run(state: Any, place: str) -> None:
     if "callbacks" in state["random"]:
         listed(anything, len(state["callbacks"]))(state["random"]["callbacks"], "random/callbacks")
     _check_rates(state, rates)
+
+
+def _check_windows(run: Mapping[str, Any], epoch: int) -> None:
+    changes = [tuple(each) for each in run.get("windows", [(0, run["accumulate_grad_batches"])])]
+    epochs = [first for first, _ in changes]
+    if not epochs or epochs[0] != 0 or epochs != sorted(set(epochs)):
+        raise Misfit("run/windows does not begin with epoch 0 and go on with later ones")
+    now = Windows(tuple(changes)).at(epoch)
+    if now != run["accumulate_grad_batches"]:
+        raise misfit("run/accumulate_grad_batches", run["accumulate_grad_batches"], f"{now}")
 
 
 def _check_rates(state: Mapping[str, Any], rates: Mapping[str, Any]) -> None:

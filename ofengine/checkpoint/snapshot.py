@@ -158,7 +158,7 @@ def state_of_run(run: Run, copies: Mapping[int, Any]) -> State:
             "where a batch is half done: call it in on_train_batch_end or later."
         )
     synchronize()  # a graph's run is not waited for by reading what it writes
-    owners = _owners_now(run)
+    owners, windows = _owners_now(run), run.settings.windows
     steps, optimizer = run.training_mode.optimizer_state()
     moments = run.moments_resumed
     return {
@@ -184,7 +184,8 @@ def state_of_run(run: Run, copies: Mapping[int, Any]) -> State:
             "mode": run.settings.mode,
             "seed": run.seed,
             "run_seed": run.data_seed,
-            "accumulate_grad_batches": run.settings.window,
+            "accumulate_grad_batches": windows.at(max(0, run.progress.state()["epoch"])),
+            "windows": [list(change) for change in windows.changes],
             "ranks": run.settings.world_size,
             "seconds": run.seconds_trained,
             "saved_at": time.time(),
@@ -201,7 +202,7 @@ def state_of_run(run: Run, copies: Mapping[int, Any]) -> State:
 
 MOMENTS = (
     "loop", "metrics", "random", "random_at_pass", "random_at_validation", "order", "gradients",
-    "tensors", "optimizers", "seen",
+    "weights", "tensors", "optimizers", "seen",
 )  # fmt: skip
 """The parts of a state that :func:`_moments` makes; files of earlier versions lack some."""
 
@@ -254,6 +255,7 @@ def _moments(run: Run, copies: Mapping[int, Any]) -> State:
         else after["at_validation"],
         "order": train.order.digest(run.progress.batches_done - 1) if train is not None else None,
         "gradients": _arrays(gradients),
+        "weights": run.weighing.state() if in_epoch else None,
         "tensors": tensors,
         "optimizers": states_of_others(run),
         "seen": changed_since_start(run, left_out),

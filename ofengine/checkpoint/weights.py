@@ -11,7 +11,7 @@ from oneflow import nn
 
 from ofengine._oneflow.session import synchronize
 from ofengine.checkpoint.file import array_of, read, write
-from ofengine.errors import CheckpointError, warn
+from ofengine.errors import CheckpointError, quoted, warn
 
 
 def arrays_of(module: nn.Module) -> Dict[str, np.ndarray]:
@@ -74,8 +74,8 @@ def check_weights(task: nn.Module, arrays: Mapping[str, np.ndarray], where: str)
     missing, extra = sorted(set(own) - set(arrays)), sorted(set(arrays) - set(own))
     if missing or extra:
         raise CheckpointError(
-            f"{where} belongs to another model: it lacks {missing[:3]} ({len(missing)} tensors) "
-            f"and has {extra[:3]} ({len(extra)} tensors) that {type(task).__name__} has not."
+            f"{where} belongs to another model: it lacks {quoted(missing)} of "
+            f"{type(task).__name__}, and has {quoted(extra)} beside it."
         )
     for name, tensor in own.items():
         if tuple(tensor.shape) != arrays[name].shape:

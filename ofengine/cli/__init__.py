@@ -76,6 +76,8 @@ def _add_prove(commands: Any) -> None:
     add("--steps", type=_count, default=20, metavar="N", help="optimizer steps of a run; "
         "default: 20")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--devices", type=_count, metavar="N", help="compare so many ranks with one process that "
+        "accumulates, instead of both modes")  # fmt: skip
     add("--accumulate-grad-batches", type=_count, default=1, metavar="N", help="default: 1")
     add("--gradient-clip-val", type=float, metavar="X", help="default: no clipping")
     add("--seed", type=int, metavar="N", help="default: 0")

@@ -1,10 +1,14 @@
-"""`ofengine prove FILE.py:Task`: is a task the same to the bit in both modes, and resumed?"""
+"""`ofengine prove FILE.py:Task`: is a task the same to the bit in both modes, and resumed?
+
+With `--devices N`: on so many ranks and in one process that accumulates?
+"""
 
 from __future__ import annotations
 
 import argparse
 
 from ofengine.cli.tasks import call, instance_of, load_task, report_errors
+from ofengine.ranks.zero import rank_zero_only
 from ofengine.trainer import Trainer
 
 
@@ -18,6 +22,7 @@ def _show(arguments: argparse.Namespace) -> int:
     task = instance_of(path, cls, arguments.arg)
     trainer = Trainer(
         device=arguments.device,
+        devices=arguments.devices or "auto",
         max_steps=arguments.steps,
         accumulate_grad_batches=arguments.accumulate_grad_batches,
         gradient_clip_val=arguments.gradient_clip_val,
@@ -29,5 +34,5 @@ def _show(arguments: argparse.Namespace) -> int:
     )
     what = f"{cls.__name__}, run for its proof,"
     report = call(path, what, lambda: trainer.prove(task, steps=arguments.steps))
-    print(report)
+    rank_zero_only(print)(report)
     return 0 if report.equal else 1

@@ -11,6 +11,8 @@ from typing import Any, Iterable, Iterator, List, Optional, Tuple
 import oneflow as flow
 from oneflow.utils.data import DataLoader
 
+from ofengine.data.combined import CombinedLoader, each_loader, length_of, together
+from ofengine.data.feeds import can_skip_all, open_combined
 from ofengine.data.generators import (
     RandomState,
     global_states,
@@ -18,7 +20,7 @@ from ofengine.data.generators import (
     set_states_in,
     states_in,
 )
-from ofengine.data.loading import Order, can_skip, open_source
+from ofengine.data.loading import Order, can_skip, derive_seed, open_source
 from ofengine.data.sources import (
     count_batches,
     describe_once,
@@ -36,6 +38,7 @@ from ofengine.run.arguments import Limit
 
 _NONE: Any = object()
 _BATCH = operator.itemgetter(0)
+_ONES, _ALL = itertools.repeat(1), itertools.repeat(True)
 
 
 class Batches:
@@ -64,6 +67,7 @@ class Batches:
         resumable: bool = False,
         share: Optional[Share] = None,
     ) -> None:
+        source = together(source)
         if not hasattr(source, "__iter__") or isinstance(source, (str, bytes, dict, type)):
             raise DataError(
                 f"{what} is {describe(source)}, which holds no batches: give a "
@@ -76,10 +80,7 @@ class Batches:
         self._share = share
         self._resumable = resumable
         self._kept: Optional[List[Any]] = None
-        try:
-            total: Optional[int] = len(source)  # type: ignore[arg-type]
-        except TypeError:
-            total = None
+        total = length_of(source)
         if total == 0:
             raise DataError(f"{what} is empty: it has no batch (is batch_size larger than the "
                             "dataset, with drop_last=True?).")  # fmt: skip
@@ -114,9 +115,13 @@ class Batches:
         """The batches of one pass, on the device."""
         return self._from(None)
 
-    def _from(self, resumption: Optional[Resumption]) -> Iterator[Any]:
-        """The batches of one pass; those that are ``done`` are gone through, or skipped."""
+    def _from(self, resumption: Optional[Resumption], counts: bool = True) -> Iterator[Any]:
+        """The batches of one pass; those that are ``done`` are gone through, or skipped.
+
+        Where it does not ``count`` them, whoever takes one takes the next of the numbers too.
+        """
         if self._kept is not None:
+            self._numbers = itertools.count()
             return iter(self._kept)
         if resumption is not None:
             resumption.begin()
@@ -125,14 +130,20 @@ class Batches:
             self._begun = self.pass_seed
         skipped = resumption.done if resumption is not None and self.can_skip else 0
         self.order = Order()
-        batches = open_source(self.source, skipped, self.pass_seed, self.order, self._share)
+        begun = (skipped, self.pass_seed, self.order)
+        if isinstance(self.source, CombinedLoader):
+            batches = open_combined(self.source, *begun, self.what)
+            batches = batches if self._share is None else self._share.of(batches, skipped)
+        else:
+            batches = open_source(self.source, *begun, self._share)
         if isinstance(self.source, DataLoader):
             batches = ended_by_its_own(batches, self.source, self.what, skipped)
         if self.device.type != "cpu" or self._share is not None:
             batches = (to_device(batch, self.device) for batch in batches)
         # Counted in C: where a batch cannot be had, its number is not taken.
         self._numbers = itertools.count(skipped)
-        batches = map(_BATCH, zip(batches, self._numbers))
+        if counts or self.keep:
+            batches = map(_BATCH, zip(batches, self._numbers))
         if self.count is not None:
             limited = itertools.islice(batches, self.count - skipped)
             batches = itertools.chain(limited, self._surplus(batches))
@@ -219,7 +230,10 @@ class Batches:
     @property
     def can_skip(self) -> bool:
         """True where batches that are done need not be loaded again to get behind them."""
-        return not self.keep and self._total is not None and can_skip(self.source)
+        if self.keep or self._total is None:
+            return False
+        source = self.source
+        return can_skip_all(source) if isinstance(source, CombinedLoader) else can_skip(source)
 
     def steps(self, accumulate: int, resumption: Optional[Resumption] = None) -> Iterator[Step]:
         """The batches of one pass with their windows of ``accumulate`` batches.
@@ -244,13 +258,13 @@ class Batches:
         Windows are those of one process that averages as many batches as all ranks together.
         """
         mine, self.in_round = ABSENT, 0
-        for number, batch, window, closes, is_last in self._steps(
+        for batch, number, window, closes, is_last in self._steps(
             accumulate * share.size, resumption
         ):
             self.in_round += batch is not STEPPED
             mine = mine if batch is OTHERS else batch
             if is_last or number % share.size == share.size - 1:
-                yield number // share.size, mine, window, closes, is_last
+                yield mine, number // share.size, window, closes, is_last
                 mine, self.in_round = ABSENT, 0
             elif batch is STEPPED:  # in the middle of a round: nothing is due before its end
                 mine = ABSENT
@@ -267,7 +281,7 @@ class Batches:
             window = len(window_batches)
             for place, batch in enumerate(window_batches):
                 closes = place == window - 1
-                step = (batch_idx, batch, window, closes, closes and not following)
+                step = (batch, batch_idx, window, closes, closes and not following)
                 if resumption is None or batch_idx >= done:
                     yield step
                 else:
@@ -285,7 +299,7 @@ class Batches:
     def _steps_of_known(
         self, count: int, accumulate: int, resumption: Optional[Resumption]
     ) -> Iterator[Step]:
-        batches = self._from(resumption)
+        batches = self._from(resumption, counts=False)
         last, first = count - 1, 0
         if resumption is not None:
             first = resumption.done
@@ -294,15 +308,16 @@ class Batches:
             if first:
                 yield from resumed_step(step_of(count, accumulate, first - 1, STEPPED), resumption)
             batches = resumption.behind(batches)
-        batch_idx = first - 1
-        if accumulate == 1:  # what _step_of gives, without its call at every step
-            for batch_idx, batch in enumerate(batches, first):
-                yield batch_idx, batch, 1, True, batch_idx == last
+        # Most of this runs in C, once a step.
+        self._numbers = itertools.count(first)
+        if accumulate == 1:  # what step_of gives, without its call at every step
+            lasts = itertools.chain(itertools.repeat(False, last - first), (True,))
+            yield from zip(batches, self._numbers, _ONES, _ALL, lasts)
         else:
-            for batch_idx, batch in enumerate(batches, first):
+            for batch, batch_idx in zip(batches, self._numbers):
                 yield step_of(count, accumulate, batch_idx, batch)
-        if batch_idx < last:
-            raise DataError(f"{self.what} {self._gave(batch_idx + 1)}")
+        if self.number_to_come <= last:
+            raise DataError(f"{self.what} {self._gave(self.number_to_come)}")
 
     def states(self) -> RandomState:
         """Where the generators that batches may draw from are now, for :meth:`set_states`."""
@@ -330,30 +345,34 @@ class Batches:
 
     def reseed(self, seed: int) -> None:
         """Make the next pass shuffle as a function of ``seed`` alone."""
-        if isinstance(self.source, DataLoader):
+        several = isinstance(self.source, CombinedLoader)
+        for number, (_, loader) in enumerate(each_loader(self.source)):
             generator = flow.Generator("cpu")
-            generator.manual_seed(seed)
-            for holder in self._holders():
+            generator.manual_seed(derive_seed(seed, number) if several else seed)
+            for holder in _holders(loader):
                 holder.generator = generator
-
-    def _holders(self) -> List[Any]:
-        """The loader and its samplers that draw from a ``generator`` of theirs."""
-        source: Any = self.source
-        batch_sampler, sampler = source.batch_sampler, source.sampler
-        inner = [getattr(each, "sampler", None) for each in (batch_sampler, sampler)]
-        held = (source, sampler, batch_sampler, *inner)
-        return [each for each in held if hasattr(each, "generator")]
 
     @contextlib.contextmanager
     def as_reseeded(self, is_so: bool) -> Iterator[None]:
         """With the one generator within that :meth:`reseed` gives; then with its own again."""
-        if not is_so or not isinstance(self.source, DataLoader):
+        if not is_so:
             yield
             return
-        kept = [(holder, holder.generator) for holder in self._holders()]
+        holders = [each for _, loader in each_loader(self.source) for each in _holders(loader)]
+        kept = [(holder, holder.generator) for holder in holders]
         self.reseed(0)
         try:
             yield
         finally:
             for holder, generator in kept:
                 holder.generator = generator
+
+
+def _holders(loader: Any) -> List[Any]:
+    """The loader and its samplers that draw from a ``generator`` of theirs; none of others."""
+    if not isinstance(loader, DataLoader):
+        return []
+    batch_sampler, sampler = loader.batch_sampler, loader.sampler
+    inner = [getattr(each, "sampler", None) for each in (batch_sampler, sampler)]
+    held = (loader, sampler, batch_sampler, *inner)
+    return [each for each in held if hasattr(each, "generator")]

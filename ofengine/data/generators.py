@@ -20,6 +20,7 @@ from oneflow import nn
 from oneflow.optim import Optimizer
 from oneflow.utils.data import DataLoader
 
+from ofengine.data.combined import CombinedLoader, each_loader
 from ofengine.data.generator_state import (
     RandomState,
     check_state_anywhere,
@@ -151,6 +152,10 @@ def find_generators(
 
 def data_parts(source: Any) -> Iterator[Tuple[str, Any]]:
     """(place, object) of the samplers and the dataset of a DataLoader, or of any other source."""
+    if isinstance(source, CombinedLoader):
+        for name, loader in zip(source.names, source.loaders):
+            yield from ((f"{name}.{place}", part) for place, part in data_parts(loader))
+        return
     if not isinstance(source, DataLoader):
         if hasattr(source, "__dict__"):
             yield "source", source
@@ -208,7 +213,8 @@ def _all_places(task: Optional[nn.Module], source: Any, callback: Any) -> Iterat
     walk = _Walk()
     for name, module in task.named_modules() if task is not None else ():
         yield from walk.module(f"task.{name}" if name else "task", module)
-    yield from walk.value("data", source, _DEPTH)
+    for name, loader in each_loader(source):
+        yield from walk.value(f"data{name}", loader, _DEPTH)
     for name, part in data_parts(source):
         if has_state(part):
             yield f"data.{name}", part

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import deque
-from typing import Any, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import oneflow as flow
@@ -45,11 +45,15 @@ class Order:
 
     def __init__(self) -> None:
         self._given: Deque[Tuple[int, Any]] = deque(maxlen=_MOST_GIVEN)
-        self.note = self._given.append
+        self.note: Callable[[Tuple[int, Any]], None] = self._given.append
         """Takes (index of the batch in the pass, what it is made of)."""
+        self.parts: List[Order] = []
+        """Of each loader, where several are gone through together."""
 
     def samples(self, batch_idx: int) -> str:
         """Which samples the batch at this index is made of, as "samples 4, 5"; "" if not known."""
+        if self.parts:
+            return "; ".join(filter(None, (each.samples(batch_idx) for each in self.parts)))
         indices = next((each for number, each in self._given if number == batch_idx), None)
         if indices is None:
             return ""
@@ -58,6 +62,8 @@ class Order:
 
     def digest(self, batch_idx: int) -> Optional[str]:
         """What tells the samples of the batch at this index of the pass; None where not known."""
+        if self.parts:
+            return "".join(each.digest(batch_idx) or "" for each in self.parts) or None
         indices = next((each for number, each in self._given if number == batch_idx), None)
         if indices is None:
             return None
@@ -124,8 +130,10 @@ class _Indices:
         in_workers: bool,
         order: Order,
         share: Optional[Share] = None,
+        drawn: Optional[Iterator[Tuple[int, Any]]] = None,
     ) -> None:
         self._sampler = sampler
+        self._drawn = drawn
         self._skipped = skipped
         self._seed = tuple(seed)
         self._in_workers = in_workers
@@ -134,7 +142,7 @@ class _Indices:
         self._newest = _IndicesIterator(iter(()), 0, order)
 
     def __iter__(self) -> Iterator[Any]:
-        numbered: Iterator[Tuple[int, Any]] = enumerate(self._sampler)
+        numbered = enumerate(self._sampler) if self._drawn is None else self._drawn
         if self._in_workers:
             numbered = ((n, _SeededIndices(each, (*self._seed, n))) for n, each in numbered)
         if self._share is None:
@@ -229,14 +237,20 @@ def can_skip(source: Any) -> bool:
 
 
 def open_source(
-    source: Any, skipped: int, seed: Sequence[int], order: Order, share: Optional[Share] = None
+    source: Any,
+    skipped: int,
+    seed: Sequence[int],
+    order: Order,
+    share: Optional[Share] = None,
+    drawn: Optional[Iterator[Tuple[int, Any]]] = None,
 ) -> Iterator[Any]:
     """Begin a pass over ``source`` behind its first ``skipped`` batches.
 
     ``skipped`` is 0 where it cannot be skipped (:func:`can_skip`). ``seed`` is what the
     randomness in workers becomes a function of, with the batch's number. ``order`` takes note of
     the indices. With a ``share``, the batches of the other ranks are not loaded where that can be
-    helped, and ``OTHERS`` stands in their place.
+    helped, and ``OTHERS`` stands in their place. ``drawn`` are the numbered indices of a pass that
+    is begun already; default: those that the sampler gives.
     """
     if is_sequence(source):
         batches = iter(source[skipped:] if skipped else source)
@@ -250,7 +264,7 @@ def open_source(
     made: List[_Indices] = []
 
     def wrap(own: Any) -> _Indices:
-        made.append(_Indices(own, skipped, seed, in_workers, order, share))
+        made.append(_Indices(own, skipped, seed, in_workers, order, share, drawn))
         return made[0]
 
     opened = open_with_indices(source, wrap)

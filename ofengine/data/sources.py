@@ -13,12 +13,12 @@ from typing import Any, Dict, Iterator, Optional
 from oneflow.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from ofengine._oneflow.loaders import forget_workers
-from ofengine.data.structure import describe
+from ofengine.data.combined import each_loader
 from ofengine.errors import ConfigurationError, DataError, warn
 from ofengine.lines import line_at, user_line
 from ofengine.run.arguments import Limit, batches_in_share
 
-_PARTS = ("batch_sampler", "sampler", "dataset", "datasets")
+_PARTS = ("batch_sampler", "sampler", "dataset", "datasets", "loaders")
 """Under which names a loader, sampler or dataset holds those that it is made of."""
 _DEEPEST = 6
 _ONEFLOW = f"{os.sep}oneflow{os.sep}"
@@ -32,7 +32,7 @@ def is_sequence(source: Any) -> bool:
 
 def is_iterator(source: Any) -> bool:
     """True for what gives its batches by ``next``: as a rule they can be had only once."""
-    return hasattr(type(source), "__next__")
+    return any(hasattr(type(each), "__next__") for _, each in each_loader(source))
 
 
 def is_used_up(source: Any) -> bool:
@@ -47,6 +47,7 @@ def is_used_up(source: Any) -> bool:
 
 def describe_once(source: Any) -> str:
     """The end of a sentence about an iterator that has no batches left, and what to do."""
+    source = next(each for _, each in each_loader(source) if is_iterator(each))
     name = "generator" if inspect.isgenerator(source) else f"iterator ({type(source).__name__})"
     return (
         f"it is a{'n' if name[0] == 'i' else ''} {name}, which can be gone through only once; give "
@@ -54,24 +55,11 @@ def describe_once(source: Any) -> str:
     )
 
 
-def refuse_several(source: Any, what: str) -> None:
-    """Raise where training is given several DataLoaders in a container."""
-    if not isinstance(source, (list, tuple, dict)):
-        return
-    loaders = list(source.values()) if isinstance(source, dict) else source
-    count = sum(isinstance(each, DataLoader) for each in loaders)
-    if count:
-        raise DataError(
-            f"{what} is {describe(source)} that holds DataLoaders ({count}), and training goes "
-            "through one: give the DataLoader itself, or one over all the data, as in "
-            "DataLoader(oneflow.utils.data.ConcatDataset([first.dataset, second.dataset]), ...)."
-        )
-
-
 def refuse_shared(source: Any, what: str) -> None:
     """Raise where the sampler of ``source`` gives each rank a part already."""
-    if isinstance(source, DataLoader):
-        for sampler in (source.sampler, getattr(source.batch_sampler, "sampler", None)):
+    loaders = [each for _, each in each_loader(source) if isinstance(each, DataLoader)]
+    for loader in loaders:
+        for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
             if isinstance(sampler, DistributedSampler):
                 raise DataError(
                     f"{what} has a DistributedSampler, which repeats samples, and the Trainer "
@@ -110,9 +98,10 @@ def set_epoch(source: Any, epoch: int) -> None:
         method = getattr(part, "set_epoch", None)
         if callable(method) and _takes_an_epoch(method, part):
             method(epoch)
-    workers_stay = isinstance(source, DataLoader) and source.persistent_workers
-    if workers_stay and callable(getattr(source.dataset, "set_epoch", None)):
-        forget_workers(source)  # they have copies of the dataset, which know of no new epoch
+    for _, loader in each_loader(source):
+        workers_stay = isinstance(loader, DataLoader) and loader.persistent_workers
+        if workers_stay and callable(getattr(loader.dataset, "set_epoch", None)):
+            forget_workers(loader)  # they have copies of the dataset, which know of no new epoch
 
 
 def _parts(source: Any, seen: Dict[int, Any], depth: int) -> Iterator[Any]:

@@ -7,12 +7,12 @@ from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import attrs
 
-Step = Tuple[int, Any, int, bool, bool]
+Step = Tuple[Any, int, int, bool, bool]
 """One batch of an epoch, with its place in the accumulation window.
 
-The batch's index; the batch, or :data:`STEPPED` where a resumed run has only what follows it left
-to do; how many batches its window has; True where the window closes, so that the optimizer steps
-after this batch; True for the last batch of the epoch. A tuple, for it is made at every step.
+The batch, or :data:`STEPPED` where a resumed run has only what follows it left to do; its index;
+how many batches its window has; True where the window closes, so that the optimizer steps after
+this batch; True for the last batch of the epoch. A tuple, for it is made at every step.
 """
 
 
@@ -58,7 +58,7 @@ def listed(batches: Iterator[Any]) -> List[Any]:
 def step_of(count: int, accumulate: int, batch_idx: int, batch: Any) -> Step:
     place = batch_idx % accumulate
     window = min(accumulate, count - (batch_idx - place))
-    return batch_idx, batch, window, place == window - 1, batch_idx == count - 1
+    return batch, batch_idx, window, place == window - 1, batch_idx == count - 1
 
 
 def resumed_step(step: Step, resumption: Resumption) -> Iterator[Step]:
@@ -66,8 +66,8 @@ def resumed_step(step: Step, resumption: Resumption) -> Iterator[Step]:
 
     Behind the last of them the generators are put where they were when the run stopped.
     """
-    batch_idx, _, window, closes, is_last = step
+    _, batch_idx, window, closes, is_last = step
     if batch_idx == resumption.done - 1:
         resumption.reached()
         if resumption.again:
-            yield batch_idx, STEPPED, window, closes, is_last
+            yield STEPPED, batch_idx, window, closes, is_last

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from contextvars import ContextVar
-from typing import Any, ClassVar, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import (
+    Any,
+    ClassVar,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Protocol,
+    Sequence,
+    Tuple,
+)
 
 import attrs
 import numpy as np
@@ -29,6 +40,35 @@ def evaluating() -> Iterator[None]:
         yield
     finally:
         _evaluating.reset(token)
+
+
+class OfAllRanks(Protocol):
+    """Has the sums of all ranks, in a run of several; see :mod:`ofengine.shared_sums`."""
+
+    def add(self, metric: Metric, evaluation: bool, sums: Mapping[str, Any]) -> bool:
+        """Add to the metric's sums of all ranks; False where it has its rank's own."""
+
+    def reset(self, metric: Metric, evaluation: bool) -> None:
+        """Begin anew; the metric has dropped what it had of all ranks."""
+
+    def has_own(self, metric: Metric) -> bool:
+        """True where this rank has added something to its sums of training lately."""
+
+    def states(self, metric: Metric) -> Optional[Dict[bool, State]]:
+        """The sums of all ranks, of training (False) and of evaluation (True), if they have any."""
+
+
+_ranks: ContextVar[Optional[OfAllRanks]] = ContextVar("ranks", default=None)
+
+
+@contextlib.contextmanager
+def shared_with(ranks: OfAllRanks) -> Iterator[None]:
+    """In the block several ranks run, and metrics have the sums of all."""
+    token = _ranks.set(ranks)
+    try:
+        yield
+    finally:
+        _ranks.reset(token)
 
 
 @attrs.define(eq=False)
@@ -184,15 +224,34 @@ class Metric:
     def reset(self) -> None:
         """Begin anew."""
         forbid_in_trace(f"{type(self).__name__}.reset()")
-        self._kept[self._side] = _Sums()
+        evaluation, ranks = _evaluating.get(), _ranks.get()
+        if not evaluation and not self._kept[False]:
+            is_of_training = ranks is not None and (ranks.has_own(self) or self._of_ranks()[False])
+            evaluation = not is_of_training
+        self._kept[evaluation] = _Sums()
+        if ranks is not None:
+            ranks.reset(self, evaluation)
 
     def state_dict(self) -> State:
         """The sums, empty where there was no update; waits for the device."""
-        return self._kept[self._side].read()
+        if _ranks.get() is not None:
+            states = self._of_ranks()
+            return states[_evaluating.get() or not states[False]]
+        return self._kept[_evaluating.get() or not self._kept[False]].read()
+
+    def _of_ranks(self) -> Dict[bool, State]:
+        ranks = _ranks.get()
+        states = None if ranks is None else ranks.states(self)
+        return {side: self.kept(side) for side in (False, True)} if states is None else states
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave."""
-        self._kept[_evaluating.get()] = _Sums.of(state)
+        evaluation, ranks = _evaluating.get(), _ranks.get()
+        self._kept[evaluation] = _Sums()
+        if ranks is not None:
+            ranks.reset(self, evaluation)
+        if ranks is None or not ranks.add(self, evaluation, state):
+            self._kept[evaluation] = _Sums.of(state)
 
     def merge(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Go on from the states of several, such as ranks, in the order in which they are given.
@@ -222,7 +281,12 @@ class Metric:
                     f"{type(self).__name__}.update() is called in a graph of your own: return what "
                     "it needs, and update it in on_train_batch_end."
                 )
-        self._kept[_evaluating.get()].add(sums, self.rows)
+        evaluation, ranks = _evaluating.get(), _ranks.get()
+        kept = self._kept[evaluation]
+        if ranks is not None and ranks.add(self, evaluation, sums):
+            kept.newest = dict(sums)
+        else:
+            kept.add(sums, self.rows)
 
     @property
     def newest(self) -> Dict[str, Any]:
@@ -246,12 +310,15 @@ class Metric:
         """Training or an evaluation begins: with no sums."""
         self._kept[evaluation] = _Sums()
 
-    def states(self, evaluation_too: bool) -> Dict[str, State]:
-        """The sums of training, and of evaluation, for a checkpoint."""
-        state = {"training": self._kept[False].read()}
-        if evaluation_too:
-            state["evaluation"] = self._kept[True].read()
-        return state
+    def kept(self, evaluation: bool) -> State:
+        """The sums of training, or of evaluation; of several ranks, up to their last exchange."""
+        return self._kept[evaluation].read()
+
+    def keep(self, evaluation: bool, state: State) -> None:
+        """These are the sums of all ranks now."""
+        newest = self._kept[evaluation].newest
+        self._kept[evaluation] = _Sums.of(state)
+        self._kept[evaluation].newest = newest
 
     def misfit(self, state: Mapping[str, Any]) -> Optional[str]:
         """What keeps ``state``, of a file, from being this metric's sums; None where nothing."""
@@ -274,8 +341,3 @@ class Metric:
         """Go on from :meth:`states`, which were checked."""
         for name, state in states.items():
             self._kept[name == "evaluation"] = _Sums.of(state)
-
-    @property
-    def _side(self) -> bool:
-        """Whose sums are asked for: False for those of training, True for an evaluation's."""
-        return _evaluating.get() or not self._kept[False]

@@ -9,9 +9,11 @@ nothing waits for the device.
 
 from __future__ import annotations
 
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+import contextlib
+from typing import Any, ContextManager, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import attrs
+from oneflow import Tensor
 
 from ofengine.data.structure import batch_size_of
 from ofengine.errors import ConfigurationError, warn
@@ -33,6 +35,9 @@ from ofengine.tracing import active_trace
 
 MOST_PENDING = 4000
 """So many tensors wait on the device before they are read, to bound the memory."""
+
+
+_SIDES = {False: "training", True: "evaluation"}
 
 
 class Metrics:
@@ -66,6 +71,13 @@ class Metrics:
         """Training, or an evaluation, begins, and so do the sums that metrics have of it."""
         for metric in self.held.values():
             metric.begin(evaluation)
+
+    def running(self) -> ContextManager[None]:
+        """In the block a verb is carried out."""
+        return contextlib.nullcontext()
+
+    def settle(self) -> None:
+        """A verb is over: nothing is left that others have not seen."""
 
     # ------------------------------------------------------------------ stages
 
@@ -146,7 +158,7 @@ class Metrics:
                     "of a metric that is no attribute of the task: make it in the task's __init__, "
                     "as in self.acc = Accuracy()."
                 )
-        in_evaluation = len(self._stages) > 1  # which begins anew where it is cut off
+        sides = [False] if len(self._stages) > 1 else [False, True]  # evaluation begins anew
         return {
             "counted": [
                 [attrs.asdict(spec), places[id(metric)]]
@@ -154,10 +166,16 @@ class Metrics:
                 if id(metric) in places
             ],
             "held": {
-                place: {"class": type(metric).__qualname__, **metric.states(not in_evaluation)}
+                place: {
+                    "class": type(metric).__qualname__,
+                    **{_SIDES[side]: self._sums_of(place, metric, side) for side in sides},
+                }
                 for place, metric in held.items()
             },
         }
+
+    def _sums_of(self, place: str, metric: Metric, evaluation: bool) -> Dict[str, Any]:
+        return metric.kept(evaluation)
 
     def load_state(self, state: Dict[str, Any]) -> None:
         """Go on from :meth:`state`, in the stage of training."""
@@ -200,8 +218,10 @@ class Metrics:
         batch_size: Optional[int] = None,
     ) -> None:
         """See :meth:`ofengine.TaskModule.log`."""
-        stage = self._stage
-        is_counted = isinstance(value, Metric)
+        stage = self._stages[-1] if self._stages else self._stage
+        # Most are tensors of no dimension: they take the shortest way, for steps may log hundreds.
+        is_plain = type(value) is Tensor and not value.dim()
+        is_counted = not is_plain and isinstance(value, Metric)
         key = (
             name, prog_bar, logger, on_step, on_epoch, batch_size, stage.per_step, stage.suffix,
             is_counted,
@@ -220,7 +240,9 @@ class Metrics:
             check_spec(spec)
             logged = Logged([], [(spec, 0, 0)]) if is_counted else Logged([(spec, 0, 0)])
             known = self._logged[key] = (spec, logged)
-        if is_counted:
+        if is_plain:
+            value = value.detach()
+        elif is_counted:
             check_metric(name, value)
         else:
             value = scalar(name, value)

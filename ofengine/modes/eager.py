@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import oneflow as flow
 from oneflow import Tensor, nn
 
 from ofengine._oneflow import optimizer_state
-from ofengine._oneflow.bias_correction import STEPPING, let_optimizers_ask
+from ofengine._oneflow.bias_correction import STEPPING, corrects_bias, let_optimizers_ask
 from ofengine._oneflow.operators import backward_of
 from ofengine._oneflow.optimizer_copies import replace_state
 from ofengine._oneflow.watched_options import watch_options
@@ -22,8 +22,10 @@ from ofengine.modes.steps import (
 from ofengine.ranks.gradients import GradientExchange
 from ofengine.ranks.shares import ABSENT
 from ofengine.ranks.statistics import RunningStatistics
+from ofengine.ranks.synced_norms import SyncedNorms
 from ofengine.run.mode import HookCalls, ParameterStates
 from ofengine.run.state import Run
+from ofengine.run.weighing import weight_of, weights_of_ranks
 from ofengine.task import TaskModule
 
 
@@ -41,7 +43,7 @@ class EagerMode:
         self._task_name = type(task).__name__
         self._exchange: Optional[GradientExchange] = None
         """Where there are several ranks: what the window has of all of them."""
-        self._statistics: Optional[RunningStatistics] = None
+        self._norms: Union[RunningStatistics, SyncedNorms, None] = None
 
     def start(self) -> None:
         """See :class:`~ofengine.run.mode.Mode`."""
@@ -49,12 +51,15 @@ class EagerMode:
         self._takes_both = step_arity(self._task, "training_step", 2) == 2
         optimizer.zero_grad(set_to_none=True)  # what a run that was cut off left behind
         let_optimizers_ask()
+        self._corrects_bias = corrects_bias(optimizer)
+        self._averages = self._run.settings.windows.most > 1
         self._clips = self._run.settings.gradient_clip_val is not None
         self._watch_groups()
         if self._run.ranks is not None:
             every = [each for group in optimizer.param_groups for each in group.parameters]
-            self._exchange = GradientExchange(self._run.ranks, every)
-            self._statistics = RunningStatistics(self._run.ranks, self._task)
+            kind = SyncedNorms if self._run.settings.sync_batchnorm else RunningStatistics
+            self._norms = kind(self._run.ranks, self._task)
+            self._exchange = GradientExchange(self._run.ranks, every, self._norms.room)
 
     def _watch_groups(self) -> None:
         self._groups = list(self._optimizer.param_groups)
@@ -64,13 +69,18 @@ class EagerMode:
         """See :class:`~ofengine.run.mode.Mode`."""
         rest: Dict[str, Any] = {}
         if batch is not ABSENT:
+            if self._norms is not None:
+                self._norms.begin()
             step: Callable[..., Any] = self._task.training_step
             loss = step(batch, batch_idx) if self._takes_both else step(batch)
             if type(loss) is not Tensor or loss.dim() or not loss.requires_grad:
                 loss, rest = split_outputs(loss, self._task_name)
             for call in self._before_backward:
                 call(loss)
-            backward_of(loss if window == 1 else loss / window)
+            if "weight" in rest and self._averages:
+                backward_of(self._weighed(loss, rest["weight"]))
+            else:
+                backward_of(loss if window == 1 else loss / window)
             for call in self._after_backward:
                 call()
             rest["loss"] = loss.detach()
@@ -80,30 +90,49 @@ class EagerMode:
             optimizer = self._optimizer
             if window > 1:
                 drop_gradients_of_frozen(optimizer)
+            if self._run.weighing.batches:
+                self._weigh(window)
             for call in self._before_update:
                 call(optimizer)
             if optimizer.param_groups != self._groups:  # load_state_dict makes new ones
                 self._watch_groups()
             if self._clips or self._mark.clips:
                 clip(self._run)
-            STEPPING.on = True  # Adam and its like correct their bias as graphs do
-            try:
+            if self._corrects_bias:
+                STEPPING.on = True  # Adam and its like do so as graphs do
+                try:
+                    optimizer.step()
+                finally:
+                    STEPPING.on = False
+            else:
                 optimizer.step()
-            finally:
-                STEPPING.on = False
             for call in self._before_zero_grad:
                 call(optimizer)
             optimizer.zero_grad(set_to_none=True)
         return rest
 
+    def _weighed(self, loss: Any, weight: Any) -> Any:
+        if self._exchange is not None:
+            raise weights_of_ranks(self._task_name)
+        weight = weight_of(loss, weight, self._task_name)
+        self._run.weighing.add(weight)
+        return loss * weight
+
+    def _weigh(self, window: int) -> None:
+        parameters = [p for g in self._optimizer.param_groups for p in g.parameters]
+        gradients = [each.grad for each in parameters]
+        weighed = self._run.weighing.close(gradients, window, self._task_name)
+        for parameter, gradient in zip(parameters, weighed):
+            parameter.grad = gradient
+
     def _exchange_gradients(self, exchange: GradientExchange, closes: bool) -> None:
         """Add the gradients of all ranks; where the window ``closes``, they are in ``.grad``."""
         train = self._run.train
         check = 0 if train is None else train.check_of(self._run.progress.batch_idx)
-        statistics = self._statistics
-        calls = exchange.add(check, 0 if statistics is None else statistics.calls)
-        if calls and statistics is not None:
-            statistics.exchange(calls)
+        norms = self._norms
+        most = exchange.add(check, 0 if norms is None else norms.note)
+        if norms is not None:
+            norms.finish(most)
         if closes:
             exchange.put()
 
@@ -152,8 +181,8 @@ class EagerMode:
 
     def close(self) -> None:
         """Let go of the batch norms."""
-        if self._statistics is not None:
-            self._statistics.close()
+        if self._norms is not None:
+            self._norms.close()
 
     def default_train_graph(self) -> nn.Graph:
         """There is none."""

@@ -100,7 +100,7 @@ class GlobalGraphMode(GraphMode):
         else:
             result = {"loss": local(self._ranks.whole(loss_of(graph, graph(*inputs))))}
         if accumulates and closes:
-            self._apply()
+            self._apply(window)
         self._state.steps += closes
         compiled.batch_norms.exchange(self._meetings, spread.round.is_cut)
         return result

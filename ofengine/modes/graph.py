@@ -47,7 +47,6 @@ from ofengine.run.state import Run
 from ofengine.task import TaskModule
 
 log = logging.getLogger("ofengine")
-
 _EMPTY = flatten({}, [])
 _TABLE_STEPS = 10_000
 """How many steps of rates are compiled in at first where the run's length is not known."""
@@ -62,7 +61,7 @@ class GraphMode:
         self._run = run
         self.task = task
         self._before_compile = calls["on_before_graph_compile"]
-        self._accumulates = run.settings.accumulate_grad_batches > 1
+        self._accumulates = run.settings.accumulates
         self._steps, self._applies, self._evals = Compilations(), Compilations(), Compilations()
         self._guards, self._changes = Guards(), Changes()
         self._barrier = self._guards.barrier
@@ -128,17 +127,22 @@ class GraphMode:
             tensors += compiled.draws.draw()
         outputs = graphs.run_compiled(graph, tensors)
         stop = 1 + len(graph.having)
-        total = self._gradients
+        total, weighing = self._gradients, self._run.weighing
+        if graph.weighs:
+            weighing.add(outputs[stop])
+            stop += 1
         for index, gradient in zip(graph.having, outputs[1:stop]):
             total[index] = total[index] + gradient if index in total else gradient
         if closes:
-            self._apply()
+            self._apply(window)
         return {**(self._take_outputs(graph, outputs[stop:]) or {}), "loss": outputs[0]}
 
-    def _apply(self) -> None:
+    def _apply(self, window: int) -> None:
         """Update by the gradients that a window has added up."""
         having = tuple(sorted(self._gradients))
         gradients = [self._gradients[index] for index in having]
+        if self._run.weighing.batches:
+            gradients = self._run.weighing.close(gradients, window, type(self.task).__name__)
         apply = self._applies.active.get(having) or self._applies.find(having)
         if apply is None:
             apply = self._trace_apply(having, gradients)
@@ -202,11 +206,10 @@ class GraphMode:
         refuse_what_graphs_ignore(self.task)
         self.settle()  # an older graph for these shapes may be let go
         inputs: List[Any] = [tensors]
-        what, updates = "training_step", True
+        what, updates = "training_step", not accumulates
         if accumulates:
             graph: Any = self._gradient_graph(structure)
             inputs.append(self._window_scale(1))
-            updates = False
         else:
             self._structure = structure
             graph = self.task.build_graph()

@@ -26,6 +26,7 @@ from ofengine.modes.in_place import InPlace, Written
 from ofengine.modes.spread import Spread
 from ofengine.modes.steps import clip, split_outputs, step_arity
 from ofengine.run.state import Run
+from ofengine.run.weighing import weight_of, weights_of_ranks
 from ofengine.task import TaskModule
 from ofengine.tracing import Trace, TracedIndex, warn_of_assignments
 
@@ -136,13 +137,20 @@ class _TrainStepGraph(StepGraph):
     trains = True
 
     def trained_loss(self, tensors: Sequence[Any], scale: Any) -> Any:
-        """Forward and backward; (loss, outputs besides it, logged)."""
+        """Forward and backward; (loss, outputs besides it, logged, its weight where it has one)."""
         outputs, logged = self.call_step(tensors)
-        loss, rest = split_outputs(outputs, type(self.origin[0]).__name__)
+        name = type(self.origin[0]).__name__
+        loss, rest = split_outputs(outputs, name)
+        weights: List[Any] = []
+        if "weight" in rest and self.spread is not None:
+            raise weights_of_ranks(name)
+        if scale is not None and "weight" in rest:
+            scale = weight_of(loss, rest["weight"], name)
+            weights.append(scale)
         scaled = loss if scale is None else loss * scale
         with self.in_place.in_backward():
             scaled.backward()
-        return loss, rest, logged
+        return loss, rest, logged, weights
 
 
 class TrainGraph(_TrainStepGraph):
@@ -155,7 +163,7 @@ class TrainGraph(_TrainStepGraph):
 
     def build(self, tensors: List[Any], late: List[Any]) -> List[Any]:
         """Trace the whole step."""
-        loss, rest, logged = self.trained_loss(tensors, None)
+        loss, rest, logged, _ = self.trained_loss(tensors, None)
         if self.spread is not None:
             self.spread.gradients(self.run.parameters)
         clip(self.run)
@@ -169,15 +177,18 @@ class GradientGraph(_TrainStepGraph):
         super().__init__(run.task, "training_step", structure, ())
         self.parameters = [run.parameters]
         self.having: List[int] = []
+        self.weighs = False
+        """True where the step returns a weight, which is the output behind the gradients."""
         allow_backward(self)
 
     def build(self, tensors: List[Any], scale: Any, late: List[Any]) -> List[Any]:
         """Trace forward and backward of ``loss * scale``."""
-        loss, rest, logged = self.trained_loss(tensors, scale)
+        loss, rest, logged, weights = self.trained_loss(tensors, scale)
+        self.weighs = bool(weights)
         (parameters,) = self.parameters
         self.having = [i for i, p in enumerate(parameters) if p.grad is not None]
         gradients = [parameters[i].grad for i in self.having]
-        return self.put_out(rest, logged, [loss, *gradients])
+        return self.put_out(rest, logged, [loss, *gradients, *weights])
 
 
 class ApplyGraph(nn.Graph):

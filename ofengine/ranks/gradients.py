@@ -25,12 +25,13 @@ class GradientExchange:
     Args:
         meetings: this rank's end of the exchange.
         parameters: the same on all ranks, in the same order.
+        room: so many numbers a meeting carries, 0 for as many of the gradients as it can.
 
     Raises:
         RankError: a parameter has a dtype that is not exchanged.
     """
 
-    def __init__(self, meetings: Meetings, parameters: Sequence[Any]) -> None:
+    def __init__(self, meetings: Meetings, parameters: Sequence[Any], room: int = 0) -> None:
         self._meetings = meetings
         self.parameters = list(parameters)
         self._parts = [_Part(self.parameters, dtype) for dtype in (_NARROW, _WIDE)]
@@ -42,7 +43,8 @@ class GradientExchange:
             )
         self._flags = np.zeros(len(self.parameters), np.float32)
         narrow = self._parts[0]
-        self._in_meeting = meetings.make_room(self._flags.size + narrow.size)
+        numbers = self._flags.size + narrow.size
+        self._in_meeting = min(numbers, meetings.make_room(room or numbers))
 
     def add(self, check: int = 0, note: int = 0) -> int:
         """Take the gradients of this rank's batch out of ``.grad``, and add those of all ranks.

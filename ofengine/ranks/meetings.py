@@ -47,7 +47,9 @@ class Purpose(enum.IntEnum):
     """The metrics of all, which are due."""
     TALK = 5
     """A message of each."""
-    LINE_UP = 6
+    STATISTICS = 6
+    """Those of a batch norm, in a step."""
+    LINE_UP = 7
     """The round of a compiled step."""
 
 
@@ -84,6 +86,8 @@ class Meetings:
         """Takes what each rank gave, in the order of ranks, once and for all."""
         self.show_metrics: Callable[[List[Any]], None] = lambda messages: None
         """Looks at it only: it is given again."""
+        self.serve_statistics: Callable[[int, np.ndarray], None] = lambda of, rows: None
+        """Takes what the batch norms of others have sent while this rank has no batch."""
         self._room = _LEAST
 
     def make_room(self, numbers: int) -> int:
@@ -109,6 +113,14 @@ class Meetings:
         """
         rows = self._meet(Purpose.STEP, body, check, note=note)
         return rows[:, _CONTROL : _CONTROL + body.size], int(rows[:, 7].max())
+
+    def statistics(self, own: np.ndarray, of: int) -> np.ndarray:
+        """``own`` of each rank in a step, in float64; zeros of a rank that has no batch.
+
+        ``of`` is a number from 1 on that tells what it is, the same on all ranks.
+        """
+        rows = self._meet(Purpose.STATISTICS, own.view(np.float32), of)
+        return _statistics_in(rows)[:, : own.size]
 
     def line_up(self, numbers: Sequence[int], train: bool, check: int = 0) -> np.ndarray:
         """Up to four ``numbers`` below 2**24 of each rank, before a compiled step; a row for each.
@@ -207,6 +219,15 @@ class Meetings:
                     self.show_metrics(messages)
                     return rows
                 continue
+            of = self._norm_that_is_served(purposes, rows)
+            if of:
+                if Purpose.STOP not in purposes:
+                    if purpose is Purpose.STATISTICS:
+                        return rows
+                    self.serve_statistics(of, _statistics_in(rows))
+                elif mixed:
+                    return None
+                continue
             if purposes == [purpose] * self.size:
                 self._check_same(rows[:, 4], purpose)
                 return rows
@@ -221,6 +242,22 @@ class Meetings:
                 + ". What a hook or a step does must not depend on the rank, unless it is about "
                 "files and printing alone."
             )
+
+    def _norm_that_is_served(self, purposes: List[Purpose], rows: np.ndarray) -> int:
+        """Of what some bring statistics, where the others have no batch or will have one; or 0."""
+        which = {int(row[4]) for row, each in zip(rows, purposes) if each is Purpose.STATISTICS}
+        over = [row[7] for row, each in zip(rows, purposes) if each is Purpose.STEP]
+        others = set(purposes) - {Purpose.STATISTICS, Purpose.STEP, Purpose.STOP}
+        if not which or others:
+            return 0
+        if len(which) > 1 or any(over):
+            self.over = True
+            raise RankError(
+                "the steps of the ranks differ in their batch norms, and sync_batchnorm takes the "
+                "statistics of all: each rank's step has to call the same ones in the same order, "
+                "and its loss to depend on the same ones."
+            )
+        return which.pop()
 
     def _agree(self, rows: np.ndarray) -> None:
         self.agreed = Wishes(bool(rows[:, 1].any()), int(rows[:, 2].max()), bool(rows[:, 3].any()))
@@ -247,12 +284,20 @@ class Meetings:
         return [decode(row[:length].tobytes()) for row, length in zip(gathered, lengths)]
 
 
+def _statistics_in(rows: np.ndarray) -> np.ndarray:
+    """What each rank has brought, zeros where it came for something else."""
+    brought: np.ndarray = np.ascontiguousarray(rows[:, _CONTROL:]).view(np.float64)
+    brought[rows[:, 0] != Purpose.STATISTICS] = 0.0
+    return brought
+
+
 _OF_METRICS = (Purpose.PEEK, Purpose.METRICS)
 _WORDS = {
     Purpose.STEP: "trains on a batch",
     Purpose.STOP: "ends training",
     Purpose.PEEK: "reads the metrics",
     Purpose.METRICS: "is at the end of its batches, or logs",
+    Purpose.STATISTICS: "normalizes a batch by those of all",
     Purpose.TALK: "is between two parts of the run",
     Purpose.LINE_UP: "goes through a batch without training",
 }

@@ -18,7 +18,7 @@ from oneflow import nn
 from ofengine.errors import RankError
 from ofengine.ranks.meetings import Meetings
 
-_KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _RUNNING = ("running_mean", "running_var")
 
 Pair = Tuple[np.ndarray, np.ndarray]
@@ -46,12 +46,14 @@ class RunningStatistics:
         self._own: List[Tuple[Any, Any]] = []
         """Each layer, and the ``forward`` that somebody had given this very object."""
         for name, module in task.named_modules():
-            if not isinstance(module, _KINDS) or module.running_mean is None:
+            if not isinstance(module, KINDS) or module.running_mean is None:
                 continue
             _refuse_average(task, name, module)
             self._layers.append(module)
             self._own.append((module, vars(module).get("forward")))
             vars(module)["forward"] = partial(self._call, module, module.forward)
+        self.room = 0
+        """So many numbers each meeting has to carry for it: they come once a round, apart."""
         self._size = sum(int(layer.running_mean.numel()) for layer in self._layers)
 
     def close(self) -> None:
@@ -66,23 +68,31 @@ class RunningStatistics:
         """``forward``, noting what it adds to the running statistics."""
         if not layer.training:
             return forward(*inputs)
-        own = _running(layer)
+        own = running_of(layer)
         self._before.setdefault(id(layer), own)
         for name in _RUNNING:
             getattr(layer, name).zero_()
         output = forward(*inputs)
-        added = _running(layer)
+        added = running_of(layer)
         self._added.setdefault(id(layer), []).append(added)
-        _write(layer, _updated(own, added, layer.momentum))
+        write(layer, updated(own, added, layer.momentum))
         return output
 
+    def begin(self) -> None:
+        """The step of a batch begins."""
+
     @property
-    def calls(self) -> int:
+    def note(self) -> int:
         """How often the layer that was called most was called in this round."""
         return max(map(len, self._added.values()), default=0)
 
-    def exchange(self, most_calls: int) -> None:
-        """Update all layers by the calls of all ranks, none of which has more than so many."""
+    def finish(self, most: int) -> None:
+        """The step is over on all ranks, none of which has more calls than so many."""
+        if most:
+            self._exchange(most)
+
+    def _exchange(self, most_calls: int) -> None:
+        """Update all layers by the calls of all ranks."""
         own = np.zeros((most_calls, len(self._layers) + 2 * self._size), np.float64)
         for calls in range(most_calls):
             row, at = own[calls], len(self._layers)
@@ -97,17 +107,17 @@ class RunningStatistics:
         at = len(self._layers)
         for number, layer in enumerate(self._layers):
             size, now, count = int(layer.running_mean.numel()), self._before.get(id(layer)), 0
-            now = _running(layer) if now is None else now
+            now = running_of(layer) if now is None else now
             dtype = now[0].dtype
             for calls in rows:  # of one rank after the other
                 for call in calls:
                     if call[number]:
                         both = call[at : at + 2 * size].astype(dtype)
-                        now = _updated(now, (both[:size], both[size:]), layer.momentum)
+                        now = updated(now, (both[:size], both[size:]), layer.momentum)
                         count += 1
             at += 2 * size
             if count:
-                _write(layer, now)
+                write(layer, now)
             others = count - len(self._added.get(id(layer), []))
             if others and layer.num_batches_tracked is not None:
                 layer.num_batches_tracked.add_(others)
@@ -120,7 +130,7 @@ def update_by_calls(layers: Sequence[Any], rows: np.ndarray) -> None:
 
     A row for each rank: of each call what it adds to the mean, then what it adds to the variance.
     """
-    now = {id(layer): _running(layer) for layer in layers}
+    now = {id(layer): running_of(layer) for layer in layers}
     for row in rows:
         at = 0
         for layer in layers:
@@ -128,16 +138,16 @@ def update_by_calls(layers: Sequence[Any], rows: np.ndarray) -> None:
             size = mean.size
             added = row[at : at + 2 * size].astype(mean.dtype)
             both = (added[:size], added[size:])
-            now[id(layer)] = _updated((mean, variance), both, layer.momentum)
+            now[id(layer)] = updated((mean, variance), both, layer.momentum)
             at += 2 * size
     for layer in {id(each): each for each in layers}.values():
-        _write(layer, now[id(layer)])
+        write(layer, now[id(layer)])
 
 
 def refuse_averages(task: nn.Module) -> None:
     """Raise :class:`RankError` for a batch norm that averages over all batches."""
     for name, module in task.named_modules():
-        if isinstance(module, _KINDS) and module.running_mean is not None:
+        if isinstance(module, KINDS) and module.running_mean is not None:
             _refuse_average(task, name, module)
 
 
@@ -149,17 +159,19 @@ def _refuse_average(task: nn.Module, name: str, layer: Any) -> None:
         )
 
 
-def _running(layer: Any) -> Pair:
+def running_of(layer: Any) -> Pair:
+    """The running mean and the running variance."""
     return np.array(layer.running_mean.numpy()), np.array(layer.running_var.numpy())
 
 
-def _updated(now: Pair, added: Pair, momentum: float) -> Pair:
+def updated(now: Pair, added: Pair, momentum: float) -> Pair:
     """As the layer itself does it, in its dtype."""
     kept = now[0].dtype.type(1.0 - momentum)
     return now[0] * kept + added[0], now[1] * kept + added[1]
 
 
-def _write(layer: Any, pair: Pair) -> None:
+def write(layer: Any, pair: Pair) -> None:
+    """Let these be the running mean and the running variance."""
     with flow.no_grad():
         for name, array in zip(_RUNNING, pair):
             tensor = getattr(layer, name)

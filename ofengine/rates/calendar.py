@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple, Union
+
+from ofengine.run.windows import Accumulation, Windows
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -16,16 +18,19 @@ class Calendar:
 
     Args:
         batches_per_epoch: batches in an epoch, or None where that is not known.
-        accumulate: batches in an accumulation window; the last of an epoch may be shorter.
+        accumulate: batches in an accumulation window; the last of an epoch may be shorter. From
+            which epoch on how many, where that changes.
 
     An epoch of B batches has ``ceil(B / accumulate)`` steps. Epochs that turned out to have
     another length are told by :meth:`epoch_ended`; the ones to come are taken to have
     ``batches_per_epoch``, or to go on for ever where it is None.
     """
 
-    def __init__(self, batches_per_epoch: Optional[int], accumulate: int = 1) -> None:
+    def __init__(
+        self, batches_per_epoch: Optional[int], accumulate: Union[Accumulation, Windows] = 1
+    ) -> None:
         self.batches_per_epoch = batches_per_epoch
-        self.accumulate = accumulate
+        self.windows = accumulate if isinstance(accumulate, Windows) else Windows.of(accumulate)
         # Only where an epoch differed: the first step and the first batch of each epoch that
         # ended and of the one after them, and their lengths.
         self._starts: List[Tuple[int, int]] = [(0, 0)]
@@ -82,8 +87,9 @@ class Calendar:
 
     def _record(self, batches: int) -> None:
         step, batch = self._starts[-1]
+        steps = ceil_div(batches, self.windows.at(len(self._lengths)))
         self._lengths.append(batches)
-        self._starts.append((step + ceil_div(batches, self.accumulate), batch + batches))
+        self._starts.append((step + steps, batch + batches))
 
     def epoch_of(self, step: int) -> int:
         """The epoch, from 0, that ``step`` belongs to."""
@@ -94,7 +100,7 @@ class Calendar:
         """The first step of the epoch after that of ``step``; None where that never comes."""
         epoch, _, within = self._locate(step)
         length = self._length(epoch)
-        return None if length is None else step - within + ceil_div(length, self.accumulate)
+        return None if length is None else step - within + ceil_div(length, self.windows.at(epoch))
 
     def next_event(self, step: int, every_n_batches: int, per_epoch: bool, stop: int) -> int:
         """The first step after ``step`` with more events before it; ``stop`` if none is earlier."""
@@ -121,7 +127,7 @@ class Calendar:
         """
         epoch, first_batch, step_in_epoch = self._locate(step)
         length = self._length(epoch)
-        done = step_in_epoch * self.accumulate
+        done = step_in_epoch * self.windows.at(epoch)
         if length is not None:
             done = min(done, length)
         if not per_epoch:
@@ -149,8 +155,7 @@ class Calendar:
             ended = len(self._lengths)
             if self.batches_per_epoch is None:
                 return ended, last_batch, step - last_step
-            per_epoch = ceil_div(self.batches_per_epoch, self.accumulate)
-            further, within = divmod(step - last_step, per_epoch)
-            return ended + further, last_batch + further * self.batches_per_epoch, within
+            epoch, within = self.windows.locate(step - last_step, self.batches_per_epoch, ended)
+            return epoch, last_batch + (epoch - ended) * self.batches_per_epoch, within
         epoch = bisect_right(self._starts, (step, self._starts[-1][1])) - 1
         return epoch, self._starts[epoch][1], step - self._starts[epoch][0]

@@ -11,7 +11,7 @@ import contextlib
 import math
 import string
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import IO, Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 from ofengine.errors import ConfigurationError
 
@@ -195,8 +195,13 @@ def round_numbers(low: float, high: float, most: int, log: bool = False) -> List
 
 
 @contextlib.contextmanager
-def figure(path: Union[str, Path], width: float, height: float) -> Iterator[Tuple[Any, Any]]:
-    """Axes of a picture that is written to ``path`` at the end, and colors(index, count)."""
+def figure(
+    path: Union[str, Path, IO[bytes]], width: float, height: float
+) -> Iterator[Tuple[Any, Any]]:
+    """Axes of a picture, and colors(index, count).
+
+    It is written to ``path`` at the end, into a stream as .svg.
+    """
     try:
         from matplotlib import colormaps
         from matplotlib.figure import Figure
@@ -214,6 +219,9 @@ def figure(path: Union[str, Path], width: float, height: float) -> Iterator[Tupl
         return colormaps["turbo"]((index + 0.5) / count)  # in order, as depth is
 
     yield axes, color
+    if not isinstance(path, (str, Path)):
+        picture.savefig(path, format="svg")
+        return
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         picture.savefig(path)

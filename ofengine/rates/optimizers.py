@@ -36,6 +36,9 @@ class Optimization:
     frequency: int = 1
     monitor: Optional[str] = None
     """The metric of ReduceLROnPlateau."""
+    listed: bool = False
+    """True for a scheduler in a list that says nothing of its interval: it moves on by epoch, as in
+    Lightning."""
 
 
 _OPTIMIZER_KEYS = {"optimizer", "lr_scheduler"}
@@ -46,6 +49,7 @@ def read_optimizers(returned: Any, task_name: str) -> Optimization:
     """Understand what ``configure_optimizers`` returned, in any of Lightning's forms."""
     where = f"{task_name}.configure_optimizers()"
     scheduler: Any = None
+    is_listed = False
     optimizer = returned
     if isinstance(returned, dict):
         _check_keys(returned, _OPTIMIZER_KEYS, where)
@@ -62,6 +66,11 @@ def read_optimizers(returned: Any, task_name: str) -> Optimization:
             )
         optimizer = optimizers[0]
         scheduler = schedulers[0] if schedulers else None
+        is_listed = isinstance(scheduler, LRScheduler) or (
+            isinstance(scheduler, dict)
+            and isinstance(scheduler.get("scheduler"), LRScheduler)
+            and "interval" not in scheduler
+        )
     if not isinstance(optimizer, Optimizer):
         raise ConfigurationError(
             f"{where} returned {describe_returned(optimizer)} for the optimizer: return a "
@@ -78,7 +87,9 @@ def read_optimizers(returned: Any, task_name: str) -> Optimization:
     if isinstance(scheduler, dict) and "scheduler" in scheduler:
         _check_keys(scheduler, _SCHEDULER_KEYS, f"lr_scheduler of {where}")
         options, scheduler = scheduler, scheduler["scheduler"]
-    return _with_scheduler(optimizer, scheduler, options, where)
+    if is_listed:
+        options = {**options, "interval": "epoch"}
+    return attrs.evolve(_with_scheduler(optimizer, scheduler, options, where), listed=is_listed)
 
 
 def _with_scheduler(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Iterable, Optional, Sequence, Tuple
 
-from ofengine.errors import RateError
+from ofengine.data.combined import length_of, together
+from ofengine.data.sources import count_batches
+from ofengine.errors import ConfigurationError, RateError
 from ofengine.rates.calendar import Calendar
 from ofengine.rates.groups import Group, check_groups
 from ofengine.rates.optimizers import (
@@ -14,6 +17,8 @@ from ofengine.rates.optimizers import (
 )
 from ofengine.rates.plan import DecayEvents, RatePlan
 from ofengine.run.settings import Settings
+
+log = logging.getLogger("ofengine")
 
 Decays = Iterable[Tuple[str, DecayEvents]]
 """When decay happens, and who says so."""
@@ -35,6 +40,12 @@ def plan_run(
     """
     name = type(task).__name__
     made = read_optimizers(_configure_optimizers(task), name)
+    if made.listed:
+        log.info(
+            "%s.configure_optimizers() returned [optimizer], [scheduler], as for Lightning: the "
+            'scheduler moves on by epoch. Return {"optimizer": ..., "lr_scheduler": ...} for one '
+            "that moves on by step.", name,
+        )  # fmt: skip
     groups = check_groups(task, made.optimizer, scheduled=made.scheduler is not None)
     if not any(group.tensors for group in groups):
         raise RateError(f"{name} has no trainable parameter in any group.")
@@ -49,7 +60,7 @@ def new_plan(
 ) -> RatePlan:
     """A plan at the beginning of a run; its decay is to be set."""
     schedule = make_schedule(made, [group.name for group in groups], [group.lr for group in groups])
-    calendar = Calendar(batches, settings.window)
+    calendar = Calendar(batches, settings.windows)
     plan = RatePlan(groups, calendar, schedule, made.interval, made.frequency)
     plan.stop = settings.total_steps(batches)
     return plan
@@ -65,3 +76,32 @@ def _configure_optimizers(task: Any) -> Any:
                 "ofengine.rates.WarmupLR, which takes any, or scale the groups by lr_scale."
             ) from error
         raise
+
+
+def epoch_length(
+    settings: Settings, task: Any, train_dataloaders: Any, steps_per_epoch: Optional[int]
+) -> Optional[int]:
+    """Batches in an epoch of ``fit(task, train_dataloaders)``, or None where that is not known.
+
+    Args:
+        settings: whose ``limit_train_batches``, ``overfit_batches`` and
+            ``accumulate_grad_batches`` count.
+        task: its ``train_dataloader`` is called where no data is given.
+        train_dataloaders: as in ``fit``; only its length is asked for.
+        steps_per_epoch: optimizer steps in an epoch, instead of that length.
+    """
+    if steps_per_epoch is not None:
+        whole = isinstance(steps_per_epoch, int) and not isinstance(steps_per_epoch, bool)
+        if not whole or steps_per_epoch < 1:
+            raise ConfigurationError(
+                f"steps_per_epoch={steps_per_epoch!r}: give a whole number from 1 on."
+            )
+        return steps_per_epoch * settings.windows.at(0)
+    source = train_dataloaders if train_dataloaders is not None else task.train_dataloader()
+    total = None if source is None else length_of(together(source))
+    limit, name = settings.limit_train_batches, "limit_train_batches"
+    if settings.overfit_batches is not None:
+        limit, name = settings.overfit_batches, "overfit_batches"
+    if isinstance(limit, int):  # of each rank
+        limit *= settings.world_size
+    return count_batches(total, limit, "train_dataloader", name)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import IO, Any, Dict, List, Optional, Sequence, Tuple, Union
 
-from ofengine.data.sources import count_batches, refuse_several
 from ofengine.errors import ConfigurationError, RateError
+from ofengine.html import table
 from ofengine.rates.calendar import ceil_div
 from ofengine.rates.canvas import LETTERS, Canvas, figure, in_columns, round_numbers, spread
 from ofengine.rates.checks import check_rates
@@ -102,13 +103,11 @@ class Preview:
     @property
     def epochs(self) -> List[int]:
         """The first step of each epoch; only the first where an epoch's length is not known."""
-        per_epoch = self._steps_per_epoch()
-        return list(range(0, self.total_steps, per_epoch)) if per_epoch else [0]
-
-    def _steps_per_epoch(self) -> Optional[int]:
-        calendar = self.plan.calendar
-        batches = calendar.batches_per_epoch
-        return None if batches is None else ceil_div(batches, calendar.accumulate)
+        starts, following = [0], self.plan.calendar.next_epoch(0)
+        while following is not None and following < self.total_steps:
+            starts.append(following)
+            following = self.plan.calendar.next_epoch(following)
+        return starts
 
     def _rates(self, step: int) -> List[float]:
         if step in self._sampled:
@@ -157,6 +156,26 @@ class Preview:
         ``lr_scale`` and ``lr_decay_scale``; the rate at the first step, at the largest
         (``step:rate``, see :meth:`peak`), at the last step, and at each step of ``at``.
         """
+        head, rows = self._cells(at)
+        widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+            for row in [head, *rows]
+        ]
+        lines.insert(1, "-" * len(lines[0]))
+        return "\n".join([self.heading(), *lines, *([self.note] if self.note else [])])
+
+    def _repr_html_(self) -> str:
+        """The table in a notebook, and the curves where matplotlib is installed."""
+        text = table(self.heading(), *self._cells(()), self.note)
+        picture = io.BytesIO()
+        try:
+            self._plot(picture)
+        except ConfigurationError:
+            return text
+        return text + picture.getvalue().decode("utf-8")
+
+    def _cells(self, at: Sequence[int]) -> Tuple[List[str], List[List[str]]]:
         head = ["group", "params", "numbers", "lr", "lr_scale", "lr_decay_scale"]
         head += ["start", "peak", "end", *(f"step {step}" for step in at)]
         for key, short in (("lr_scale", "scale"), ("lr_decay_scale", "decay")):
@@ -171,23 +190,20 @@ class Preview:
             cells += [_short(self._sampled[0][index]), f"{step}:{_short(rate)}"]
             cells += [_short(last[index]), *(_short(rates[group.name]) for rates in asked)]
             rows.append(cells)
-        widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-            for row in [head, *rows]
-        ]
-        lines.insert(1, "-" * len(lines[0]))
-        return "\n".join([self.heading(), *lines, *([self.note] if self.note else [])])
+        return head, rows
 
     def heading(self) -> str:
         """The run in one line: how long it is, and when decay happens."""
-        per_epoch, accumulate = self._steps_per_epoch(), self.plan.calendar.accumulate
+        batches, windows = self.plan.calendar.batches_per_epoch, self.plan.calendar.windows
         text = f"{self.title}: {_count(self.total_steps, 'optimizer step')}"
-        if per_epoch:
-            epochs = self.total_steps / per_epoch
-            text += f", {epochs:.4g} epoch{'' if epochs == 1 else 's'} of {per_epoch:,}"
-        if accumulate > 1:
-            text += f", {accumulate} batches a step"
+        if batches:
+            epoch, within = windows.locate(self.total_steps, batches)
+            per_epoch = ceil_div(batches, windows.at(epoch))
+            epochs = epoch + within / per_epoch
+            text += f", {epochs:.4g} epoch{'' if epochs == 1 else 's'}"
+            text += f" of {per_epoch:,}" if len(windows.changes) == 1 else ""
+        if windows.most > 1:
+            text += f", {' then '.join(str(each) for _, each in windows.changes)} batches a step"
         if any(self.plan.decay_scale(index) != 1.0 for index in range(len(self.names))):
             text += f", decay after every {_count(self.plan.decay.every_n_batches, 'batch', 'es')}"
         return text
@@ -216,9 +232,7 @@ class Preview:
                 f"draw(width={width}, height={height}): give at least 40 columns and 4 rows."
             )
         low, high, log_y = self._range()
-        shared: Dict[Tuple[float, ...], List[str]] = {}
-        for name in self.names:
-            shared.setdefault(tuple(self.curve(name)), []).append(name)
+        shared = self._shared()
         letters = [LETTERS[i % len(LETTERS)] for i in range(len(shared))]
         names = [f"{letter} {', '.join(who)}" for letter, who in zip(letters, shared.values())]
         longest = max(map(len, names))
@@ -242,6 +256,8 @@ class Preview:
     def plot(self, path: Union[str, Path], width: float = 8.0, height: float = 4.5) -> Path:
         """Write the curves to ``path`` (.png, .svg, .pdf), with a legend of groups and epoch marks.
 
+        Groups with the same rates share a curve. The legend goes from the highest to the lowest.
+
         Args:
             path: the file; what it is shows from its ending.
             width: inches.
@@ -250,13 +266,23 @@ class Preview:
         Raises:
             ConfigurationError: matplotlib is not installed, or the file cannot be written.
         """
+        self._plot(path, width, height)
+        return Path(path)
+
+    def _plot(
+        self, path: Union[str, Path, IO[bytes]], width: float = 8.0, height: float = 4.5
+    ) -> None:
         low, _, log_y = self._range()
         with figure(path, width, height) as (axes, colors):
-            for index, name in enumerate(self.names):
-                color = colors(index, len(self.names))
-                curve = self.curve(name)
+            shared = self._shared()
+            lines = {}
+            for index, (curve, names) in enumerate(shared.items()):
+                color = colors(index, len(shared))
                 points = [math.nan if log_y and rate < low else rate for rate in curve]
-                axes.plot(self.steps, points, drawstyle="steps-post", label=name, color=color)
+                lines[curve] = axes.stairs(
+                    points, [*self.steps, self.total_steps], baseline=None, label=", ".join(names),
+                    color=color, linewidth=1.5,
+                )  # fmt: skip
             axes.set(xlabel="optimizer step", ylabel="learning rate", title=self.title)
             if log_y:
                 axes.set_yscale("log")
@@ -265,19 +291,27 @@ class Preview:
             if 1 < len(self.epochs) <= _EPOCH_MARKS:
                 for epoch in self.epochs[1:]:
                     axes.axvline(epoch, color="0.9", linewidth=0.8, zorder=0)
-            per_epoch = self._steps_per_epoch()
-            if per_epoch:
+            batches, windows = self.plan.calendar.batches_per_epoch, self.plan.calendar.windows
+            if batches and len(windows.changes) == 1:
+                per_epoch = ceil_div(batches, windows.most)
                 top = axes.secondary_xaxis(
                     "top", functions=(lambda x: x / per_epoch, lambda x: x * per_epoch)
                 )
                 top.set_xlabel("epoch")
                 top.xaxis.get_major_locator().set_params(integer=True)
             axes.legend(
+                handles=[lines[curve] for curve in sorted(lines, key=sum, reverse=True)],
                 loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, frameon=False,
-                fontsize="small" if len(self.names) <= 16 else "xx-small",
-                ncol=math.ceil(len(self.names) / 26),
+                fontsize="small" if len(lines) <= 16 else "xx-small",
+                ncol=math.ceil(len(lines) / 26),
             )  # fmt: skip
-        return Path(path)
+
+    def _shared(self) -> Dict[Tuple[float, ...], List[str]]:
+        """Whose each curve is, in the groups' order."""
+        shared: Dict[Tuple[float, ...], List[str]] = {}
+        for name in self.names:
+            shared.setdefault(tuple(self.curve(name)), []).append(name)
+        return shared
 
     def _stairs(self, curve: Sequence[float]) -> List[Tuple[float, float]]:
         """The curve as points, with a corner where a rate stays and then jumps."""
@@ -310,39 +344,6 @@ class Preview:
         return [(step, f"{step:.0f}") for step in ticks]
 
 
-def epoch_length(
-    settings: Settings, task: Any, train_dataloaders: Any, steps_per_epoch: Optional[int]
-) -> Optional[int]:
-    """Batches in an epoch of ``fit(task, train_dataloaders)``, or None where that is not known.
-
-    Args:
-        settings: whose ``limit_train_batches``, ``overfit_batches`` and
-            ``accumulate_grad_batches`` count.
-        task: its ``train_dataloader`` is called where no data is given.
-        train_dataloaders: as in ``fit``; only its length is asked for.
-        steps_per_epoch: optimizer steps in an epoch, instead of that length.
-    """
-    if steps_per_epoch is not None:
-        whole = isinstance(steps_per_epoch, int) and not isinstance(steps_per_epoch, bool)
-        if not whole or steps_per_epoch < 1:
-            raise ConfigurationError(
-                f"steps_per_epoch={steps_per_epoch!r}: give a whole number from 1 on."
-            )
-        return steps_per_epoch * settings.window
-    source = train_dataloaders if train_dataloaders is not None else task.train_dataloader()
-    refuse_several(source, "train_dataloader")
-    try:
-        total: Optional[int] = None if source is None else len(source)
-    except TypeError:
-        total = None
-    limit, name = settings.limit_train_batches, "limit_train_batches"
-    if settings.overfit_batches is not None:
-        limit, name = settings.overfit_batches, "overfit_batches"
-    if isinstance(limit, int):  # of each rank
-        limit *= settings.world_size
-    return count_batches(total, limit, "train_dataloader", name)
-
-
 def preview(
     settings: Settings, task: Any, per_epoch: Optional[int], decays: Decays = ()
 ) -> Preview:
@@ -354,7 +355,7 @@ def preview(
     Args:
         settings: whose ``max_epochs``, ``max_steps`` and ``accumulate_grad_batches`` count.
         task: the task.
-        per_epoch: batches in an epoch (:func:`epoch_length`), or None where not known.
+        per_epoch: batches in an epoch, or None where that is not known.
         decays: when decay happens, by the name of who says so.
 
     Raises:

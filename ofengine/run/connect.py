@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterable, List, Tuple
+import contextlib
+from typing import Any, Iterable, Iterator, List, Tuple
 
 import attrs
 from oneflow import nn
 
 from ofengine.callback import overrides
 from ofengine.data.batches import Batches
-from ofengine.data.sources import describe_once, is_used_up, refuse_several
+from ofengine.data.sources import describe_once, is_used_up
 from ofengine.data.stages import stage_loaders
 from ofengine.data.structure import describe
+from ofengine.data_module import DataModule
 from ofengine.errors import ConfigurationError, DataError
 from ofengine.modes.own_graphs import has_own_graph
 from ofengine.rates.plan import DecayEvents
@@ -19,6 +21,7 @@ from ofengine.run.arguments import Limit, batches_between_validations
 from ofengine.run.hooks import refuse_eager_only_hooks
 from ofengine.run.settings import LIMIT_OF_STAGE, Settings
 from ofengine.run.state import Run
+from ofengine.run.windows import Windows
 from ofengine.task import TaskModule
 
 STEP_OF_STAGE = {
@@ -39,8 +42,9 @@ VERB_OF_STAGE = {"train": "fit", "validation": "validate", "test": "test", "pred
 def check_graph_mode(run: Run) -> None:
     """Refuse, before training, what graph mode cannot do for this task."""
     task, accumulate = run.task, run.settings.accumulate_grad_batches
+    accumulates = run.settings.windows.most > 1
     refuse_eager_only_hooks(task, run.callbacks)
-    if has_own_graph(task) and accumulate > 1:
+    if has_own_graph(task) and accumulates:
         raise ConfigurationError(
             f"accumulate_grad_batches={accumulate} cannot reach into "
             f"{type(task).__name__}.build_graph(): leave build_graph() as it is, or use "
@@ -73,12 +77,57 @@ def check_step(task: TaskModule, stage: str) -> None:
     getattr(task, step)(None, 0)  # the default raises, and says what to write
 
 
-def training_batches(settings: Settings, task: TaskModule, train: Any) -> Batches:
+def take_datamodule(run: Run, trainer: Any, verb: str, datamodule: Any, *data: Any) -> Any:
+    """Note the ``datamodule`` of a verb, which may be given in the place of its data; that data.
+
+    Raises :class:`ConfigurationError` for something else, and where both are given.
+    """
+    first = data[0]
+    if isinstance(first, DataModule) and datamodule is None:
+        first, datamodule = None, first
+    if datamodule is not None:
+        if not isinstance(datamodule, DataModule):
+            mend = "give an object of an ofengine.DataModule subclass"
+            if isinstance(datamodule, type) and issubclass(datamodule, DataModule):
+                mend = f"call it first, as in {datamodule.__name__}()"
+            raise ConfigurationError(f"{verb}: datamodule is {describe(datamodule)}: {mend}.")
+        if any(each is not None for each in (first, *data[1:])):
+            raise ConfigurationError(
+                f"{verb} was given dataloaders and a datamodule: give one of them."
+            )
+        datamodule.trainer = trainer
+    run.datamodule = datamodule
+    return first
+
+
+def own_data(run: Run, stage: str) -> Any:
+    """What the DataModule has for ``stage``, or else the task."""
+    name, own = LOADER_OF_STAGE[stage], run.datamodule
+    owner = run.task if own is None or not overrides(own, name, DataModule) else own
+    return getattr(owner, name)()
+
+
+@contextlib.contextmanager
+def training_source(trainer: Any, given: Any) -> Iterator[Any]:
+    """What ``fit`` would train on, where only that is asked for; a DataModule is set up for it."""
+    if not isinstance(given, DataModule):
+        yield given
+        return
+    given.trainer = trainer
+    given.prepare_data()
+    given.setup("fit")
+    try:
+        yield given.train_dataloader()
+    finally:
+        given.teardown("fit")
+
+
+def training_batches(run: Run, train: Any) -> Batches:
     """The training data of ``fit``."""
-    source = train if train is not None else task.train_dataloader()
+    settings = run.settings
+    source = train if train is not None else own_data(run, "train")
     if source is None:
-        raise _no_data(task, "train")
-    refuse_several(source, "train_dataloader")
+        raise _no_data(run, "train")
     keep = settings.overfit_batches is not None
     limit = settings.overfit_batches if keep else settings.limit("train")
     name = "overfit_batches" if keep else LIMIT_OF_STAGE["train"]
@@ -86,10 +135,9 @@ def training_batches(settings: Settings, task: TaskModule, train: Any) -> Batche
     return Batches(*given, resumable=True, share=settings.share)
 
 
-def evaluation_batches(
-    settings: Settings, task: TaskModule, stage: str, data: Any, in_fit: bool = False
-) -> List[Batches]:
+def evaluation_batches(run: Run, stage: str, data: Any, in_fit: bool = False) -> List[Batches]:
     """The data of an evaluation stage; none where the task does not take part in it."""
+    settings, task = run.settings, run.task
     step = STEP_OF_STAGE[stage]
     if stage != "predict" and not overrides(task, step, TaskModule):
         if data is not None:
@@ -98,7 +146,7 @@ def evaluation_batches(
                 "or give no data."
             )
         return []
-    loaders = data if data is not None else getattr(task, LOADER_OF_STAGE[stage])()
+    loaders = data if data is not None else own_data(run, stage)
     keep = in_fit and settings.overfit_batches is not None
     limit: Limit = settings.overfit_batches if keep else settings.limit(stage)
     if limit is not None and limit == 0:
@@ -121,9 +169,9 @@ def decay_events(settings: Settings, callbacks: Iterable[Any]) -> List[Tuple[str
 
 def take_data(run: Run, train: Any, validation: Any) -> Tuple[Batches, List[Batches]]:
     """The data of ``fit``, noted in ``run``."""
-    settings, task = run.settings, run.task
-    run.train = taken = training_batches(settings, task, train)
-    run.validation = evaluation_batches(settings, task, "validation", validation, in_fit=True)
+    settings = run.settings
+    run.train = taken = training_batches(run, train)
+    run.validation = evaluation_batches(run, "validation", validation, in_fit=True)
     run.has_validation = bool(run.validation)
     run.batches_per_epoch, run.epoch_length = taken.rounds, taken.count
     run.batches_between_validations = batches_between_validations(
@@ -157,7 +205,7 @@ def _validations(run: Run) -> int:
     if settings.max_steps != -1:
         if not batches:
             return 0
-        whole = settings.max_steps // -(-batches // settings.accumulate_grad_batches)
+        whole, _ = Windows.of(settings.accumulate_grad_batches).locate(settings.max_steps, batches)
         epochs = whole if epochs == -1 else min(whole, epochs)
     begun = 0 if run.moments_resumed is None else run.moments_resumed["loop"]["epoch"]
     due = epochs // settings.check_val_every_n_epoch - begun // settings.check_val_every_n_epoch
@@ -167,10 +215,11 @@ def _validations(run: Run) -> int:
     return max(due, 0) * (batches // between)
 
 
-def require_data(task: TaskModule, stage: str, loaders: List[Batches]) -> None:
+def require_data(run: Run, stage: str, loaders: List[Batches]) -> None:
     """Raise where a verb was called that has nothing to run over, or nothing to run."""
+    task = run.task
     if not loaders:
-        raise _no_data(task, stage)
+        raise _no_data(run, stage)
     own_step = overrides(task, STEP_OF_STAGE[stage], TaskModule)
     if not own_step and type(task).forward is nn.Module.forward:
         raise ConfigurationError(
@@ -179,8 +228,11 @@ def require_data(task: TaskModule, stage: str, loaders: List[Batches]) -> None:
         )
 
 
-def _no_data(task: TaskModule, stage: str) -> DataError:
+def _no_data(run: Run, stage: str) -> DataError:
+    owner, instead = run.task, "pass a dataloader as its second argument, or "
+    if run.datamodule is not None:
+        owner, instead = run.datamodule, ""
     return DataError(
-        f"{VERB_OF_STAGE[stage]} has no data: pass a dataloader as its second argument, or write "
-        f"{type(task).__name__}.{LOADER_OF_STAGE[stage]}()."
+        f"{VERB_OF_STAGE[stage]} has no data: {instead}write "
+        f"{type(owner).__name__}.{LOADER_OF_STAGE[stage]}()."
     )

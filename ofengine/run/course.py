@@ -16,7 +16,7 @@ from ofengine.data.generators import states_in
 from ofengine.data.seeding import BatchSeeds, seed_epoch
 from ofengine.data.sources import describe_once
 from ofengine.data.structure import describe_shapes, is_empty, size_of
-from ofengine.errors import DataError, RateError
+from ofengine.errors import DataError, RateError, quoted
 from ofengine.rates.counted import is_counted
 from ofengine.run.progress import Point
 from ofengine.run.state import Run
@@ -145,8 +145,8 @@ def observe_metric(run: Run, interval: str, count: int) -> None:
     metrics = run.metrics.values
     if made.monitor not in metrics:
         raise RateError(
-            f"ReduceLROnPlateau monitors {made.monitor!r}, which nothing has logged: there are "
-            f"{sorted(metrics)}."
+            f"ReduceLROnPlateau monitors {made.monitor!r}, which nothing has logged: there is "
+            f"{quoted(sorted(metrics), most=20)}."
         )
     if run.rates.observe(metrics[made.monitor]):
         run.training_mode.rebuild(f"ReduceLROnPlateau lowered the rates on {made.monitor}")
@@ -165,7 +165,7 @@ def begin_epoch(run: Run, train: Batches) -> None:
 
 def batch_seeds(run: Run) -> Optional[BatchSeeds]:
     """What seeds each batch's step, where an optimizer step averages several."""
-    if run.seed is None or run.settings.window == 1:
+    if run.seed is None or run.settings.windows.at(run.progress.epoch) == 1:
         return None
     return BatchSeeds(run.seed, run.progress.epoch, run.task)
 

@@ -13,7 +13,7 @@ import attrs
 from ofengine.callback import Callback
 from ofengine.data.batches import Batches
 from ofengine.data.structure import describe_shapes
-from ofengine.errors import OFEngineError
+from ofengine.errors import OFEngineError, take_colours_off
 from ofengine.lines import user_line
 from ofengine.loggers.base import Logger
 from ofengine.modes.explain import error_in_property
@@ -81,7 +81,9 @@ class _Place:
 
 
 def tell_culprit(error: BaseException, at: Progress) -> None:
-    """Log whose code raised ``error``, and where in the run."""
+    """Log whose code raised ``error``, and where in the run; take OneFlow's colours off it."""
+    for each in _chain(error):
+        take_colours_off(each)
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         return  # they speak for themselves
     place = _Place.of(error)

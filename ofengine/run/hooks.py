@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import inspect
 from functools import partial
-from typing import Any, Callable, Dict, Iterable, List, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 from ofengine.callback import EAGER_ONLY_HOOKS, HOOKS, METHODS, Callback, overrides
+from ofengine.data_module import DATA_MODULE_HOOKS, DataModule
 from ofengine.errors import ConfigurationError, warn
 from ofengine.run.lightning import HOOKS as HOOKS_OF_LIGHTNING, TASK_ATTRIBUTES
 from ofengine.run.view import RunView
@@ -93,7 +94,9 @@ _TURNED_OFF = ("automatic_optimization", "strict_loading")
 """Attributes of a task that ask for something by being False."""
 
 
-def tell_of_lightning_s_names(task: TaskModule, callbacks: Iterable[Callback]) -> None:
+def tell_of_lightning_s_names(
+    task: TaskModule, callbacks: Iterable[Callback], datamodule: Optional[DataModule] = None
+) -> None:
     """Warn of hooks that Lightning would call and nothing here does; refuse what turns things off.
 
     Raises :class:`ConfigurationError` where the task sets ``automatic_optimization = False`` or
@@ -102,13 +105,9 @@ def tell_of_lightning_s_names(task: TaskModule, callbacks: Iterable[Callback]) -
     owners: List[Tuple[object, type]] = [(each, Callback) for each in callbacks]
     owners.append((task, TaskModule))
     for owner, base in owners:
-        for name, mend in HOOKS_OF_LIGHTNING.items():
-            own = inspect.getattr_static(type(owner), name, None)
-            if _is_method(own) and not hasattr(base, name):
-                warn(
-                    f"{type(owner).__name__}.{name} is a hook of Lightning's that nothing here "
-                    f"calls: {mend}."
-                )
+        _tell_of_methods(owner, base, HOOKS_OF_LIGHTNING)
+    if datamodule is not None:
+        _tell_of_methods(datamodule, DataModule, DATA_MODULE_HOOKS)
     for name in _TURNED_OFF:
         if name in vars(task) or hasattr(type(task), name):
             value = getattr(task, name)
@@ -116,3 +115,14 @@ def tell_of_lightning_s_names(task: TaskModule, callbacks: Iterable[Callback]) -
                 raise ConfigurationError(
                     f"{type(task).__name__}.{name} is Lightning's name: {TASK_ATTRIBUTES[name]}."
                 )
+
+
+def _tell_of_methods(owner: object, base: type, table: Mapping[str, str]) -> None:
+    """Warn of methods of ``owner`` in a ``table`` of Lightning's, which ``base`` has not."""
+    for name, mend in table.items():
+        own = inspect.getattr_static(type(owner), name, None)
+        if _is_method(own) and not hasattr(base, name):
+            warn(
+                f"{type(owner).__name__}.{name} is a hook of Lightning's that nothing here calls: "
+                f"{mend}."
+            )

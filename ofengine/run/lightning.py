@@ -52,8 +52,6 @@ TRAINER_ARGUMENTS: Mapping[str, str] = {
         "distributed_backend num_processes prepare_data_per_node",
         _LEAVE_OUT,
     ),
-    "sync_batchnorm": "each rank's batch norms see the batches of that rank; what makes them see "
-    "those of all is not done yet: leave it out",
     **_each(
         "use_distributed_sampler replace_sampler_ddp",
         "the batches that the DataLoader's own sampler gives are shared out among the ranks: leave "
@@ -81,12 +79,11 @@ TRAINER_ARGUMENTS: Mapping[str, str] = {
     "enable_pl_optimizer": "the optimizer is OneFlow's own, without a wrapper: leave it out",
     "track_grad_norm": _GRAD_NORM,
     "truncated_bptt_steps": _SPLIT_SEQUENCES,
-    "stochastic_weight_avg": "list an EMAWeightAveraging in callbacks",
+    "stochastic_weight_avg": "list a StochasticWeightAveraging in callbacks",
     # How long, and on which data.
     **_each("min_epochs min_steps", _NO_EARLIER_END),
     **_each("reload_dataloaders_every_n_epochs reload_dataloaders_every_epoch", _ANEW_EACH_PASS),
-    "multiple_trainloader_mode": "fit reads one train dataloader: give an object whose __iter__ "
-    "draws from several",
+    "multiple_trainloader_mode": "give fit an ofengine.CombinedLoader(loaders, mode)",
     "overfit_pct": "write overfit_batches, a float for a share",
     "train_percent_check": "write limit_train_batches, a float for a share",
     "val_percent_check": "write limit_val_batches, a float for a share",
@@ -119,8 +116,6 @@ TRAINER_ARGUMENTS: Mapping[str, str] = {
     "model": "it is called task here: give the task first, as in fit(task, train_dataloader)",
     "train_dataloader": "write train_dataloaders",
     "test_dataloaders": "write dataloaders, as in test(task, dataloaders=...)",
-    "datamodule": "give its dataloaders, as in fit(task, data.train_dataloader(), "
-    "data.val_dataloader())",
     "verbose": "the progress bar shows the metrics: leave it out, or write "
     "Trainer(enable_progress_bar=False)",
     "return_predictions": "predict returns what predict_step returned: leave it out, and return "
@@ -159,7 +154,6 @@ TRAINER_ATTRIBUTES: Mapping[str, str] = {
     "call_hook": "only the Trainer calls hooks: call the callback's method itself",
     "print": "write print(...) under `if self.trainer.is_global_zero:`",
     # The data.
-    "datamodule": "a Trainer knows dataloaders only: keep the object that you take them from",
     **_each(
         "train_dataloader val_dataloaders test_dataloaders predict_dataloaders",
         "keep the dataloader that you give to the Trainer, or ask the task's own method",
@@ -282,8 +276,7 @@ TASK_ATTRIBUTES: Mapping[str, str] = {
         "return it from predict_step: predict gives all of them back",
     ),
     # The data and the machine.
-    "datamodule": "give its dataloaders to fit, or return them from the task's "
-    "train_dataloader() and val_dataloader()",
+    "datamodule": "write self.trainer.datamodule",
     "prepare_data_per_node": _LEAVE_OUT,
     "allow_zero_length_dataloader_with_multiple_devices": "a dataloader without a batch is an "
     "error here: leave it out",
@@ -328,7 +321,7 @@ HOOKS: Mapping[str, str] = {
         "configure_model configure_sharded_model",
         "make all layers in the task's __init__: the Trainer moves them to its device",
     ),
-    "prepare_data": "write setup(stage), which comes before the dataloaders are asked for",
+    "prepare_data": "write it on the task, or in an ofengine.DataModule",
     **_each("on_configure_sharded_model on_before_accelerator_backend_setup", "write setup(stage)"),
     **_each(
         "on_init_start on_init_end", "write setup(stage), or __init__ where no Trainer is needed"

@@ -130,12 +130,12 @@ def _train_epoch(
     shapes: Any = _NONE_YET
     place, in_epoch = run.place.batch, f" in epoch {progress.epoch}"
     batch_idx = -1
-    steps = train.steps(settings.accumulate_grad_batches, entry.data if entry else None)
+    steps = train.steps(settings.accumulate_in(progress.epoch), entry.data if entry else None)
     if entry is not None:
         entry.restore_step_state(run)
         batch_idx = progress.batch_idx
-    interrupts.waiting = ranks is None
-    for batch_idx, batch, window, closes, is_last in steps:
+    interrupts.waiting = is_alone = ranks is None
+    for batch, batch_idx, window, closes, is_last in steps:
         interrupts.waiting = False
         progress.batch_idx = batch_idx
         beat()
@@ -200,7 +200,7 @@ def _train_epoch(
         if ends:
             course.epoch_cut_short(run, is_last)
             break
-        interrupts.waiting = ranks is None
+        interrupts.waiting = is_alone
     else:
         interrupts.waiting = False
         course.epoch_ended(run, train)

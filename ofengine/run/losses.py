@@ -40,9 +40,13 @@ class LossWatch:
 
     def begin_epoch(self) -> None:
         """Before an epoch's batches, or before those that a resumed run has left of it."""
-        progress, window = self._run.progress, self._run.settings.accumulate_grad_batches
+        progress, window = self._run.progress, self._window
         self._first_step = progress.global_step - (progress.batch_idx + 1) // window
         self.unread.clear()
+
+    @property
+    def _window(self) -> int:
+        return self._run.settings.accumulate_in(self._run.progress.epoch)
 
     def read(self, loss: Any, count: Optional[int] = None) -> Callable[..., Any]:
         """Take note of ``loss``, the last of the first ``count`` unread ones, or of all.
@@ -77,7 +81,7 @@ class LossWatch:
 
     def _tell(self, losses: List[Any], last: float) -> None:
         """Warn of the first of ``losses`` that is not finite, or of the ``last`` as it was read."""
-        progress, window = self._run.progress, self._run.settings.accumulate_grad_batches
+        progress, window = self._run.progress, self._window
         values = read_losses(losses)
         odd = np.flatnonzero(~np.isfinite(values))
         # None is where another rank has it, or where it was logged in the place of the loss.

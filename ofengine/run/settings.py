@@ -26,6 +26,7 @@ from ofengine.run.arguments import (
 )
 from ofengine.run.devices import check_ranks, resolve_device
 from ofengine.run.lightning import TRAINER_ARGUMENTS, mend_for
+from ofengine.run.windows import Accumulation, Windows, check_accumulation
 
 log = logging.getLogger("ofengine")
 
@@ -86,6 +87,7 @@ CHECKS: Tuple[Tuple[str, Callable[[str, Any], Any]], ...] = (
     ("devices", _devices),
     ("num_nodes", _whole(1, _FROM_ONE)),
     ("strategy", _one_of("auto", "ddp", "zero")),
+    ("sync_batchnorm", check_flag),
     ("max_steps", _whole(-1, "a number, -1 for any")),
     ("max_time", lambda name, value: seconds_of(value)),
     ("max_epochs", _or_none(_whole(-1, "a whole number of epochs, or -1 for no limit"))),
@@ -97,7 +99,7 @@ CHECKS: Tuple[Tuple[str, Callable[[str, Any], Any]], ...] = (
     ("check_val_every_n_epoch", _whole(1, _FROM_ONE)),
     ("num_sanity_val_steps", _whole(-1, "a number of batches, or -1 for all")),
     ("log_every_n_steps", _whole(1, _FROM_ONE)),
-    ("accumulate_grad_batches", _whole(1, _FROM_ONE)),
+    ("accumulate_grad_batches", check_accumulation),
     ("gradient_clip_val", lambda name, value: check_clip(value)),
     ("gradient_clip_algorithm", _one_of("norm", "value")),
     ("seed", _or_none(_whole(0, "a whole number from 0 to 2**63 - 1, or None", 2**63 - 1))),
@@ -123,6 +125,7 @@ class Settings:
     """Ranks on each machine."""
     num_nodes: int
     strategy: str
+    sync_batchnorm: bool
     world: Optional[World]
     """This rank among all; None where one process is alone, or is to start the ranks."""
     max_epochs: int
@@ -139,7 +142,8 @@ class Settings:
     check_val_every_n_epoch: int
     num_sanity_val_steps: int
     log_every_n_steps: int
-    accumulate_grad_batches: int
+    accumulate_grad_batches: Accumulation
+    """Batches of each rank, or from which epoch on so many."""
     gradient_clip_val: Optional[float]
     """None for no clipping."""
     gradient_clip_algorithm: str
@@ -190,9 +194,18 @@ class Settings:
         return None if self.world is None else Share(self.world.rank, self.world.world_size)
 
     @property
-    def window(self) -> int:
+    def windows(self) -> Windows:
         """How many batches, of all ranks together, an optimizer step averages."""
-        return self.accumulate_grad_batches * self.world_size
+        return Windows.of(self.accumulate_grad_batches, self.world_size)
+
+    @property
+    def accumulates(self) -> bool:
+        """True where an optimizer step averages several batches of each rank in some epoch."""
+        return Windows.of(self.accumulate_grad_batches).most > 1
+
+    def accumulate_in(self, epoch: int) -> int:
+        """How many batches of each rank an optimizer step averages in ``epoch``."""
+        return Windows.of(self.accumulate_grad_batches).at(epoch)
 
     def limit(self, stage: str) -> Limit:
         """How many batches of ``stage`` ("train", "validation", "test", "predict") are used."""
@@ -206,8 +219,7 @@ class Settings:
         """
         totals = [self.max_steps] if self.max_steps >= 0 else []
         if self.max_epochs >= 0 and batches is not None:
-            per_epoch = -(-batches // self.window)
-            totals.append(per_epoch * self.max_epochs)
+            totals.append(self.windows.steps(batches, self.max_epochs))
         return min(totals) if totals else None
 
 

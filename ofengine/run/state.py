@@ -24,6 +24,7 @@ from ofengine.run.finite import Expected
 from ofengine.run.mode import Mode
 from ofengine.run.progress import Point, Progress
 from ofengine.run.settings import Settings
+from ofengine.run.weighing import Weighing
 from ofengine.shared_metrics import SharedMetrics
 
 State = Dict[str, Any]
@@ -46,6 +47,8 @@ class Run:
     metrics: Metrics = attrs.Factory(Metrics)
     history: History = attrs.Factory(History)
     interrupts: InterruptGuard = attrs.Factory(InterruptGuard)
+    weighing: Weighing = attrs.Factory(Weighing)
+    """What the batches of the open accumulation window weigh; the mode's to change."""
     place: Place = attrs.Factory(Place)
     """Where it is, for whoever speaks after a crash."""
     id: str = attrs.Factory(_new_id)
@@ -61,6 +64,8 @@ class Run:
     """What the randomness of dataloaders' workers is a function of."""
     task: Any = None
     """The task of the verb that is running, or ran last."""
+    datamodule: Any = None
+    """Where its data comes from; None where that was given, or is the task's own."""
 
     # Set by fit.
     mode: Optional[Mode] = None
@@ -122,7 +127,7 @@ class Run:
         run = cls(settings, callbacks, loggers, seed=seed, data_seed=data_seed)
         if settings.world is not None:
             run.ranks = Meetings(settings.world)
-            run.metrics = SharedMetrics(run.ranks)
+            run.metrics = SharedMetrics(run.ranks, run.progress)
         return run
 
     @property

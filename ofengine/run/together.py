@@ -6,7 +6,7 @@ Where one process is alone, each of these does nothing, or what it would do alon
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import attrs
 import numpy as np
@@ -73,6 +73,7 @@ def end(run: Run) -> None:
     ranks = run.ranks
     if ranks is None or ranks.over:
         return
+    run.metrics.settle()
     own = [each.state_dict() if each.rank_zero_only else {} for each in run.callbacks]
     said = ranks.talk({"callbacks": own if ranks.rank == 0 else []})
     if ranks.rank:
@@ -86,6 +87,16 @@ def of_rank_zero(run: Run, find: Callable[[], Any]) -> Any:
     if run.ranks is None:
         return find()
     return run.ranks.talk(find() if run.ranks.rank == 0 else None)[0]
+
+
+def once_a_machine(run: Run, calls: Sequence[Callable[[], Any]]) -> None:
+    """Call each on the first rank of each machine; all go on when it is done everywhere."""
+    world = run.settings.world
+    if world is None or world.local_rank == 0:
+        for call in calls:
+            call()
+    if run.ranks is not None:
+        run.ranks.talk(None)
 
 
 _AT_ONCE = 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from typing import Callable, Dict, Iterator, List, TypeVar
+from typing import Any, Callable, Dict, Iterator, List, TypeVar
 
 from ofengine._oneflow.loaders import end_workers, workers_noted
 from ofengine.errors import ConfigurationError, GraphModeError
@@ -66,7 +66,7 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
             'Trainer(mode="eager").'
         )
     warn_of_misspelt_methods(task, run.callbacks)
-    tell_of_lightning_s_names(task, run.callbacks)
+    tell_of_lightning_s_names(task, run.callbacks, run.datamodule)
     first = trainer.is_global_zero
     hooks = HookRunner(
         trainer, task, [each for each in run.callbacks if first or not each.rank_zero_only]
@@ -79,10 +79,11 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
         run.mode = modes[settings.mode]
     run.interrupts, run.told_not_finite = InterruptGuard(), False
     status = "failed"
-    with CrashReport() as report, workers_noted(), run.interrupts, heartbeat.verb:
+    shares = run.metrics.running()
+    with CrashReport() as report, workers_noted(), run.interrupts, heartbeat.verb, shares:
         place_before, run.place = run.place, report.place
         try:
-            hooks.fire("setup", verb)
+            _set_up(run, hooks, verb)
             result = body(hooks, modes[settings.eval_mode])
             if run.ranks is None:
                 run.interrupts.check()  # one may have come in the last hooks
@@ -108,6 +109,8 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
             # One that fails must not keep the others from theirs.
             with contextlib.ExitStack() as stack:
                 stack.callback(together.end, run)  # comes last: all files are written by then
+                for each in _data_of(run):
+                    stack.callback(each.teardown, verb)
                 for each in reversed(run.loggers):
                     stack.callback(each.finalize, status)
                 for call in reversed(hooks.calls["teardown"]):
@@ -120,6 +123,18 @@ def _mode(name: str, run: Run, hooks: HookRunner) -> Mode:
     if run.ranks is not None:
         return GlobalGraphMode(run, run.task, hooks.calls, run.ranks)
     return GraphMode(run, run.task, hooks.calls)
+
+
+def _set_up(run: Run, hooks: HookRunner, verb: str) -> None:
+    owners = [*_data_of(run), run.task]
+    together.once_a_machine(run, [each.prepare_data for each in owners])
+    for each in _data_of(run):
+        each.setup(verb)
+    hooks.fire("setup", verb)
+
+
+def _data_of(run: Run) -> List[Any]:
+    return [] if run.datamodule is None else [run.datamodule]
 
 
 def _leave_others_alone(run: Run, error: BaseException) -> None:

@@ -85,8 +85,8 @@ class RunView:
 
     @property
     def accumulate_grad_batches(self) -> int:
-        """Batches whose gradients are averaged into one optimizer step."""
-        return self._run.settings.accumulate_grad_batches
+        """Batches whose gradients are averaged into one optimizer step, in this epoch."""
+        return self._run.settings.accumulate_in(self._run.progress.epoch)
 
     @property
     def gradient_clip_val(self) -> Optional[float]:
@@ -267,6 +267,11 @@ class RunView:
     def task(self) -> Any:
         """The task of the verb that is running, or ran last."""
         return self._run.task
+
+    @property
+    def datamodule(self) -> Any:
+        """The ``DataModule`` that the verb was given; None where it was given none."""
+        return self._run.datamodule
 
     @property
     def optimizer(self) -> Optimizer:

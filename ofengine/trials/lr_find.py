@@ -10,6 +10,8 @@ from oneflow import nn
 from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 
 from ofengine.callback import Callback
+from ofengine.data.combined import together
+from ofengine.data.sources import is_iterator
 from ofengine.errors import ConfigurationError, DataError, RateError
 from ofengine.rates.finder import SMOOTHING, LRFinder
 from ofengine.rates.groups import Group
@@ -140,7 +142,8 @@ def lr_find(
         restart_on_crash=0,
     )
     source = train_dataloaders if train_dataloaders is not None else task.train_dataloader()
-    if hasattr(source, "__next__"):
+    source = together(source)
+    if is_iterator(source):
         raise DataError(
             f"train_dataloader is a {type(source).__name__}, which can be gone through only once: "
             "lr_find would use it up; give a DataLoader or a list of batches."

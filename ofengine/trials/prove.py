@@ -19,6 +19,8 @@ from ofengine.callbacks import (
     ModelSummary,
     ProgressBar,
 )
+from ofengine.data.combined import together
+from ofengine.data.sources import is_iterator
 from ofengine.errors import ConfigurationError, DataError, OFEngineError
 from ofengine.rates.optimizers import read_optimizers
 from ofengine.run.devices import move
@@ -31,7 +33,7 @@ from ofengine.trials.restore import OptimizerLoan, Restorer
 Fit = Callable[[Settings, List[Callback], TaskModule, Any, Optional[Path]], None]
 """Fits a task over training data with other settings and callbacks, from a checkpoint or none."""
 
-_RATES = (LRDecayCallback, GraphLRScaleCallback)
+RATES = (LRDecayCallback, GraphLRScaleCallback)
 _OUTPUT_ONLY = (ModelCheckpoint, ModelSummary, ProgressBar)
 
 
@@ -70,26 +72,37 @@ def prove(
         DataError: the data can be gone through only once, or there is none.
         OFEngineError: what ``fit`` in eager mode raises; where graph mode does, the report says so.
     """
+    source = begin_proof(settings, task, train_dataloaders, steps)
+    with tempfile.TemporaryDirectory(prefix="ofengine-prove-") as folder:
+        proof = Proof(settings, callbacks, task, source, fit, steps, Path(folder))
+        rows = list(proof.rows())
+    return Report(type(task).__name__, steps, rows, left_out(callbacks))
+
+
+def left_out(callbacks: Sequence[Callback]) -> List[str]:
+    """The callbacks that take no part, and could have."""
+    known = (*RATES, *_OUTPUT_ONLY)
+    return [type(each).__name__ for each in callbacks if not isinstance(each, known)]
+
+
+def begin_proof(settings: Settings, task: Any, train_dataloaders: Any, steps: int) -> Any:
+    """Check what a proof is given, and move the task; returns the training data."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
         raise ConfigurationError(f"prove(steps={steps!r}): give a whole number from 2 on.")
     source = train_dataloaders if train_dataloaders is not None else task.train_dataloader()
-    if hasattr(source, "__next__"):
+    source = together(source)
+    if is_iterator(source):
         raise DataError(
             f"train_dataloader is a {type(source).__name__}, which can be gone through only once, "
             "and prove goes through it many times: give a DataLoader or a list of batches."
         )
     if isinstance(task, nn.Module):  # else fit says what is wrong
         move(task, settings.device)
-    with tempfile.TemporaryDirectory(prefix="ofengine-prove-") as folder:
-        proof = _Proof(settings, callbacks, task, source, fit, steps, Path(folder))
-        rows = list(proof.rows())
-    known = (*_RATES, *_OUTPUT_ONLY)
-    left_out = [type(each).__name__ for each in callbacks if not isinstance(each, known)]
-    return Report(type(task).__name__, steps, rows, left_out)
+    return source
 
 
 @attrs.frozen
-class _Way:
+class Way:
     """One way of running the task."""
 
     name: str
@@ -99,17 +112,17 @@ class _Way:
 
 
 _WAYS = (
-    _Way("graph", "graph"),
-    _Way("eager, resumed", "eager", "eager"),
-    _Way("graph, resumed", "graph", "graph"),
-    _Way("eager, then graph", "graph", "eager"),
-    _Way("graph, then eager", "eager", "graph"),
+    Way("graph", "graph"),
+    Way("eager, resumed", "eager", "eager"),
+    Way("graph, resumed", "graph", "graph"),
+    Way("eager, then graph", "graph", "eager"),
+    Way("graph, then eager", "eager", "graph"),
 )
-_WHOLE = {"eager": _Way("eager", "eager"), "graph": _WAYS[0]}
+_WHOLE = {"eager": Way("eager", "eager"), "graph": _WAYS[0]}
 
 
 @attrs.frozen
-class _Proof:
+class Proof:
     """The runs, and what they are compared with."""
 
     settings: Settings
@@ -130,7 +143,7 @@ class _Proof:
         for way in _WAYS:
             yield self.row(way)
 
-    def row(self, way: _Way) -> Row:
+    def row(self, way: Way) -> Row:
         """Make a run, compare it; where it is not equal, find out from where on."""
         against = way.resumes or "eager"
         missing = {against, way.mode} - set(self.made)
@@ -152,12 +165,13 @@ class _Proof:
         return Row(way.name, against, steps, first, difference)
 
     def saving(self, mode: str) -> Recorder:
+        """What records a whole run, and saves it half way under this name."""
         return Recorder(self._saved(mode), self.steps // 2)
 
     def _saved(self, mode: str) -> Path:
         return self.folder / f"{mode}.safetensors"
 
-    def run(self, way: _Way, recorder: Recorder, outputs: bool = False) -> Recorder:
+    def run(self, way: Way, recorder: Recorder, outputs: bool = False) -> Recorder:
         """Train once from the start that all runs have in common."""
         settings = attrs.evolve(
             self.settings,
@@ -171,7 +185,7 @@ class _Proof:
             restart_on_crash=0,
             seed=0 if self.settings.seed is None else self.settings.seed,
         )
-        deciding = [each for each in self.callbacks if isinstance(each, _RATES)]
+        deciding = [each for each in self.callbacks if isinstance(each, RATES)]
         callbacks: List[Callback] = [*map(copy.copy, deciding), recorder]
         resumed = self._saved(way.resumes) if way.resumes else None
         with Restorer(self.task, self.source):
@@ -189,7 +203,7 @@ class _Proof:
 
     # ------------------------------------------------------------------ where it comes from
 
-    def difference(self, way: _Way, records: Sequence[Record], at: int) -> Difference:
+    def difference(self, way: Way, records: Sequence[Record], at: int) -> Difference:
         """What differs after the batch ``at``, from 1; both runs are made again for it."""
         against = _WHOLE[way.resumes or "eager"]
         step = _step_of(at, records, self.made[against.mode].records)
@@ -212,7 +226,7 @@ class _Proof:
             origin += "it or its data is drawn from what no seed reaches."
         else:
             origin = _origin(ours, theirs)
-        return Difference(step, *_largest(ours.arrays, theirs.arrays), origin)
+        return Difference(step, *largest(ours.arrays, theirs.arrays), origin)
 
 
 class _Lent:
@@ -284,7 +298,7 @@ def _differs_from(again: Sequence[Record], before: Sequence[Record]) -> bool:
     return compare(again, before, overlap=True)[1] is not None
 
 
-def _largest(
+def largest(
     ours: Dict[str, np.ndarray], theirs: Dict[str, np.ndarray]
 ) -> Tuple[Optional[str], float]:
     """The parameter or buffer with the largest difference, and how large it is."""
@@ -330,7 +344,7 @@ def _place(ours: Recorder, theirs: Recorder) -> str:
     known = bool(theirs.outputs)
     if "loss" in differing and known:
         return "All modules' outputs are the same: training_step itself computes another loss."
-    worst, _ = _largest(ours.arrays, theirs.arrays)
+    worst, _ = largest(ours.arrays, theirs.arrays)
     if "loss" in differing and worst is not None:
         return f"The loss differs; {worst} differs most after the step."
     if worst is not None and known:

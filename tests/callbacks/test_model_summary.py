@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import os
+import re
 import shutil
 import sys
+import types
 from typing import Any, Dict, List
 
 import oneflow as flow
@@ -212,3 +215,23 @@ def test_after_a_fit_that_set_a_rate_it_shows_those_of_the_last_step() -> None:
         ("trunk", f"{0.1 * 0.5 * 0.25:.4g}"),
         ("rest", f"{0.1 * 0.8 * 0.75:.4g}"),
     ]
+
+
+def test_a_notebook_gets_both_tables(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: List[str] = []
+    notebook = types.ModuleType("IPython.display")
+    vars(notebook).update(HTML=str, display=shown.append)
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", notebook)
+    monkeypatch.setattr("ofengine.callbacks.model_summary.IN_NOTEBOOK", True)
+    assert summary(capsys, 1) == []
+    monkeypatch.undo()
+    (text,) = shown
+    rows = [re.findall(r">([^<>]*)</t[dh]>", row) for row in text.split("<tr>")]
+    printed = [stripped(line) for line in summary(capsys, 1)]
+    in_both = [[html.unescape(cell) for cell in row] for row in rows if row]
+    assert len(in_both) == 7  # two headers, two modules, the task's own and two groups
+    assert [row for row in in_both if row not in printed] == []
+    assert "27 parameters, 0.00 MB in float32: 12 trainable, 15 frozen." in text

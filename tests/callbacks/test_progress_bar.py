@@ -337,13 +337,35 @@ def test_a_narrow_terminal_never_gets_a_line_that_it_would_break(
 
     terminal = Terminal(monkeypatch, columns)
     bar_trainer(log_every_n_steps=1).fit(Talkative(), BATCHES, BATCHES)
-    moving = [frame for frame in terminal.frames() if " batches in " not in frame]
-    assert max(map(len, moving)) <= columns
+    frames = [frame for frame in terminal.frames() if " batches in " not in frame]
+    moving = [frame for frame in frames if re.match(r"(Sanity|Epoch|  Validation)", frame)]
+    assert max(map(len, frames)) <= columns
     assert columns < 60 or any("it/s, loss=1.0000" in frame for frame in moving)
     # What does not fit is left out as a whole.
     assert all(re.search(r"(it/s|s/it|=\d\.\d{4})\]?$", frame) for frame in moving)
-    # Nothing is lost in the lines that stay, which a terminal may wrap.
-    assert all("a_rather_long_name=2.0000" in line for line in terminal.stays())
+    # Nothing is lost in the lines that stay, and no number is cut in two.
+    stays = terminal.stays()
+    assert max(map(len, stays)) <= columns
+    epochs = re.sub("\n  ", " ", "\n".join(stays)).split("\n")
+    assert [line[:9] for line in epochs] == ["Epoch 1/2", "Epoch 2/2"]
+    for line in epochs:
+        assert line.endswith(
+            ", loss=1.0000, first=1.0000, a_rather_long_name=2.0000, val_acc=0.2500"
+        )
+
+
+@pytest.mark.usefixtures("_no_interval")
+def test_the_mean_of_an_epoch_stands_for_its_last_step_too(capsys: Any) -> None:
+    class Both(Task):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            self.log("loss", loss, prog_bar=True, on_epoch=True)
+            self.log("last_step", loss, prog_bar=True)
+            return loss
+
+    bar_trainer(max_epochs=1).fit(Both(), BATCHES)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith(", loss_epoch=1.0000, last_step=1.0000")
 
 
 @pytest.mark.usefixtures("_no_interval")

@@ -47,13 +47,13 @@ def counted(total: Optional[int], limit: Limit) -> Optional[int]:
 
 
 def by_hand(batches: List[Any], accumulate: int) -> List[Tuple[Any, ...]]:
-    """(index, batch, length of its window, closes it, is last), from the windows written out."""
+    """(batch, index, length of its window, closes it, is last), from the windows written out."""
     windows = [batches[i : i + accumulate] for i in range(0, len(batches), accumulate)]
     rows: List[Tuple[Any, ...]] = []
     for window in windows:
         for place, batch in enumerate(window):
             closes = place == len(window) - 1
-            rows.append((len(rows), batch, len(window), closes, len(rows) == len(batches) - 1))
+            rows.append((batch, len(rows), len(window), closes, len(rows) == len(batches) - 1))
     return rows
 
 
@@ -127,7 +127,7 @@ def test_a_loader_of_unknown_length_is_read_no_further_ahead_than_two_windows() 
 
 def test_an_infinite_loader_can_be_limited() -> None:
     steps = list(batches_of(itertools.count(), limit=3).steps(2))
-    assert [(batch, window, is_last) for _, batch, window, _, is_last in steps] == [
+    assert [(batch, window, is_last) for batch, _, window, _, is_last in steps] == [
         (0, 2, False),
         (1, 2, False),
         (2, 1, True),
@@ -156,7 +156,7 @@ def test_a_length_that_is_not_true_is_an_error_or_does_no_harm(
     except OFEngineError as error:
         assert "train_dataloader" in str(error)
         return
-    seen = [batch for _, batch, *_ in steps]
+    seen = [batch for batch, *_ in steps]
     assert seen == list(range(len(seen)))
     assert steps == by_hand(seen, accumulate)
 

@@ -35,6 +35,10 @@ class Mean(TaskModule):
 
 
 def _numbers(batch: Any) -> Any:
+    several = isinstance(batch, dict) or isinstance(batch[0], (list, tuple))
+    if several:  # a batch of each loader
+        parts = batch.values() if isinstance(batch, dict) else batch
+        return flow.cat([_numbers(each).flatten() for each in parts if each is not None])
     return batch[0] if isinstance(batch, (list, tuple)) else batch
 
 

@@ -20,9 +20,11 @@ from oneflow.utils.data import BatchSampler, DataLoader, Dataset, IterableDatase
 
 from ofengine import Callback, RankError, TaskModule, Trainer, in_memory_loader
 from ofengine.callbacks import EarlyStopping, EMAWeightAveraging, LRDecayCallback, ModelCheckpoint
+from ofengine.metrics import AUROC, Accuracy, ConfusionMatrix, F1Score, Mean, MeanSquaredError
 
 Result = Dict[str, Any]
 CASES: Dict[str, Callable[[Place], Result]] = {}
+CLOSE: Dict[str, float] = {}
 SLOW: Set[str] = set()
 """Those that add least to the others."""
 
@@ -30,6 +32,16 @@ SLOW: Set[str] = set()
 def case(function: Callable[[Place], Result]) -> Callable[[Place], Result]:
     CASES[function.__name__] = function
     return function
+
+
+def close_case(most: float) -> Callable[[Any], Any]:
+    """One process comes this close to it; ranks are equal to each other to the bit."""
+
+    def close(function: Callable[[Place], Result]) -> Callable[[Place], Result]:
+        CLOSE[function.__name__] = most
+        return case(function)
+
+    return close
 
 
 def slow_case(function: Callable[[Place], Result]) -> Callable[[Place], Result]:
@@ -144,7 +156,8 @@ def adamw_with_all_that_goes_with_it(place: Place) -> Result:
                  "lr_decay_scale": 0.9},
             ]  # fmt: skip
             optimizer = flow.optim.AdamW(groups, lr=0.02)
-            return [optimizer], [flow.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)]
+            cosine = flow.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+            return {"optimizer": optimizer, "lr_scheduler": cosine}
 
     loader = DataLoader(dataset(), batch_size=4, shuffle=True)
     callbacks = [LRDecayCallback(every_n_batches=place.each(2)), EMAWeightAveraging(decay=0.9)]
@@ -211,6 +224,74 @@ def batch_norms(place: Place) -> Result:
     """Each batch by its own statistics; the running ones see the batches of all."""
     loader = DataLoader(dataset(), batch_size=4, shuffle=True)
     return fitted(Normed(), place.trainer(), loader, loader)
+
+
+class Synced(TaskModule):
+    """With a batch norm of images that is called twice in a step, and one of vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        flow.manual_seed(1)
+        self.images = nn.BatchNorm2d(3, momentum=0.3)
+        self.vectors = nn.BatchNorm1d(8, affine=False)
+        self.untracked = nn.BatchNorm1d(8, track_running_stats=False)
+        self.layer = nn.Linear(6, 8)
+        self.last = nn.Linear(8, 3)
+
+    def scores(self, x: Any) -> Any:
+        images = self.images(self.images(x.reshape(-1, 3, 2, 1)) * 2.0 + 1.0)
+        return self.last(self.untracked(self.vectors(self.layer(images.reshape(-1, 6))).relu()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = nn.functional.cross_entropy(self.scores(batch[0]), batch[1])
+        self.log("train_loss", loss, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", nn.functional.cross_entropy(self.scores(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        return flow.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+@close_case(3e-6)
+def batch_norms_of_all_ranks(place: Place) -> Result:
+    """As one process with batches as large as all ranks' together; in the end one has some."""
+    data, task = dataset(4 * place.size * 3 + 4), Synced()
+    batch = 4 * place.size if place.alone else 4
+    trainer = place.trainer(
+        accumulate_grad_batches=1, sync_batchnorm=True, num_sanity_val_steps=0, max_epochs=3
+    )
+    val = DataLoader(data, batch_size=5)  # some normalize by a batch there too
+    result = fitted(task, trainer, DataLoader(data, batch_size=batch, shuffle=True), val)
+    assert type(task.images) is nn.BatchNorm2d and "forward" not in vars(task.images)
+    del result["seen"]
+    return result
+
+
+@case
+def batch_norms_that_some_ranks_call_alone(place: Place) -> Result:
+    """All raise, wherever the steps are at odds; a process that is alone cannot be."""
+    if place.alone:
+        return {"calls": "RankError", "losses": "RankError"}
+
+    class Uneven(Synced):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if self.what == "calls" and self.trainer.global_rank:
+                self.vectors.eval()
+            loss = super().training_step(batch, batch_idx)
+            return self.last.weight.sum() if self.trainer.global_rank else loss
+
+    raised = {}
+    for what in ("calls", "losses"):
+        task = Uneven()
+        task.what = what
+        try:
+            place.trainer(sync_batchnorm=True).fit(task, DataLoader(dataset(), batch_size=4))
+        except RankError as error:
+            assert "differ in their batch norms" in str(error)
+            raised[what] = type(error).__name__
+    return raised
 
 
 # ---------------------------------------------------------------------- data
@@ -330,6 +411,110 @@ def what_is_read_at_every_batch(place: Place) -> Result:
     return fitted(Net(), place.trainer(callbacks=[Reads()]), loader, loader)
 
 
+class Counting(Net):
+    """Metrics of all kinds (whole numbers, sums in float64, rows), used in each way."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.acc, self.f1, self.matrix = Accuracy(), F1Score(num_classes=3), ConfusionMatrix(3)
+        self.errors = {"mse": MeanSquaredError(squared=False)}
+        self.areas = [AUROC(num_classes=3)]
+        self.between, self.callback_mean = Mean(), Mean()
+        self.matrices: List[Any] = []
+
+    def count(self, batch: Any, stage: str) -> None:
+        x, y = batch
+        scores = self.scores(x).detach()
+        self.acc(scores, y)
+        self.f1(scores, y)
+        self.errors["mse"](scores[:, 0], x[:, 0])
+        self.areas[0](scores.softmax(dim=1), y)
+        self.log(f"{stage}_acc", self.acc, on_step=stage == "train", on_epoch=True)
+        counted = {"f1": self.f1, "rmse": self.errors["mse"], "area": self.areas[0]}
+        named = {f"{stage}_{name}": metric for name, metric in counted.items()}
+        self.log_dict(named, on_step=False, on_epoch=True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.count(batch, "train")
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.count(batch, "val")
+        self.matrix(self.scores(batch[0]), batch[1])
+
+    test_step = validation_step
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.callback_mean.update(outputs["loss"], weight=len(batch[0]))
+
+    def on_train_epoch_end(self) -> None:
+        self.between.update(1.0 / (3 + self.trainer.current_epoch))
+        self.matrices.append([self.callback_mean.compute(), self.between.compute()])
+
+    def on_validation_epoch_end(self) -> None:
+        self.matrices.append(self.matrix.compute())
+        self.matrix.reset()
+
+
+@case
+def metrics_that_count(place: Place) -> Result:
+    class Looks(Callback):
+        """Rank 0 alone looks, and where the others are must not matter."""
+
+        rank_zero_only = True
+
+        def on_train_batch_end(self, trainer: Any, task: Any, *_: Any) -> None:
+            assert 0.0 <= task.acc.compute() <= 1.0
+
+    class Own(Callback):
+        def __init__(self) -> None:
+            self.mean, self.means = Mean(), []
+
+        def on_train_epoch_start(self, trainer: Any, task: Any) -> None:
+            self.mean.reset()
+
+        def on_train_batch_end(self, trainer: Any, task: Any, outputs: Any, *_: Any) -> None:
+            self.mean(outputs["loss"] / 3.0)
+
+        def on_train_epoch_end(self, trainer: Any, task: Any) -> None:
+            self.means.append(self.mean.compute())
+
+    task, own, data = Counting(), Own(), dataset(50)
+    options = {"log_every_n_steps": 2, "val_check_interval": place.each(3)}
+    options["num_sanity_val_steps"] = place.each(1)
+    trainer = place.trainer(callbacks=[own, Looks()], **options)
+    loader = DataLoader(data, batch_size=4, shuffle=True)
+    result = fitted(task, trainer, loader, DataLoader(data, batch_size=7))
+    kept = [each.compute() for each in (task.between, task.callback_mean, own.mean)]
+    result = {**result, "matrices": task.matrices, "own": own.means, "kept": kept}
+    loaders = [DataLoader(dataset(11), batch_size=4), DataLoader(dataset(9), batch_size=9)]
+    return {**result, "results": place.trainer().test(task, loaders)}
+
+
+@case
+def a_metric_that_all_reset_within_an_epoch(place: Place) -> Result:
+    """Every third round each rank reads and resets it; a process alone, where a round ends."""
+
+    class Resets(Callback):
+        def __init__(self) -> None:
+            self.mean, self.area, self.seen = Mean(), AUROC(num_classes=3), []
+
+        def on_train_batch_end(
+            self, trainer: Any, task: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            self.mean(outputs["loss"])
+            self.area(batch[0][:, :3].softmax(dim=1), batch[1])
+            if (batch_idx + 1) % place.each(3) == 0:
+                self.seen.append([self.mean.compute(), self.area.compute()])
+                self.mean.reset()
+                self.area.reset()
+
+    resets = Resets()
+    loader = DataLoader(dataset(50), batch_size=4, shuffle=True)
+    result = fitted(Counting(), place.trainer(callbacks=[resets]), loader)
+    return {**result, "seen": resets.seen, "left": resets.mean.compute()}
+
+
 # ---------------------------------------------------------------------- ends
 
 
@@ -413,6 +598,8 @@ def ranks_that_do_different_things(place: Place) -> Result:
 class SavesAt(Callback):
     """Saves when so many batches of all ranks are done."""
 
+    fires_last = True
+
     def __init__(self, batches: int, path: Path) -> None:
         self.batches, self.path = batches, path
 
@@ -425,7 +612,9 @@ class SavesAt(Callback):
 def resumable(place: Place, callbacks: Any = (), path: Optional[Path] = None) -> Result:
     loader = DataLoader(dataset(), batch_size=3, shuffle=True)
     trainer = place.trainer(accumulate=2, callbacks=list(callbacks), max_epochs=2)
-    return fitted(Net("adamw", dropout=0.2), trainer, loader, loader, ckpt_path=path)
+    task = Counting("adamw", dropout=0.2)
+    result = fitted(task, trainer, loader, loader, ckpt_path=path)
+    return {**result, "matrices": task.matrices[-1], "mean": task.callback_mean.compute()}
 
 
 @case
@@ -487,6 +676,41 @@ def files_and_best(place: Place) -> Result:
     left = sorted(str(p.relative_to(place.folder)) for p in place.folder.rglob("*.*"))
     name = Path(checkpoint.best_model_path).name
     return {**result, "best": best, "rows": rows, "files": left, "name": name}
+
+
+class Cheats(Normed):
+    """Where there are several ranks, the last trains with another loss from the third step on."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        ranks = self.trainer.world_size
+        is_last = ranks > 1 and self.trainer.global_rank == ranks - 1
+        return loss * 2.0 if is_last and self.trainer.global_step > 1 else loss
+
+
+@case
+def the_proof(place: Place) -> Result:
+    """Of a task that is the same on ranks, its batches uneven."""
+    if place.alone:
+        return {"rows": [(5, ""), (3, ""), (3, ""), (3, "")]}
+    trainer = place.trainer(callbacks=[LRDecayCallback(every_n_batches=2)])
+    loader = DataLoader(dataset(4 * 3 * place.size + 1), batch_size=4, shuffle=True)
+    report = trainer.prove(Normed(), loader, steps=5)
+    assert report.equal, report
+    assert report.rows[0].name == f"{place.size} ranks"
+    return {"rows": [(each.steps, each.error) for each in report.rows]}
+
+
+@slow_case
+def the_proof_of_a_task_that_cheats(place: Place) -> Result:
+    if place.alone:
+        return {"first": {"loss": 3, "weights": 3, "metrics": 3}}
+    loader = DataLoader(dataset(), batch_size=4, shuffle=True)
+    row = place.trainer().prove(Cheats(), loader, steps=4).rows[0]
+    assert row.difference is not None and row.difference.step == 3
+    assert row.difference.parameter is not None and row.difference.distance > 0.0
+    assert f"The loss of batch {place.size - 1} in that round" in row.difference.origin
+    return {"first": {name: step for name, step in row.first.items() if step is not None}}
 
 
 def run_case(name: str, place: Place) -> Result:

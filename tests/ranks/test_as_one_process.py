@@ -11,7 +11,7 @@ from typing import Any, Dict, List
 
 import numpy as np
 import pytest
-from rank_cases import CASES, SLOW, Place, run_case
+from rank_cases import CASES, CLOSE, SLOW, Place, run_case
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("rank_cases.py")
@@ -46,16 +46,19 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return size, folder, run_ranks(size, names, folder)
 
 
-def assert_equal(one: Any, other: Any, at: str = "") -> None:
+def assert_equal(one: Any, other: Any, at: str = "", most: float = 0.0) -> None:
+    """Equal to the bit, or, with ``most``, numbers of floating point so close to each other."""
     assert type(one) is type(other), at
     if isinstance(one, dict):
         assert one.keys() == other.keys(), at
         for key in one:
-            assert_equal(one[key], other[key], f"{at}/{key}")
+            assert_equal(one[key], other[key], f"{at}/{key}", most)
     elif isinstance(one, list):
         assert len(one) == len(other), at
         for place, (a, b) in enumerate(zip(one, other)):
-            assert_equal(a, b, f"{at}[{place}]")
+            assert_equal(a, b, f"{at}[{place}]", most)
+    elif most and isinstance(one, (float, np.ndarray)):
+        assert np.abs(one - other).max() <= most, at
     elif isinstance(one, np.ndarray):
         assert one.dtype == other.dtype and np.array_equal(one, other), at
     else:
@@ -67,7 +70,8 @@ def test_ranks_compute_what_one_process_does(ranks: Any) -> None:
     for name in results[0]:
         alone = run_case(name, Place(size, True, folder / "alone" / name, folder))
         for rank, result in enumerate(results):
-            assert_equal(result[name], alone, f"{name}, rank {rank}")
+            assert_equal(result[name], alone, f"{name}, rank {rank}", CLOSE.get(name, 0.0))
+            assert_equal(result[name], results[0][name], f"{name}, rank {rank} and rank 0")
 
 
 def test_a_run_that_goes_on_is_one_that_never_stopped(ranks: Any) -> None:

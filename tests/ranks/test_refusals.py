@@ -11,9 +11,13 @@ from oneflow.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from ofengine import ConfigurationError, DataError, RankError, Trainer, rank_zero_only
 from ofengine.data.batches import Batches
+from ofengine.launch.environment import read
 from ofengine.metrics import Mean
+from ofengine.ranks.meetings import Meetings
 from ofengine.ranks.messages import decode, encode, pack, unpack
 from ofengine.ranks.shares import OTHERS, Share
+from ofengine.run.progress import Progress
+from ofengine.shared_metrics import SharedMetrics
 
 
 @pytest.fixture
@@ -33,7 +37,8 @@ def second_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"devices": "2"}, "devices='2'"),
         ({"num_nodes": 0}, "num_nodes=0"),
         ({"precision": "16-mixed"}, "dtype"),
-        ({"sync_batchnorm": True}, "not done yet"),
+        ({"sync_batchnorm": 1}, "sync_batchnorm=1"),
+        ({"sync_batchnorm": True, "mode": "graph", "devices": 2}, "leave out one of the two"),
     ],
 )
 def test_an_argument(arguments: Dict[str, Any], says: str) -> None:
@@ -42,10 +47,15 @@ def test_an_argument(arguments: Dict[str, Any], says: str) -> None:
     assert says in str(error.value)
 
 
-@pytest.mark.parametrize("verb", ["lr_find", "prove"])
-def test_a_verb(verb: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"{verb} runs on one rank, and there are 2"):
-        getattr(quiet_trainer(devices=2), verb)(Line(), [flow.ones(1, 1)])
+def test_a_verb() -> None:
+    told = r"lr_find runs in one process, and there are 2 ranks: .*accumulate_grad_batches=6\)"
+    with pytest.raises(ConfigurationError, match=told):
+        quiet_trainer(devices=2, accumulate_grad_batches=3).lr_find(Line(), [flow.ones(1, 1)])
+
+
+def test_a_proof_of_synchronized_batch_norms(second_of_two: None) -> None:
+    with pytest.raises(ConfigurationError, match="leave out sync_batchnorm"):
+        quiet_trainer(sync_batchnorm=True).prove(Line(), [flow.ones(1, 1)])
 
 
 def test_ranks_of_other_machines_are_not_started() -> None:
@@ -53,13 +63,16 @@ def test_ranks_of_other_machines_are_not_started() -> None:
         quiet_trainer(num_nodes=2).fit(Line(), [flow.ones(1, 1)])
 
 
-def test_metrics_that_count(second_of_two: None) -> None:
-    task = Line()
+def test_a_metric_that_the_others_could_not_find(second_of_two: None) -> None:
+    world = read()
+    assert world is not None
+    task, metrics = Line(), SharedMetrics(Meetings(world), Progress())
+    metrics.attach(task, [])
+    metrics.begin(per_step=False)
+    with pytest.raises(ConfigurationError, match="make it in the task's __init__"):
+        metrics.log("mean", Mean())
     task.mean = Mean()
-    with pytest.raises(
-        ConfigurationError, match=r"the sums of ofengine\.metrics\.Mean are those of"
-    ):
-        quiet_trainer().fit(task, [flow.ones(1, 1)])
+    metrics.log("mean", task.mean)
 
 
 def test_another_number_of_ranks_than_were_started(second_of_two: None) -> None:
@@ -102,9 +115,9 @@ def test_each_batch_is_one_rank_s(size: int, workers: int) -> None:
         assert len(own) == len(range(rank, 8, size))
         seen += own
         rounds = list(batches.steps(1))
-        assert [each[0] for each in rounds] == list(range(-(-8 // size)))
+        assert [each[1] for each in rounds] == list(range(-(-8 // size)))
         assert [each[2] for each in rounds][-1] == (8 % size or size)
-        assert OTHERS not in [each[1] for each in rounds]
+        assert OTHERS not in [each[0] for each in rounds]
     assert sorted(sum(seen, ())) == list(range(23))
 
 

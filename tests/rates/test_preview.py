@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import math
+import re
+import sys
+from pathlib import Path
 from typing import Any, Dict, List
 
 import numpy as np
@@ -254,3 +258,50 @@ def test_the_curves_as_files(tmp_path: Any) -> None:
     assert "<!-- layer.11 -->" in svg  # the legend's entry
     with pytest.raises(ConfigurationError, match="could not be written"):
         seen.plot(tmp_path / "rates.nonsense")
+
+
+def test_groups_of_the_same_rates_share_a_curve_and_the_legend_begins_at_the_top(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("matplotlib")
+    options = [
+        {"name": "low", "lr_scale": 0.25}, {"name": "decay", "lr_scale": 1.0},
+        {"name": "no_decay", "lr_scale": 1.0},
+    ]  # fmt: skip
+    svg = preview_of(Layers(options), 5, max_epochs=3).plot(tmp_path / "rates.svg").read_text()
+    assert svg.index("<!-- decay, no_decay -->") < svg.index("<!-- low -->")
+    assert "<!-- decay -->" not in svg
+
+
+def test_the_last_step_of_a_picture_is_as_wide_as_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+
+    edges: List[Any] = []
+    draw = Axes.stairs
+    monkeypatch.setattr(
+        Axes, "stairs", lambda self, y, x, **kw: [edges.append(list(x)), draw(self, y, x, **kw)][1]
+    )
+    preview_of(Layers([{}]), 5, max_epochs=1).plot(tmp_path / "rates.svg")
+    assert edges == [[0, 1, 2, 3, 4, 5]]
+
+
+def test_a_notebook_gets_a_table_and_the_picture() -> None:
+    pytest.importorskip("matplotlib")
+    seen = preview_of(Layers([{"name": "<b>a & b</b>", "lr_scale": 0.25}, {}]), 5, max_epochs=3)
+    shown = seen._repr_html_()
+    table, _, picture = shown.partition("</table>")
+    cells = [re.findall(r">([^<>]*)</t[dh]>", row) for row in (table + "</table>").split("<tr>")]
+    rows = [re.split(r"  +", line) for line in str(seen).splitlines() if "---" not in line]
+    assert [html.unescape("|".join(row)) for row in cells[1:]] == ["|".join(r) for r in rows[1:]]
+    assert html.escape(seen.heading()) in table
+    assert "<b>" not in table
+    assert picture.count("<svg") == picture.count("</svg>") == 1
+
+
+def test_without_matplotlib_a_notebook_gets_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    shown = preview_of(Layers([{}]), 5, max_epochs=1)._repr_html_()
+    assert shown.endswith("</table>")

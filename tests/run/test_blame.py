@@ -11,6 +11,7 @@ from helpers import Bare, batches, line_of, quiet_trainer
 from oneflow import nn
 
 from ofengine import OFEngineError
+from ofengine.errors import quoted
 
 
 class Sub(nn.Module):
@@ -127,3 +128,30 @@ def test_a_task_without_the_property_s_owner_still_tells_what_is_missing() -> No
     with pytest.raises(AttributeError, match="'Bare' object has no attribute 'nothing'"):
         _ = task.nothing  # type: ignore[union-attr]
     assert line_of(Wrong.training_step)
+
+
+def test_an_error_of_oneflow_s_has_no_colours(mode: str, caplog: pytest.LogCaptureFixture) -> None:
+    class Reshapes(Bare):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.layer(batch).view(7, 11).mean()
+
+    with caplog.at_level(logging.ERROR), pytest.raises(Exception) as error:
+        quiet_trainer(mode=mode, max_epochs=1).fit(Reshapes(), batches())
+    text = shown(error.value, caplog.records)
+    assert "7" in str(error.value)
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        ([], "nothing"),
+        (["a"], "'a'"),
+        ({"a": 1, "b": 2}, "'a' and 'b'"),
+        ("abc", "'a', 'b' and 'c'"),
+        ("abcd", "'a', 'b', 'c' and 1 more"),
+        (range(2000), "0, 1, 2 and 1,997 more"),
+    ],
+)
+def test_names_in_a_sentence(names: Any, text: str) -> None:
+    assert quoted(names) == text

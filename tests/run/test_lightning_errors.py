@@ -36,7 +36,6 @@ DATA = [flow.ones(1, 1)]
     [
         ("precision", "leave it out"),
         ("accelerator", "device="),
-        ("sync_batchnorm", "batch norms"),
         ("profiler", "profil"),
         ("deterministic", "seed"),
         ("min_epochs", "EarlyStopping"),
@@ -59,8 +58,8 @@ def test_a_misspelt_argument_is_named_with_the_one_that_was_meant() -> None:
 
 @pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])
 def test_an_argument_of_a_verb(verb: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"{verb} has no argument 'datamodule'"):
-        getattr(quiet_trainer(max_epochs=1), verb)(Line(), datamodule=object())
+    with pytest.raises(ConfigurationError, match=f"{verb} has no argument 'model'"):
+        getattr(quiet_trainer(max_epochs=1), verb)(Line(), model=object())
 
 
 def test_an_argument_of_log(mode: str) -> None:
@@ -106,7 +105,7 @@ def test_a_name_of_nobody_s_is_python_s_own_error() -> None:
 
 HOOKS = [
     *("training_epoch_end", "validation_epoch_end", "optimizer_step", "backward"),
-    *("configure_callbacks", "prepare_data", "transfer_batch_to_device", "lr_scheduler_step"),
+    *("configure_callbacks", "transfer_batch_to_device", "lr_scheduler_step"),
 ]
 
 

@@ -10,6 +10,7 @@ import pytest
 
 import ofengine.callbacks
 from ofengine import Callback, TaskModule, Trainer
+from ofengine.data_module import DATA_MODULE_ATTRIBUTES, DATA_MODULE_HOOKS
 from ofengine.loggers import CSVLogger
 from ofengine.run.lightning import (
     HOOKS,
@@ -24,6 +25,8 @@ TABLES = {
     "TRAINER_ATTRIBUTES": TRAINER_ATTRIBUTES,
     "TASK_ATTRIBUTES": TASK_ATTRIBUTES,
     "HOOKS": HOOKS,
+    "DATA_MODULE_ATTRIBUTES": DATA_MODULE_ATTRIBUTES,
+    "DATA_MODULE_HOOKS": DATA_MODULE_HOOKS,
 }
 _ADVICE = re.compile(
     r"\b(add|ask|call|change|compute|freeze|give|keep|leave|let|list|make|note|return|run|split|"
@@ -34,14 +37,14 @@ _ADVICE = re.compile(
 EXPECTED = {
     "TRAINER_ARGUMENTS": """
         accelerator amp_backend auto_lr_find auto_scale_batch_size barebones benchmark
-        checkpoint_callback datamodule detect_anomaly deterministic enable_autolog_hparams
+        checkpoint_callback detect_anomaly deterministic enable_autolog_hparams
         gpus inference_mode min_epochs min_steps model model_registry plugins precision
         profiler progress_bar_refresh_rate reload_dataloaders_every_n_epochs resume_from_checkpoint
-        return_predictions sync_batchnorm tpu_cores track_grad_norm
+        return_predictions tpu_cores track_grad_norm
         use_distributed_sampler verbose weights_only weights_summary
         """,
     "TRAINER_ATTRIBUTES": """
-        checkpoint_callback checkpoint_callbacks ckpt_path datamodule early_stopping_callback
+        checkpoint_callback checkpoint_callbacks ckpt_path early_stopping_callback
         estimated_stepping_batches fit_loop is_last_batch
         lightning_module lr_scheduler_configs model num_devices
         num_test_batches num_val_batches optimizers predicting print progress_bar_callback
@@ -54,6 +57,8 @@ EXPECTED = {
         strict_loading summarize to_onnx to_torchscript toggle_optimizer unfreeze
         untoggle_optimizer
         """,
+    "DATA_MODULE_ATTRIBUTES": "save_hyperparameters hparams from_datasets",
+    "DATA_MODULE_HOOKS": "transfer_batch_to_device state_dict load_state_dict on_exception",
     "HOOKS": """
         backward configure_callbacks configure_gradient_clipping configure_model
         configure_sharded_model get_progress_bar_dict lr_scheduler_step on_after_batch_transfer
@@ -121,7 +126,11 @@ def test_no_hook_of_a_callback_is_in_the_table_of_hooks() -> None:
 
 
 def test_the_hooks_of_a_task_alone_are_in_the_table_because_a_callback_has_them_not() -> None:
-    assert _names(TaskModule()) & set(HOOKS) == {"on_save_checkpoint", "on_load_checkpoint"}
+    assert _names(TaskModule()) & set(HOOKS) == {
+        "on_save_checkpoint",
+        "on_load_checkpoint",
+        "prepare_data",
+    }
 
 
 def test_attributes_and_hooks_of_a_task_are_apart() -> None:

@@ -36,36 +36,7 @@ def validated(validation: Any, **arguments: Any) -> List[int]:
     return seen.counts
 
 
-# ---------------------------------------------------------------------- several training loaders
-
-
-@pytest.mark.parametrize(
-    "loaders",
-    [
-        lambda: [loader(), loader()],
-        lambda: (loader(), batches()),
-        lambda: [loader()],
-        lambda: {"a": loader(), "b": loader()},
-    ],
-)
-def test_several_training_loaders_are_refused(mode: str, loaders: Any) -> None:
-    refused(
-        Line(), DataError, "train_dataloader", "list|tuple|dict", "ConcatDataset", mode=mode,
-        train=loaders(),
-    )  # fmt: skip
-
-
-def test_several_training_loaders_of_the_task_and_of_a_preview_are_refused() -> None:
-    class Own(Line):
-        def train_dataloader(self) -> Any:
-            return [loader(), loader()]
-
-    trainer = quiet_trainer(max_epochs=1)
-    with pytest.raises(DataError, match="ConcatDataset"):
-        trainer.fit(Own())
-    for preview in (lambda: trainer.preview(Own()), lambda: trainer.lr_find(Own(), num_steps=2)):
-        with pytest.raises(DataError, match="ConcatDataset"):
-            preview()
+# ---------------------------------------------------------------------- several loaders
 
 
 def test_a_list_of_batches_that_are_lists_is_one_loader(mode: str) -> None:
@@ -76,10 +47,6 @@ def test_a_list_of_batches_that_are_lists_is_one_loader(mode: str) -> None:
     trainer = quiet_trainer(mode=mode, max_epochs=1)
     trainer.fit(OfPairs(), [batches(2), batches(2)])
     assert trainer.global_step == 2
-
-
-def test_a_dict_of_validation_loaders_is_refused(mode: str) -> None:
-    refused(Line(), DataError, "val_dataloader", "list", mode=mode, validation={"a": loader()})
 
 
 def test_which_of_several_validation_loaders_it_is_is_told(mode: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Dict
 
@@ -45,7 +47,8 @@ class Net(TaskModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = flow.optim.SGD(self.param_groups(), lr=0.1, momentum=0.9)
-        return [optimizer], [flow.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12)]
+        cosine = flow.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12)
+        return {"optimizer": optimizer, "lr_scheduler": cosine}
 
     def train_dataloader(self) -> Any:
         return image_batches([4, 4, 4], (4,))
@@ -313,3 +316,19 @@ def test_the_command_line_says_what_is_wrong(tmp_path: Path, capsys: Any) -> Non
     file.write_text(SCRIPT)
     assert main(["prove", f"{file}:Task", "--steps", "1", "--device", "cpu"]) == 1
     assert "ofengine prove: prove(steps=1): give a whole number" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cheats", [False, True])
+def test_the_command_line_starts_ranks(cheats: bool, tmp_path: Path) -> None:
+    file = tmp_path / "task.py"
+    file.write_text(SCRIPT.replace("loss.is_lazy", "self.trainer.world_size > 1"))
+    command = [sys.executable, "-m", "ofengine", "prove", f"{file}:Task", "--steps", "4"]
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    ended = subprocess.run(
+        [*command, "--device", "cpu", "--devices", "2", "--arg", f"cheats={cheats}"],
+        env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert ended.returncode == int(cheats), ended.stderr
+    assert ended.stdout.count("one process, then 2 ranks  one process") == 1
+    assert ("Every bit is the same." in ended.stdout) is not cheats

@@ -1,0 +1,159 @@
+"""StochasticWeightAveraging: the mean is that of the epochs' last weights, in both modes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Dict, List
+
+import numpy as np
+import oneflow as flow
+import pytest
+from helpers import quiet_trainer, weights_of
+from oneflow import nn
+
+from ofengine import Callback, ConfigurationError, TaskModule
+from ofengine.callbacks import ModelCheckpoint, StochasticWeightAveraging
+
+
+class Net(TaskModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)
+        self.frozen = nn.Parameter(flow.tensor([0.1, 0.7, 1.0 / 3.0]), requires_grad=False)
+        with flow.no_grad():
+            for number, parameter in enumerate(self.parameters()):
+                count = parameter.numel()
+                values = np.linspace(-0.4, 0.5, count, dtype="float32") * (number + 1) / 3
+                parameter.copy_(flow.tensor(values.reshape(tuple(parameter.shape))))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return (self.head(self.norm(self.body(batch))) * self.frozen.sum() - 1).square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("seen", self.head.weight.sum())
+
+    def configure_optimizers(self) -> Any:
+        trained = [each for each in self.parameters() if each.requires_grad]
+        return flow.optim.SGD(trained, lr=0.05, momentum=0.9)
+
+
+BATCHES = [
+    flow.tensor(np.random.default_rng(seed).normal(size=(6, 4)).astype("float32"))
+    for seed in range(3)
+]
+
+
+class Ends(Callback):
+    """The weights and buffers that each epoch ends with."""
+
+    def __init__(self) -> None:
+        self.of: List[Dict[str, np.ndarray]] = []
+        self.last: Any = None
+
+    def on_train_epoch_end(self, trainer: Any, task: Any) -> None:
+        trainer.settle()
+        self.of.append({name: value.numpy().copy() for name, value in task.state_dict().items()})
+
+
+def mean_by_hand(ends: List[Dict[str, np.ndarray]]) -> Dict[str, np.ndarray]:
+    mean = {name: value.copy() for name, value in ends[0].items()}
+    for count, end in enumerate(ends[1:], 2):
+        for name, value in mean.items():
+            if value.dtype.kind == "f":
+                factor = np.float32(1.0 / count)
+                value += (end[name] - value) * factor
+    return mean
+
+
+def fitted(mode: str, averaging: Any, epochs: int = 5, **options: Any) -> Any:
+    ends, task = Ends(), Net()
+    callbacks = [averaging, ends, *options.pop("callbacks", [])]
+    trainer = quiet_trainer(mode=mode, max_epochs=epochs, callbacks=callbacks)
+    trainer.fit(task, BATCHES, **options)
+    return task, ends.of, trainer
+
+
+@pytest.mark.parametrize(
+    ("start", "every", "counted"),
+    [(2, 1, [2, 3, 4]), (0.5, 1, [3, 4]), (0, 2, [0, 2, 4]), (1.0, 1, [4])],
+)
+def test_the_mean_of_the_last_epochs_is_left(
+    mode: str, start: Any, every: int, counted: List[int]
+) -> None:
+    averaging = StochasticWeightAveraging(start, every_n_epochs=every)
+    task, ends, _ = fitted(mode, averaging)
+    mean, left = mean_by_hand([ends[i] for i in counted]), weights_of(task)
+    for name, value in mean.items():
+        if name != "norm.num_batches_tracked":
+            # One multiplication and one addition, that OneFlow rounds as one or as two.
+            np.testing.assert_allclose(left[name], value, rtol=0, atol=1e-7)
+    assert left["frozen"].tobytes() == ends[0]["frozen"].tobytes()
+    assert averaging.count == len(counted)
+    assert left["norm.num_batches_tracked"] == 15
+
+
+def test_both_modes_leave_the_same_bits() -> None:
+    one, other = (
+        weights_of(fitted(mode, StochasticWeightAveraging(1))[0]) for mode in ("eager", "graph")
+    )
+    assert {name for name in one if one[name].tobytes() != other[name].tobytes()} == set()
+
+
+def test_without_buffers_the_last_statistics_stay() -> None:
+    task, ends, _ = fitted("eager", StochasticWeightAveraging(2, include_buffers=False))
+    left = weights_of(task)
+    assert left["norm.running_mean"].tobytes() == ends[-1]["norm.running_mean"].tobytes()
+    assert left["head.weight"].tobytes() != ends[-1]["head.weight"].tobytes()
+
+
+@pytest.mark.parametrize("epochs", [2, 4])
+def test_a_resumed_run_leaves_the_same_mean(mode: str, tmp_path: Path, epochs: int) -> None:
+    whole = weights_of(fitted(mode, StochasticWeightAveraging(1))[0])
+    saves = ModelCheckpoint(tmp_path, save_last=True)
+    fitted(mode, StochasticWeightAveraging(1), epochs, callbacks=[saves])
+    last = tmp_path / "last.safetensors"
+    task, ends, _ = fitted(mode, StochasticWeightAveraging(1), ckpt_path=last)
+    assert len(ends) == 5 - epochs
+    resumed = weights_of(task)
+    assert {name for name in whole if whole[name].tobytes() != resumed[name].tobytes()} == set()
+
+
+def test_validation_runs_with_the_mean_where_that_is_asked_for(mode: str) -> None:
+    seen: Dict[bool, List[float]] = {}
+    for evaluate in (False, True):
+        rows: List[float] = seen.setdefault(evaluate, [])
+
+        class Notes(Callback):
+            def on_validation_end(self, trainer: Any, task: Any, rows: Any = rows) -> None:
+                rows.append(trainer.callback_metrics["seen"])
+
+        averaging = StochasticWeightAveraging(0, evaluate=evaluate)
+        _, ends, _ = fitted(mode, averaging, 3, callbacks=[Notes()], val_dataloaders=BATCHES[:1])
+    own = [float(each["head.weight"].sum()) for each in ends]
+    assert seen[False][-3:] == pytest.approx(own, abs=1e-6)
+    # The validation of an epoch comes before its end: it has the mean of those before.
+    assert seen[True][-2:] == pytest.approx([own[0], (own[0] + own[1]) / 2], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"swa_epoch_start": -1}, "swa_epoch_start=-1: give an epoch from 0 on"),
+        ({"swa_epoch_start": 1.5}, "swa_epoch_start=1.5: give an epoch"),
+        ({"swa_epoch_start": True}, "swa_epoch_start=True"),
+        ({"every_n_epochs": 0}, "every_n_epochs=0"),
+        ({"evaluate": 1}, "evaluate=1"),
+    ],
+)
+def test_a_wrong_argument_is_an_error_at_once(options: Any, match: str) -> None:
+    with pytest.raises(ConfigurationError, match=match):
+        StochasticWeightAveraging(**options)
+
+
+def test_an_epoch_that_never_comes_is_an_error_before_training() -> None:
+    with pytest.raises(ConfigurationError, match="3 epochs, the last of which is 2, so none"):
+        fitted("eager", StochasticWeightAveraging(3), 3)
+    with pytest.raises(ConfigurationError, match="a share of max_epochs, which"):
+        quiet_trainer(max_epochs=-1, max_steps=4, callbacks=StochasticWeightAveraging()).fit(
+            Net(), BATCHES
+        )
