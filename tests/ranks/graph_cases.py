@@ -22,6 +22,7 @@ from rank_cases import Place as EagerPlace, Result, SavesAt, weights
 
 from ofengine import Callback, OFEngineError, TaskModule, Trainer
 from ofengine.callbacks import EMAWeightAveraging, LRDecayCallback, ModelCheckpoint
+from ofengine.metrics import Accuracy, ConfusionMatrix
 
 CASES: Dict[str, Callable[[Place], Result]] = {}
 
@@ -63,6 +64,7 @@ class Net(TaskModule):
         self.second = nn.Linear(8, 3)
         self.never = nn.Linear(2, 2)
         self.register_buffer("scale", flow.tensor([0.9]))
+        self.matrix, self.acc = ConfusionMatrix(3), Accuracy()
 
     def scores(self, x: Any) -> Any:
         return self.second(self.first(x).relu() * self.scale)
@@ -79,7 +81,13 @@ class Net(TaskModule):
         x, y = batch
         scores = self.scores(x)
         self.log("val_loss", nn.functional.cross_entropy(scores, y))
-        self.log("val_acc", (scores.argmax(dim=-1) == y).to(flow.float32).mean())
+        self.acc.update(scores, y)
+        self.matrix.update(scores, y)
+        self.log("val_acc", self.acc)
+
+    def on_validation_epoch_end(self) -> None:
+        for index, row in enumerate(self.matrix.compute()):
+            self.log(f"row_{index}", float((row * np.arange(1, 4)).sum()))
 
     test_step = validation_step
 
@@ -129,7 +137,8 @@ def layerwise_rates_clipping_and_all_that(place: Place) -> Result:
                  "name": "b", "lr_decay_scale": 0.9},
             ]  # fmt: skip
             optimizer = flow.optim.AdamW(groups, lr=0.02)
-            return [optimizer], [flow.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)]
+            schedule = flow.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+            return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     callbacks = [LRDecayCallback(every_n_batches=2), EMAWeightAveraging(decay=0.9)]
     trainer = place.trainer(accumulate=2, gradient_clip_val=0.05, callbacks=callbacks)
@@ -225,9 +234,8 @@ def evaluations(place: Place) -> Result:
     trainer, task = place.trainer(), Net()
     loaders = [place.loader(11, 4, shuffle=False), place.loader(3, 4, shuffle=False)]
     results = [trainer.validate(task, loaders), trainer.test(task, loaders[1])]
-    predicted = trainer.predict(task, loaders[:1])
-    rows = [np.concatenate([each.numpy() for each in every]) for every in predicted]
-    return {"results": results, "predicted": rows}
+    predicted = trainer.predict(task, loaders[0])
+    return {"results": results, "predicted": np.concatenate([each.numpy() for each in predicted])}
 
 
 # ---------------------------------------------------------------------- ends and refusals
