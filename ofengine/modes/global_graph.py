@@ -26,7 +26,7 @@ from ofengine.modes.batch_norms import BatchNorms
 from ofengine.modes.compiled import Compilations, Compiled
 from ofengine.modes.compiling import refuse_what_graphs_ignore
 from ofengine.modes.graph import GraphMode
-from ofengine.modes.own_graphs import loss_of
+from ofengine.modes.own_graphs import has_own_graph, loss_of
 from ofengine.modes.shared_state import StateOfRanks
 from ofengine.modes.spread import Round, Spread
 from ofengine.modes.step_graphs import EvalGraph, GradientGraph, StepGraph, TrainGraph
@@ -251,6 +251,12 @@ class GlobalGraphMode(GraphMode):
             return super()._trace_apply(having, gradients)
 
     def _gradient_graph(self, structure: Structure) -> GradientGraph:
+        if has_own_graph(self.task):
+            raise RankError(
+                f"this run was saved when some of the {self._meetings.size} batches of a step were "
+                f"done, and {type(self.task).__name__}.build_graph() takes them as one: go on from "
+                "a checkpoint between two steps."
+            )
         graph = super()._gradient_graph(structure)
         graph.spread = self._spread
         return graph

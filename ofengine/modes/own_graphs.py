@@ -65,6 +65,8 @@ def loss_of(graph: Any, outputs: Any) -> Any:
             f"the graph of build_graph() returned {describe(outputs)}, which holds no loss: let "
             "build return the loss, a tuple with the loss first, or a dict with it under 'loss'."
         )
+    if loss.numel() == graphs.micro_batches(graph) > 1:
+        return loss.mean()  # of the parts into which the graph cuts a batch
     if loss.numel() != 1:
         raise ConfigurationError(
             f"{type(graph).__name__}.build returned a loss of shape {tuple(loss.shape)}: "

@@ -42,9 +42,8 @@ VERB_OF_STAGE = {"train": "fit", "validation": "validate", "test": "test", "pred
 def check_graph_mode(run: Run) -> None:
     """Refuse, before training, what graph mode cannot do for this task."""
     task, accumulate = run.task, run.settings.accumulate_grad_batches
-    accumulates = run.settings.windows.most > 1
     refuse_eager_only_hooks(task, run.callbacks)
-    if has_own_graph(task) and accumulates:
+    if has_own_graph(task) and run.settings.accumulates:
         raise ConfigurationError(
             f"accumulate_grad_batches={accumulate} cannot reach into "
             f"{type(task).__name__}.build_graph(): leave build_graph() as it is, or use "
