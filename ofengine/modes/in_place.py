@@ -18,7 +18,7 @@ from ofengine._oneflow import graphs
 from ofengine._oneflow.assignments import telling_assignments
 from ofengine._oneflow.in_place import WritesInPlace, aliases
 from ofengine._oneflow.lazy_names import name_of
-from ofengine._oneflow.tracing import replaces_buffer, states_of
+from ofengine._oneflow.tracing import TracedState, replaces_buffer, states_of
 from ofengine.errors import GraphModeError, warn
 
 _OUTSIDE = "FreeEagerTensor"
@@ -168,7 +168,7 @@ def tell_what_is_forgotten(graph: nn.Graph) -> None:
             for state in states_of(proxy)
             if all(name != _COUNTED for _, name in state.places)
             and state.built() is not None
-            and name_of(state.built()) not in state.names
+            and not _is_unwritten(state)
         ]
         if written:
             warn(
@@ -179,3 +179,10 @@ def tell_what_is_forgotten(graph: nn.Graph) -> None:
         return outputs
 
     graph.build = told
+
+
+def _is_unwritten(state: TracedState) -> bool:
+    """True where the trace has left it as it was; a graph that cuts its batches repeats it."""
+    name = name_of(state.built())
+    repeated = [f"{each.rpartition('/')[0]}-repeat-" for each in state.names]
+    return name in state.names or name.startswith(tuple(repeated))
