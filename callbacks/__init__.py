@@ -12,6 +12,7 @@ from ofengine.callbacks.model_summary import ModelSummary
 from ofengine.callbacks.progress_bar import ProgressBar
 from ofengine.callbacks.stochastic_weight_averaging import StochasticWeightAveraging
 from ofengine.callbacks.terminate_on_nan import TerminateOnNaN
+from ofengine.callbacks.timer import Timer
 
 __all__ = [
     "EMAWeightAveraging",
@@ -25,4 +26,5 @@ __all__ = [
     "ProgressBar",
     "StochasticWeightAveraging",
     "TerminateOnNaN",
+    "Timer",
 ]

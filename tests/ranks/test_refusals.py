@@ -31,8 +31,6 @@ def second_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"mode": "graph", "devices": 2}, 'mode="graph" trains on one rank, and there are 2'),
-        ({"eval_mode": "graph", "devices": 2}, 'eval_mode="graph" trains on one rank'),
         ({"strategy": "zero"}, 'strategy="zero" is not done yet'),
         ({"strategy": "fsdp"}, "use one of"),
         ({"devices": 0}, "devices=0"),
