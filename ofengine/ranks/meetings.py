@@ -25,7 +25,7 @@ from ofengine.launch.heartbeat import exchange
 from ofengine.ranks.messages import decode, encode
 
 _CONTROL = 8
-_MOST_IN_MEETING = 64 * 1024
+_MOST_IN_MEETING = 512 * 1024
 """So many numbers a meeting carries at most; more are gathered apart."""
 _MOST_NUMBERS = 4 * 1024 * 1024
 """So many numbers all ranks together send at once, so that memory does not grow with them."""
@@ -159,7 +159,7 @@ class Meetings:
         """``own`` of each rank, of one size: one row for each."""
         sent = flow.tensor(own, device=self.device)
         shape = (self.size * own.size,)
-        all_of_them = flow.zeros(shape, dtype=sent.dtype, device=self.device)
+        all_of_them = flow.empty(shape, dtype=sent.dtype, device=self.device)
         with exchange:
             comm.all_gather_into_tensor(all_of_them, sent)
             gathered: np.ndarray = all_of_them.numpy()
