@@ -86,12 +86,12 @@ class Meetings:
         """Takes what the batch norms of others have sent while this rank has no batch."""
         self._room = 0
 
-    def make_room(self, numbers: int) -> int:
+    def make_room(self, numbers: int, needed: int = 0) -> int:
         """Let meetings carry so many numbers, or as many as there is room for; all ranks at once.
 
-        Returns how many.
+        Returns how many, ``needed`` at least.
         """
-        self._room = min(numbers, _MOST_IN_MEETING)
+        self._room = max(needed, min(numbers, _MOST_IN_MEETING, self.most_numbers))
         return self._room
 
     @property
