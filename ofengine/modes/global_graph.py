@@ -221,12 +221,15 @@ class GlobalGraphMode(GraphMode):
     @contextlib.contextmanager
     def _over_global_tensors(self, what: str) -> Iterator[None]:
         """In the block, which compiles, the task and the optimizer have global tensors."""
-        said = self._meetings.talk(f"compiles {what}")
+        kept = {id(e.graph) for each in (self._steps, self._applies, self._evals) for e in each}
+        old = [each for each in self._graphs if id(each) not in kept]
+        said = self._meetings.talk(f"compiles {what} ({len(kept)} graphs)")
         if not same_everywhere(said):
             raise RankError(
-                f"the ranks of this run compile different things: {', '.join(said)}. What a hook "
+                f"the ranks of this run do different things: {', '.join(said)}. What a hook "
                 "changes of the task must not depend on the rank."
             )
+        self._delete(old)
         run, optimizers = self._run, []
         for tensor in (*self.task.parameters(), *self.task.buffers()):
             self._twins.add(tensor)
@@ -264,9 +267,13 @@ class GlobalGraphMode(GraphMode):
     def _check(self, inputs: Any, what: str) -> None:
         """Nothing: they were made here."""
 
+    def _compile(self, compiled: Compiled, inputs: Sequence[Any], what: str, updates: bool) -> None:
+        # Kept even where it fails: collected as garbage, it would wait for the other ranks.
+        self._graphs.append(compiled.graph)
+        super()._compile(compiled, inputs, what, updates)
+
     def _watch(self, compiled: Compiled, updates: bool) -> None:
         graph = compiled.graph
-        self._graphs.append(graph)
         if isinstance(graph, StepGraph):
             local_of = self._twins.local_of
             graph.written = [attrs.evolve(w, tensor=local_of(w.tensor)) for w in graph.written]
@@ -296,10 +303,14 @@ class GlobalGraphMode(GraphMode):
             return
         if self._graphs:
             self._meetings.talk("ends")  # rank 0 may be saving, and ask for the metrics of all
+            self._delete(list(self._graphs))
+
+    def _delete(self, old: Sequence[nn.Graph]) -> None:
+        """Let go of these graphs, as all ranks do now."""
+        for graph in old:
             with exchange:
-                for graph in self._graphs:
-                    let_go(graph)
-            self._graphs.clear()
+                let_go(graph)
+            self._graphs.remove(graph)
 
 
 def _stands(compiled: Compiled) -> bool:
