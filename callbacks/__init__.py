@@ -9,8 +9,10 @@ from ofengine.callbacks.lr_decay import LRDecayCallback
 from ofengine.callbacks.lr_monitor import LearningRateMonitor
 from ofengine.callbacks.model_checkpoint import ModelCheckpoint
 from ofengine.callbacks.model_summary import ModelSummary
+from ofengine.callbacks.prediction_writer import PredictionWriter
 from ofengine.callbacks.progress_bar import ProgressBar
 from ofengine.callbacks.terminate_on_nan import TerminateOnNaN
+from ofengine.callbacks.throughput import Throughput
 
 __all__ = [
     "EMAWeightAveraging",
@@ -21,6 +23,8 @@ __all__ = [
     "LearningRateMonitor",
     "ModelCheckpoint",
     "ModelSummary",
+    "PredictionWriter",
     "ProgressBar",
     "TerminateOnNaN",
+    "Throughput",
 ]

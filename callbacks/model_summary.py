@@ -9,6 +9,7 @@ from typing import Dict, Iterable, List, Sequence, Tuple
 from oneflow import nn
 
 from ofengine.callback import Callback
+from ofengine.callbacks._example_run import Seen, run_example
 from ofengine.errors import ConfigurationError
 from ofengine.run.view import RunView
 from ofengine.task import TaskModule
@@ -23,7 +24,9 @@ class ModelSummary(Callback):
     The modules' table shows name, type, number of parameters, how many of them train, and the
     groups they are in with the group's rate at step 0, as ``trainer.rates`` has it. The groups'
     table shows what that rate is made of. Parameters that several modules share count once.
-    Nothing is run through the model.
+    Where the task has an ``example_input_array``, it is run through ``forward`` once, in eval mode
+    and without gradients, and the table shows shapes and FLOPs: the multiplications and additions
+    of linear layers and convolutions. Otherwise nothing is run through the model.
 
     Args:
         max_depth: how deep modules within modules are shown; -1 for all, 0 for no summary.
@@ -50,6 +53,9 @@ class ModelSummary(Callback):
         """The summary. ``trainer`` must be one that fits, or has fitted, ``task``."""
         parameters = list(task.parameters())
         total = sum(parameter.numel() for parameter in parameters)
+        seen = {}
+        if task.example_input_array is not None:
+            seen = run_example(task, trainer.device)
         trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
         device = "cpu" if trainer.device.type == "cpu" else str(trainer.device)
         return "\n".join(
@@ -57,17 +63,18 @@ class ModelSummary(Callback):
                 "",
                 f"{type(task).__name__}, {trainer.mode} mode on {device}",
                 "",
-                *self._modules(trainer, task),
+                *self._modules(trainer, task, seen),
                 "",
                 f"{total:,} parameters, {total * 4 / 1e6:,.2f} MB in float32:",
                 f"{trained:,} trainable, {total - trained:,} frozen",
+                *([f"{seen[id(task)].flops:,} FLOPs in a forward"] if id(task) in seen else []),
                 "",
                 *_groups(trainer),
                 "",
             ]
         )
 
-    def _modules(self, trainer: RunView, task: TaskModule) -> List[str]:
+    def _modules(self, trainer: RunView, task: TaskModule, seen: Dict[int, Seen]) -> List[str]:
         group_of: Dict[int, int] = {
             id(parameter): index
             for index, group in enumerate(trainer.optimizer.param_groups)
@@ -89,15 +96,17 @@ class ModelSummary(Callback):
                 _group_names([(names[index], rates[index]) for index in within]),
             )
 
-        rows = [
-            row(indented, type(module).__name__, module.parameters())
-            for indented, module in _tree(task, self.max_depth)
-        ]
+        rows = []
+        for indented, module in _tree(task, self.max_depth):
+            at = seen.get(id(module), Seen())
+            tried = (at.inputs, at.outputs, f"{at.flops:,}") if seen else ()
+            rows.append((*row(indented, type(module).__name__, module.parameters()), *tried))
         own = list(task.parameters(recurse=False))
         if own:
-            rows.append(row("(the task's own)", "Parameter", own))
-        header = ("module", "type", "parameters", "trainable", f"group (rate at step {step})")
-        return _table(header, rows, "<<><<", droppable=(1, 3))
+            rows.append((*row("(the task's own)", "Parameter", own), *(("-",) * 3 if seen else ())))
+        header = ["module", "type", "parameters", "trainable", f"group (rate at step {step})"]
+        header += ["in", "out", "FLOPs"] if seen else []
+        return _table(header, rows, "<<><<<<>", droppable=(1, 3))
 
 
 def _tree(module: nn.Module, depth: int, level: int = 0) -> List[Tuple[str, nn.Module]]:
