@@ -55,7 +55,9 @@ class EagerMode:
         self._watch_groups()
         if self._run.ranks is not None:
             every = [each for group in optimizer.param_groups for each in group.parameters]
-            self._exchange = GradientExchange(self._run.ranks, every)
+            # Of a batch its weight and 1, which travel as a gradient does.
+            self._weights = nn.Parameter(flow.zeros(2, device=self._run.settings.device))
+            self._exchange = GradientExchange(self._run.ranks, [*every, self._weights])
             self._statistics = RunningStatistics(self._run.ranks, self._task)
 
     def _watch_groups(self) -> None:
@@ -104,13 +106,11 @@ class EagerMode:
         return rest
 
     def _weighed(self, loss: Any, weight: Any) -> Any:
-        if self._exchange is not None:
-            raise ConfigurationError(
-                f"{self._task_name}.training_step returned a weight, and the ranks of a run do not "
-                "exchange weights yet: leave it out, or use Trainer(devices=1)."
-            )
         weight = weight_of(loss, weight, self._task_name)
-        self._run.weighing.add(weight)
+        if self._exchange is None:
+            self._run.weighing.add(weight)
+        else:
+            self._weights.grad = flow.stack([weight, weight * 0 + 1])
         return loss * weight
 
     def _weigh(self, window: int) -> None:
@@ -130,6 +130,15 @@ class EagerMode:
             statistics.exchange(calls)
         if closes:
             exchange.put()
+            self._take_weights(self._weights.grad)
+            self._weights.grad = None
+
+    def _take_weights(self, sums: Any) -> None:
+        """What the batches of all ranks weigh together, and how many of them said so."""
+        if sums is not None:
+            total, batches = sums.numpy().tolist()
+            state = {"batches": int(batches), "total": total}
+            self._run.weighing.load(state, next(self._task.parameters()))
 
     def eval_step(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
         """See :class:`~ofengine.run.mode.Mode`."""
@@ -152,14 +161,23 @@ class EagerMode:
     def gradients(self) -> Dict[str, Any]:
         """See :class:`~ofengine.run.mode.Mode`."""
         if self._exchange is not None:
-            return self._exchange.totals({id(p): n for n, p in self._task.named_parameters()})
+            names = {id(p): n for n, p in self._task.named_parameters()}
+            totals = self._exchange.totals({**names, id(self._weights): ""})
+            self._take_weights(totals.pop("", None))
+            return totals
         return {n: p.grad for n, p in self._task.named_parameters() if p.grad is not None}
 
     def load_gradients(self, gradients: Dict[str, Any]) -> None:
         """See :class:`~ofengine.run.mode.Mode`."""
         if self._exchange is not None:
             named = dict(self._task.named_parameters())
-            self._exchange.load({id(named[name]): each for name, each in gradients.items()})
+            totals = {id(named[name]): each for name, each in gradients.items()}
+            weighed = self._run.weighing.state()
+            if weighed is not None:
+                sums = flow.tensor([weighed["total"], float(weighed["batches"])])
+                totals[id(self._weights)] = sums
+                self._run.weighing.load(None, None)
+            self._exchange.load(totals)
             return
         for name, parameter in self._task.named_parameters():
             parameter.grad = gradients.get(name)
