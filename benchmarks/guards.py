@@ -48,6 +48,9 @@ def measured(values: bool, quick: bool) -> Dict[str, List[float]]:
                 loss = loss * sum(vars(self.space).values())
             return loss
 
+        def configure_optimizers(self) -> Any:
+            return flow.optim.SGD(self.param_groups(), lr=1e-12)  # the loss is never bounded
+
     found: Dict[str, List[float]] = {"look": [], "no look": []}
     block = 20
 
@@ -101,7 +104,8 @@ def looks(quick: bool) -> float:
         task.training_step(flow.ones(2, 2), 0)
     watch = guards.watch(task)
     number = 1_000 if quick else 20_000
-    return min(timeit.repeat(watch.may_differ, number=number, repeat=7)) / number * 1e6
+    spent = timeit.repeat(watch.may_differ, timer=time.thread_time, number=number, repeat=7)
+    return min(spent) / number * 1e6
 
 
 def main() -> None:

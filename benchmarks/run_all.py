@@ -32,6 +32,7 @@ SCRIPTS = (
     "threads",
     "blas",
     "guards",
+    "ranks_eager",
 )
 RESULTS = FOLDER / "RESULTS.md"
 BEGIN, END = "<!-- findings -->", "<!-- /findings -->"

@@ -9,9 +9,12 @@ from ofengine.callbacks.lr_decay import LRDecayCallback
 from ofengine.callbacks.lr_monitor import LearningRateMonitor
 from ofengine.callbacks.model_checkpoint import ModelCheckpoint
 from ofengine.callbacks.model_summary import ModelSummary
+from ofengine.callbacks.prediction_writer import PredictionWriter
 from ofengine.callbacks.progress_bar import ProgressBar
 from ofengine.callbacks.stochastic_weight_averaging import StochasticWeightAveraging
 from ofengine.callbacks.terminate_on_nan import TerminateOnNaN
+from ofengine.callbacks.throughput import Throughput
+from ofengine.callbacks.timer import Timer
 
 __all__ = [
     "EMAWeightAveraging",
@@ -22,7 +25,10 @@ __all__ = [
     "LearningRateMonitor",
     "ModelCheckpoint",
     "ModelSummary",
+    "PredictionWriter",
     "ProgressBar",
     "StochasticWeightAveraging",
     "TerminateOnNaN",
+    "Throughput",
+    "Timer",
 ]

@@ -16,6 +16,12 @@ def hint(name: str, metrics: Dict[str, Any]) -> str:
     return f"{meant} The metrics are {sorted(metrics)}." if metrics else " Nothing was logged."
 
 
+def somebody_stops(trainer: RunView) -> bool:
+    """True where a callback has a ``reason_to_stop()`` of its own."""
+    reasons = [getattr(each, "reason_to_stop", None) for each in trainer.callbacks]
+    return any(reason() for reason in reasons if reason is not None)
+
+
 def warn_of_misspelt_monitor(callback: object, monitor: str, metrics: Dict[str, Any]) -> None:
     """Warn where ``monitor`` is not among the ``metrics`` of validation, but one much like it."""
     close = difflib.get_close_matches(monitor, metrics, n=1, cutoff=0.75)

@@ -8,7 +8,7 @@ import numbers
 from typing import Any, Dict, Optional
 
 from ofengine.callback import Callback
-from ofengine.callbacks._monitor import hint, warn_of_misspelt_monitor
+from ofengine.callbacks._monitor import hint, somebody_stops, warn_of_misspelt_monitor
 from ofengine.checkpoint.checks import check_fits, flag, maybe, number, record, whole
 from ofengine.errors import ConfigurationError, warn
 from ofengine.run.arguments import check_choice, check_count, check_flag
@@ -158,7 +158,7 @@ class EarlyStopping(Callback):
                 "EarlyStopping(check_on_train_epoch_end=False) looks after validations only, and "
                 "this fit has none: it will never end training."
             )
-        reason = self._reason_to_stop()
+        reason = self.reason_to_stop()
         if reason:
             trainer.should_stop = True
             log.info("EarlyStopping: the run had been stopped before: %s.", reason)
@@ -169,9 +169,7 @@ class EarlyStopping(Callback):
                 self.stopped_epoch,
             )
             self.stopped_epoch = None
-            others = [each for each in trainer.callbacks if isinstance(each, EarlyStopping)]
-            if not any(each._reason_to_stop() for each in others):
-                trainer.should_stop = False
+            trainer.should_stop = somebody_stops(trainer)
 
     def on_validation_end(self, trainer: RunView, task: TaskModule) -> None:
         """Look, unless only the ends of epochs count."""
@@ -241,7 +239,7 @@ class EarlyStopping(Callback):
             return score + by_more_than < other
         return score - by_more_than > other
 
-    def _reason_to_stop(self) -> str:
+    def reason_to_stop(self) -> str:
         """Why the last look ends training; "" where it does not."""
         return self._reason_by_value() or self._reason_by_count()
 

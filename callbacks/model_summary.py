@@ -10,6 +10,7 @@ from oneflow import nn
 
 from ofengine import html
 from ofengine.callback import Callback
+from ofengine.callbacks._example_run import Seen, run_example
 from ofengine.callbacks._progress_display import IN_NOTEBOOK
 from ofengine.errors import ConfigurationError
 from ofengine.run.view import RunView
@@ -27,7 +28,9 @@ class ModelSummary(Callback):
     The modules' table shows name, type, number of parameters, how many of them train, and the
     groups they are in with the group's rate at step 0, as ``trainer.rates`` has it. The groups'
     table shows what that rate is made of. Parameters that several modules share count once.
-    Nothing is run through the model.
+    Where the task has an ``example_input_array``, it is run through ``forward`` once, in eval mode
+    and without gradients, and the table shows shapes and FLOPs: the multiplications and additions
+    of linear layers and convolutions. Otherwise nothing is run through the model.
 
     Args:
         max_depth: how deep modules within modules are shown; -1 for all, 0 for no summary.
@@ -56,22 +59,24 @@ class ModelSummary(Callback):
 
     def text(self, trainer: RunView, task: TaskModule) -> str:
         """The summary. ``trainer`` must be one that fits, or has fitted, ``task``."""
-        header, rows = self._modules(trainer, task)
-        modules = _table(header, rows, "<<><<", droppable=(1, 3))
+        seen = _tried(trainer, task)
+        header, rows = self._modules(trainer, task, seen)
+        modules = _table(header, rows, "<<><<<<>", droppable=(1, 3))
         header, rows, decay = _groups(trainer)
         groups = _table(header, rows, "<" + ">" * (len(header) - 1), droppable=(1, 2))
-        blocks = ["\n".join(modules), "\n".join(_totals(task)), "\n".join(groups), decay]
+        blocks = ["\n".join(modules), "\n".join(_totals(task, seen)), "\n".join(groups), decay]
         parts = ["", _title(trainer, task), *filter(None, blocks)]
         return "\n\n".join(parts)[1:] + "\n"
 
     def html(self, trainer: RunView, task: TaskModule) -> str:
         """The same for a notebook, which shows it by itself where ``fit`` runs in one."""
         header, rows, decay = _groups(trainer)
-        note = " ".join(_totals(task)) + "."
-        modules = html.table(_title(trainer, task), *self._modules(trainer, task), note)
+        seen = _tried(trainer, task)
+        note = " ".join(_totals(task, seen)) + "."
+        modules = html.table(_title(trainer, task), *self._modules(trainer, task, seen), note)
         return modules + html.table("parameter groups", header, rows, decay)
 
-    def _modules(self, trainer: RunView, task: TaskModule) -> _Cells:
+    def _modules(self, trainer: RunView, task: TaskModule, seen: Dict[int, Seen]) -> _Cells:
         group_of: Dict[int, int] = {
             id(parameter): index
             for index, group in enumerate(trainer.optimizer.param_groups)
@@ -93,15 +98,21 @@ class ModelSummary(Callback):
                 _group_names([(names[index], rates[index]) for index in within]),
             )
 
-        rows = [
-            row(indented, type(module).__name__, module.parameters())
-            for indented, module in _tree(task, self.max_depth)
-        ]
+        rows = []
+        for indented, module in _tree(task, self.max_depth):
+            at = seen.get(id(module), Seen())
+            tried = (at.inputs, at.outputs, f"{at.flops:,}") if seen else ()
+            rows.append((*row(indented, type(module).__name__, module.parameters()), *tried))
         own = list(task.parameters(recurse=False))
         if own:
-            rows.append(row("(the task's own)", "Parameter", own))
-        header = ("module", "type", "parameters", "trainable", f"group (rate at step {step})")
-        return header, rows
+            rows.append((*row("(the task's own)", "Parameter", own), *(("-",) * 3 if seen else ())))
+        header = ["module", "type", "parameters", "trainable", f"group (rate at step {step})"]
+        return header + (["in", "out", "FLOPs"] if seen else []), rows
+
+
+def _tried(trainer: RunView, task: TaskModule) -> Dict[int, Seen]:
+    """What a run of the task's example tells; empty where it has none."""
+    return {} if task.example_input_array is None else run_example(task, trainer.device)
 
 
 def _title(trainer: RunView, task: TaskModule) -> str:
@@ -109,13 +120,14 @@ def _title(trainer: RunView, task: TaskModule) -> str:
     return f"{type(task).__name__}, {trainer.mode} mode on {device}"
 
 
-def _totals(task: TaskModule) -> List[str]:
+def _totals(task: TaskModule, seen: Dict[int, Seen]) -> List[str]:
     parameters = list(task.parameters())
     total = sum(parameter.numel() for parameter in parameters)
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     return [
         f"{total:,} parameters, {total * 4 / 1e6:,.2f} MB in float32:",
         f"{trained:,} trainable, {total - trained:,} frozen",
+        *([f"{seen[id(task)].flops:,} FLOPs in a forward"] if id(task) in seen else []),
     ]
 
 

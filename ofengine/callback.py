@@ -13,6 +13,7 @@ One ``fit`` fires them in this order (tested by equality in ``tests/run/test_hoo
                     (eager only)     on_before_backward -> on_after_backward
                     (eager only, at the end of an accumulation window)
                                      on_before_optimizer_step -> update -> on_before_zero_grad
+                on_after_optimizer_step   # after an update
                 on_train_batch_end
                 on_validation_start, on_validation_epoch_start,
                     on_validation_batch_start / on_validation_batch_end for each batch,
@@ -48,7 +49,8 @@ class Callback:
     """A unit of behaviour that a Trainer runs at its hooks. Override the hooks you need.
 
     Every hook takes the trainer and the task first; the same hooks exist on
-    :class:`~ofengine.TaskModule` without those two. A hook's return value is ignored.
+    :class:`~ofengine.TaskModule` without those two. A hook's return value is ignored,
+    but for -1 of ``on_train_batch_start``.
     """
 
     fires_last: bool = False
@@ -149,12 +151,18 @@ class Callback:
     def on_train_batch_start(
         self, trainer: RunView, task: TaskModule, batch: Any, batch_idx: int
     ) -> None:
-        """Before a training batch, which is on the device already."""
+        """Before a training batch, which is on the device already.
+
+        Where it returns -1 the epoch ends here, before this batch.
+        """
 
     def on_train_batch_end(
         self, trainer: RunView, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After a training batch. ``outputs`` is a dict with "loss" (a tensor, not read yet)."""
+
+    def on_after_optimizer_step(self, trainer: RunView, task: TaskModule) -> None:
+        """After each update, in both modes; ``trainer.global_step`` counts it already."""
 
     def on_before_backward(self, trainer: RunView, task: TaskModule, loss: Any) -> None:
         """Eager mode only. The loss is there, its gradient is not."""

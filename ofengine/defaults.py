@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from typing import Any, Iterable, List, Sequence, Union
+from typing import Any, Iterable, List, Optional, Sequence, Union
 
 from ofengine.callback import Callback
 from ofengine.callbacks import (
+    EarlyStopping,
     GraphLRScaleCallback,
     LRDecayCallback,
     ModelCheckpoint,
@@ -21,6 +22,7 @@ from ofengine.loggers._folder import share_folders
 from ofengine.loggers.silent import SilentLogger
 from ofengine.ranks.zero import is_rank_zero
 from ofengine.run.settings import Settings
+from ofengine.run.view import RunView
 
 log = logging.getLogger("ofengine")
 
@@ -75,6 +77,13 @@ def make_callbacks(
     return listed
 
 
+def add_task_callbacks(callbacks: List[Callback], task: Any) -> None:
+    """Put those of ``configure_callbacks`` behind ``callbacks``, in the place of their classes."""
+    brought = _as_list("configure_callbacks()", task.configure_callbacks(), Callback)
+    kinds = {type(each) for each in brought}
+    callbacks[:] = [*(each for each in callbacks if type(each) not in kinds), *brought]
+
+
 def add_rate_callback(callbacks: List[Callback], mode: str) -> None:
     """Each mode has a callback that carries out the rate plan; add it where it is missing."""
     wanted = GraphLRScaleCallback if mode == "graph" else LRDecayCallback
@@ -90,3 +99,27 @@ def configure_logging() -> None:
     if not log.handlers and not logging.getLogger().handlers:
         log.addHandler(logging.StreamHandler(sys.stderr))
         log.setLevel(logging.INFO if is_rank_zero() else logging.ERROR)
+
+
+class KnowsCallbacks(RunView):
+    """A run that finds the callbacks of a kind, under Lightning's names."""
+
+    @property
+    def checkpoint_callbacks(self) -> List[Callback]:
+        """All ``ModelCheckpoint`` callbacks; ``checkpoint_callback`` is the first, or None."""
+        return [each for each in self.callbacks if isinstance(each, ModelCheckpoint)]
+
+    @property
+    def checkpoint_callback(self) -> Optional[Callback]:
+        """See :attr:`checkpoint_callbacks`."""
+        return next(iter(self.checkpoint_callbacks), None)
+
+    @property
+    def early_stopping_callbacks(self) -> List[Callback]:
+        """All ``EarlyStopping`` callbacks; ``early_stopping_callback`` is the first, or None."""
+        return [each for each in self.callbacks if isinstance(each, EarlyStopping)]
+
+    @property
+    def early_stopping_callback(self) -> Optional[Callback]:
+        """See :attr:`early_stopping_callbacks`."""
+        return next(iter(self.early_stopping_callbacks), None)

@@ -85,12 +85,17 @@ class TaskModule(TaskHooks, nn.Module):
     hparams: HyperParameters
     """What :meth:`save_hyperparameters` was told: ``hparams["lr"]`` or ``hparams.lr``."""
 
+    example_input_array: Any = None
+    """An input of ``forward``, a tuple or dict of several, which ``ModelSummary`` tries."""
+
     def __getattr__(self, name: str) -> Any:
         """A submodule, parameter or buffer; submodules first, which every step asks for."""
         try:
             return self.__dict__["_modules"][name]
         except KeyError:
             pass  # not raised from here, where it would be told with the error
+        if name in ("logger", "loggers") and self._trainer is not None:
+            return getattr(self._trainer, name)  # no property: a user's own of this name stands
         if name == "hparams":  # nothing was told yet
             return self.__dict__.setdefault(name, HyperParameters())
         try:
@@ -196,6 +201,13 @@ class TaskModule(TaskHooks, nn.Module):
     def predict_dataloader(self) -> Any:
         """The data of ``predict`` where it is given none."""
         return None
+
+    def configure_callbacks(self) -> Any:
+        """Callbacks that this task brings along, one or a list.
+
+        They take the place of the Trainer's own of their classes, in every verb.
+        """
+        return []
 
     def on_save_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
         """Put into the empty dict ``checkpoint`` what a checkpoint is to keep of this task.
@@ -317,6 +329,20 @@ class TaskModule(TaskHooks, nn.Module):
             )
         for name, value in metrics.items():
             self.log(name, value, **options)
+
+    def print(self, *values: Any, **options: Any) -> None:
+        """Python's ``print``, on rank 0 alone."""
+        self.trainer.print(*values, **options)
+
+    def freeze(self) -> None:
+        """Let no parameter of this task train, and put it into eval mode."""
+        self.requires_grad_(False)
+        self.eval()
+
+    def unfreeze(self) -> None:
+        """Let all parameters of this task train, and put it into training mode."""
+        self.requires_grad_(True)
+        self.train()
 
     @property
     def _trainer(self) -> Optional[RunView]:

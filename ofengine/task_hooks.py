@@ -54,6 +54,9 @@ class TaskHooks:
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """See :meth:`ofengine.Callback.on_train_batch_end`."""
 
+    def on_after_optimizer_step(self) -> None:
+        """See :meth:`ofengine.Callback.on_after_optimizer_step`."""
+
     def on_before_backward(self, loss: Any) -> None:
         """See :meth:`ofengine.Callback.on_before_backward`."""
 

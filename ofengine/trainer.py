@@ -7,13 +7,22 @@ import logging
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
+import attrs
+
 from ofengine.callback import Callback
 from ofengine.checkpoint.file import write
 from ofengine.checkpoint.find import CheckpointPath, supervised, weights_file
 from ofengine.checkpoint.snapshot import content_of
 from ofengine.checkpoint.weights import load_weights
 from ofengine.data_module import DataModule
-from ofengine.defaults import add_rate_callback, configure_logging, make_callbacks, make_loggers
+from ofengine.defaults import (
+    KnowsCallbacks,
+    add_rate_callback,
+    add_task_callbacks,
+    configure_logging,
+    make_callbacks,
+    make_loggers,
+)
 from ofengine.errors import warn
 from ofengine.loggers import Logger
 from ofengine.rates.finder import LRFinder
@@ -29,10 +38,11 @@ from ofengine.run.fitting import fit_run
 from ofengine.run.hooks import HookRunner
 from ofengine.run.loops import evaluation_loop
 from ofengine.run.mode import Mode
+from ofengine.run.profiling import watch_data
 from ofengine.run.settings import CHECKS, Settings, refuse_arguments
 from ofengine.run.state import Run
 from ofengine.run.verb import alone_in_training, carry_out
-from ofengine.run.view import Content, RunView
+from ofengine.run.view import Content
 from ofengine.run.windows import Accumulation
 from ofengine.task import TaskModule
 from ofengine.trials.lr_find import lr_find
@@ -43,7 +53,7 @@ from ofengine.trials.prove_ranks import prove_ranks
 log = logging.getLogger("ofengine")
 
 
-class Trainer(RunView):
+class Trainer(KnowsCallbacks):
     """Trains, validates, tests and predicts with a :class:`~ofengine.TaskModule`.
 
     Args:
@@ -57,6 +67,8 @@ class Trainer(RunView):
         max_epochs: epochs to train. Default: 1000, or no limit where ``max_steps`` or
             ``max_time`` is given. -1 means no limit.
         max_steps: optimizer steps to train; -1 means no limit.
+        min_epochs: epochs that are trained before ``should_stop``, which EarlyStopping sets, ends
+            training; and ``min_steps``, in optimizer steps.
         max_time: time to train, as "DD:HH:MM:SS", a timedelta, or a dict of its arguments.
             Looked at after each optimizer step.
         limit_train_batches: an int for so many batches of an epoch, a float for a share of
@@ -89,6 +101,7 @@ class Trainer(RunView):
         restart_on_crash: how often the script is started again where its process dies of a
             crash (by a signal, in native code): ``fit`` then goes on from the last checkpoint.
             What stands before ``fit`` in the script runs again each time.
+        profiler: "simple" prints where the time of each verb went, and writes a trace for Chrome.
 
     Raises:
         ConfigurationError: an argument is wrong.
@@ -106,6 +119,8 @@ class Trainer(RunView):
         sync_batchnorm: bool = False,
         max_epochs: Optional[int] = None,
         max_steps: int = -1,
+        min_epochs: Optional[int] = None,
+        min_steps: Optional[int] = None,
         max_time: MaxTime = None,
         limit_train_batches: Limit = None,
         limit_val_batches: Limit = None,
@@ -129,6 +144,7 @@ class Trainer(RunView):
         enable_model_summary: bool = True,
         default_root_dir: Union[str, Path, None] = None,
         restart_on_crash: int = 0,
+        profiler: Optional[str] = None,
         **_unknown: Any,
     ) -> None:
         configure_logging()
@@ -184,6 +200,7 @@ class Trainer(RunView):
             run, self, "fit", datamodule, train_dataloaders, val_dataloaders
         )
         self._attach(task)
+        add_task_callbacks(run.callbacks, task)
         connect.check_step(task, "train")
         add_rate_callback(run.callbacks, self.mode)
         together.begin(run, "fit")
@@ -228,12 +245,15 @@ class Trainer(RunView):
         dataloaders: Any = None,
         ckpt_path: CheckpointPath = None,
         datamodule: Optional[DataModule] = None,
+        return_predictions: bool = True,
         **_unknown: Any,
     ) -> List[Any]:
-        """What ``predict_step`` returned for each batch; with several dataloaders, a list each."""
-        predictions = self._evaluate("predict", task, dataloaders, ckpt_path, datamodule, _unknown)[
-            1
-        ]
+        """What ``predict_step`` returned for each batch; with several dataloaders, a list each.
+
+        ``return_predictions=False`` keeps none of it, as where a ``PredictionWriter`` writes it.
+        """
+        given = (dataloaders, ckpt_path, datamodule, _unknown, return_predictions)
+        predictions = self._evaluate("predict", task, *given)[1]
         return predictions[0] if len(predictions) == 1 else predictions
 
     def preview(
@@ -308,12 +328,14 @@ class Trainer(RunView):
         ckpt_path: CheckpointPath,
         datamodule: Optional[DataModule],
         unknown: Mapping[str, Any],
+        keeps: bool = True,
     ) -> Tuple[List[Dict[str, float]], List[List[Any]]]:
         verb = connect.VERB_OF_STAGE[stage]
         refuse_arguments(verb, unknown)
         starting.start_missing_ranks(self.settings)
         data = connect.take_datamodule(self._run, self, verb, datamodule, dataloaders)
         self._attach(task)
+        add_task_callbacks(self._run.callbacks, task)
         connect.check_step(task, stage)
         together.begin(self._run, verb)
 
@@ -322,6 +344,7 @@ class Trainer(RunView):
             limit = self.settings.limit(stage)
             if limit is None or limit > 0:
                 connect.require_data(self._run, stage, loaders)
+            watch_data(self._run, loaders)
             move(task, self.device)
             if ckpt_path is not None:
                 path = together.of_rank_zero(
@@ -329,7 +352,7 @@ class Trainer(RunView):
                 )
                 load_weights(task, path)
             together.share_weights(self._run)
-            return evaluation_loop(self._run, hooks, mode, stage, loaders)
+            return evaluation_loop(self._run, hooks, mode, stage, loaders, keeps=keeps)
 
         return carry_out(self, self._run, verb, body)
 
@@ -366,5 +389,5 @@ def _fit_apart(
 ) -> None:
     """A ``fit`` of a Trainer of its own, without loggers."""
     trainer = Trainer.__new__(Trainer)
-    trainer._run = Run.new(settings, callbacks, [])
+    trainer._run = Run.new(attrs.evolve(settings, profiler=None), callbacks, [])
     trainer.fit(task, source, ckpt_path=ckpt_path)

@@ -125,6 +125,9 @@ def _check_optimizer(run: Run, state: State) -> None:
             f"there are gradients of an open window after {loop['batches_done']} batches, where "
             f"windows of {accumulate} are closed"
         )
+    weights = state.get("weights")
+    if weights is not None and weights["batches"] != loop["batches_done"] % accumulate:
+        raise misfit("weights/batches", weights["batches"], "the batches of the open window")
 
 
 _ALL_KEYS = (

@@ -47,8 +47,8 @@ class Entry:
 
     def restore_step_state(self, run: Run) -> None:
         """What the loop has in its hands in the middle of an epoch."""
-        run.training_mode.load_gradients(_tensors(run, self.state["gradients"]))
         run.weighing.load(self.state.get("weights"), next(run.task.parameters()))
+        run.training_mode.load_gradients(_tensors(run, self.state["gradients"]))
 
 
 class Resumed:

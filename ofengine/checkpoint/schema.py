@@ -137,7 +137,7 @@ _RATES = record(
         "frequency": whole(1),
         "changes": listed(row(whole(), text, number(0))),
         "plateau": maybe(record({"memory": by_name(plain), "lrs": listed(number(0))})),
-        "calendar": record({"batches_per_epoch": maybe(whole(1)), "lengths": listed(whole(1))}),
+        "calendar": record({"batches_per_epoch": maybe(whole(1)), "lengths": listed(whole())}),
         "rates": _numbered(listed(number())),
     },
     {"positions": _numbered(listed(number()))},

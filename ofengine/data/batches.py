@@ -6,7 +6,7 @@ import contextlib
 import copy
 import itertools
 import operator
-from typing import Any, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Iterable, Iterator, List, Optional, Tuple
 
 import oneflow as flow
 from oneflow.utils.data import DataLoader
@@ -103,6 +103,7 @@ class Batches:
         """The generators' states when the last pass was begun, where it is ``resumable``; None
         for a list."""
         self._begun: Tuple[int, ...] = ()
+        self.transfer: Callable[[Any, flow.device], Any] = to_device
         self.order = Order()
         """What the batches of the last pass are made of, where that is known."""
         self._numbers = itertools.count()
@@ -139,7 +140,7 @@ class Batches:
         if isinstance(self.source, DataLoader):
             batches = ended_by_its_own(batches, self.source, self.what, skipped)
         if self.device.type != "cpu" or self._share is not None:
-            batches = (to_device(batch, self.device) for batch in batches)
+            batches = (self.transfer(batch, self.device) for batch in batches)
         # Counted in C: where a batch cannot be had, its number is not taken.
         self._numbers = itertools.count(skipped)
         if counts or self.keep:

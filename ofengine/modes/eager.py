@@ -25,7 +25,7 @@ from ofengine.ranks.statistics import RunningStatistics
 from ofengine.ranks.synced_norms import SyncedNorms
 from ofengine.run.mode import HookCalls, ParameterStates
 from ofengine.run.state import Run
-from ofengine.run.weighing import weight_of, weights_of_ranks
+from ofengine.run.weighing import weight_of
 from ofengine.task import TaskModule
 
 
@@ -59,6 +59,9 @@ class EagerMode:
             every = [each for group in optimizer.param_groups for each in group.parameters]
             kind = SyncedNorms if self._run.settings.sync_batchnorm else RunningStatistics
             self._norms = kind(self._run.ranks, self._task)
+            # Of a batch its weight and 1, which travel as a gradient does.
+            self._weights = nn.Parameter(flow.zeros(2, device=self._run.settings.device))
+            every.append(self._weights)
             self._exchange = GradientExchange(self._run.ranks, every, self._norms.room)
 
     def _watch_groups(self) -> None:
@@ -77,7 +80,7 @@ class EagerMode:
                 loss, rest = split_outputs(loss, self._task_name)
             for call in self._before_backward:
                 call(loss)
-            if "weight" in rest and self._averages:
+            if self._averages and "weight" in rest:
                 backward_of(self._weighed(loss, rest["weight"]))
             else:
                 backward_of(loss if window == 1 else loss / window)
@@ -90,7 +93,7 @@ class EagerMode:
             optimizer = self._optimizer
             if window > 1:
                 drop_gradients_of_frozen(optimizer)
-            if self._run.weighing.batches:
+            if self._averages and self._run.weighing.batches:
                 self._weigh(window)
             for call in self._before_update:
                 call(optimizer)
@@ -112,10 +115,11 @@ class EagerMode:
         return rest
 
     def _weighed(self, loss: Any, weight: Any) -> Any:
-        if self._exchange is not None:
-            raise weights_of_ranks(self._task_name)
         weight = weight_of(loss, weight, self._task_name)
-        self._run.weighing.add(weight)
+        if self._exchange is None:
+            self._run.weighing.add(weight)
+        else:
+            self._weights.grad = flow.stack([weight, weight * 0 + 1])
         return loss * weight
 
     def _weigh(self, window: int) -> None:
@@ -135,6 +139,15 @@ class EagerMode:
             norms.finish(most)
         if closes:
             exchange.put()
+            self._take_weights(self._weights.grad)
+            self._weights.grad = None
+
+    def _take_weights(self, sums: Any) -> None:
+        """What the batches of all ranks weigh together, and how many of them said so."""
+        if sums is not None:
+            total, batches = sums.numpy().tolist()
+            state = {"batches": int(batches), "total": total}
+            self._run.weighing.load(state, next(self._task.parameters()))
 
     def eval_step(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
         """See :class:`~ofengine.run.mode.Mode`."""
@@ -160,14 +173,23 @@ class EagerMode:
     def gradients(self) -> Dict[str, Any]:
         """See :class:`~ofengine.run.mode.Mode`."""
         if self._exchange is not None:
-            return self._exchange.totals({id(p): n for n, p in self._task.named_parameters()})
+            names = {id(p): n for n, p in self._task.named_parameters()}
+            totals = self._exchange.totals({**names, id(self._weights): ""})
+            self._take_weights(totals.pop("", None))
+            return totals
         return {n: p.grad for n, p in self._task.named_parameters() if p.grad is not None}
 
     def load_gradients(self, gradients: Dict[str, Any]) -> None:
         """See :class:`~ofengine.run.mode.Mode`."""
         if self._exchange is not None:
             named = dict(self._task.named_parameters())
-            self._exchange.load({id(named[name]): each for name, each in gradients.items()})
+            totals = {id(named[name]): each for name, each in gradients.items()}
+            weighed = self._run.weighing.state()
+            if weighed is not None:
+                sums = flow.tensor([weighed["total"], float(weighed["batches"])])
+                totals[id(self._weights)] = sums
+                self._run.weighing.load(None, None)
+            self._exchange.load(totals)
             return
         for name, parameter in self._task.named_parameters():
             parameter.grad = gradients.get(name)

@@ -25,7 +25,8 @@ class GradientExchange:
     Args:
         meetings: this rank's end of the exchange.
         parameters: the same on all ranks, in the same order.
-        room: so many numbers a meeting carries, 0 for as many of the gradients as it can.
+        room: so many numbers each meeting has to carry for others, which come often: no more
+            are in it. 0 for as many as it can.
 
     Raises:
         RankError: a parameter has a dtype that is not exchanged.
@@ -44,7 +45,7 @@ class GradientExchange:
         self._flags = np.zeros(len(self.parameters), np.float32)
         narrow = self._parts[0]
         numbers = self._flags.size + narrow.size
-        self._in_meeting = min(numbers, meetings.make_room(room or numbers))
+        self._in_meeting = min(numbers, meetings.make_room(room or numbers, room))
 
     def add(self, check: int = 0, note: int = 0) -> int:
         """Take the gradients of this rank's batch out of ``.grad``, and add those of all ranks.

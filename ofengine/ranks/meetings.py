@@ -27,7 +27,7 @@ from ofengine.ranks.messages import decode, encode
 _CONTROL = 8
 _LEAST = 4
 """So many numbers a meeting carries at least."""
-_MOST_IN_MEETING = 64 * 1024
+_MOST_IN_MEETING = 512 * 1024
 """So many numbers a meeting carries at most; more are gathered apart."""
 _MOST_NUMBERS = 4 * 1024 * 1024
 """So many numbers all ranks together send at once, so that memory does not grow with them."""
@@ -90,13 +90,13 @@ class Meetings:
         """Takes what the batch norms of others have sent while this rank has no batch."""
         self._room = _LEAST
 
-    def make_room(self, numbers: int) -> int:
+    def make_room(self, numbers: int, needed: int = 0) -> int:
         """Let meetings carry so many numbers, or as many as there is room for; all ranks at once.
 
-        Returns how many.
+        Returns how many, ``needed`` at least.
         """
-        self._room = max(_LEAST, min(numbers, _MOST_IN_MEETING))
-        return min(numbers, self._room)
+        self._room = max(_LEAST, needed, min(numbers, _MOST_IN_MEETING, self.most_numbers))
+        return max(needed, min(numbers, self._room))
 
     @property
     def most_numbers(self) -> int:
@@ -172,7 +172,7 @@ class Meetings:
         """``own`` of each rank, of one size: one row for each."""
         sent = flow.tensor(own, device=self.device)
         shape = (self.size * own.size,)
-        all_of_them = flow.zeros(shape, dtype=sent.dtype, device=self.device)
+        all_of_them = flow.empty(shape, dtype=sent.dtype, device=self.device)
         with exchange:
             comm.all_gather_into_tensor(all_of_them, sent)
             gathered: np.ndarray = all_of_them.numpy()

@@ -39,10 +39,10 @@ class RunningStatistics:
     def __init__(self, meetings: Meetings, task: nn.Module) -> None:
         self._meetings = meetings
         self._layers: List[Any] = []
-        self._before: Dict[int, Pair] = {}
-        """Of each layer that was called, before the first call of this round."""
-        self._added: Dict[int, List[Pair]] = {}
-        """Of each layer, what each of its calls adds."""
+        self._before: Dict[int, List[Any]] = {}
+        """Of each layer that was called, the two tensors before the first call of this round."""
+        self._added: Dict[int, List[Any]] = {}
+        """Of each layer, what each of its calls adds to them: tensors, two of each call."""
         self._own: List[Tuple[Any, Any]] = []
         """Each layer, and the ``forward`` that somebody had given this very object."""
         for name, module in task.named_modules():
@@ -68,14 +68,18 @@ class RunningStatistics:
         """``forward``, noting what it adds to the running statistics."""
         if not layer.training:
             return forward(*inputs)
-        own = running_of(layer)
-        self._before.setdefault(id(layer), own)
-        for name in _RUNNING:
-            getattr(layer, name).zero_()
+        with flow.no_grad():  # nothing waits for the device here
+            running = [getattr(layer, name) for name in _RUNNING]
+            before = [each.clone() for each in running]
+            for each in running:
+                each.zero_()
         output = forward(*inputs)
-        added = running_of(layer)
-        self._added.setdefault(id(layer), []).append(added)
-        write(layer, updated(own, added, layer.momentum))
+        with flow.no_grad():
+            added = [each.clone() for each in running]
+            for each, old, new in zip(running, before, added):
+                each.copy_(old * (1.0 - layer.momentum) + new)
+        self._before.setdefault(id(layer), before)
+        self._added.setdefault(id(layer), []).extend(added)
         return output
 
     def begin(self) -> None:
@@ -84,7 +88,7 @@ class RunningStatistics:
     @property
     def note(self) -> int:
         """How often the layer that was called most was called in this round."""
-        return max(map(len, self._added.values()), default=0)
+        return max(map(len, self._added.values()), default=0) // 2
 
     def finish(self, most: int) -> None:
         """The step is over on all ranks, none of which has more calls than so many."""
@@ -94,20 +98,22 @@ class RunningStatistics:
     def _exchange(self, most_calls: int) -> None:
         """Update all layers by the calls of all ranks."""
         own = np.zeros((most_calls, len(self._layers) + 2 * self._size), np.float64)
+        before, added = _read(self._before), _read(self._added)
         for calls in range(most_calls):
             row, at = own[calls], len(self._layers)
             for number, layer in enumerate(self._layers):
-                added = self._added.get(id(layer), [])
+                arrays = added.get(id(layer), [])[2 * calls : 2 * calls + 2]
                 size = int(layer.running_mean.numel())
-                if calls < len(added):
+                if arrays:
                     row[number] = 1.0
-                    row[at : at + 2 * size] = np.concatenate(added[calls])
+                    row[at : at + 2 * size] = np.concatenate(arrays)
                 at += 2 * size
         rows = self._meetings.gather(own.reshape(-1)).reshape(-1, *own.shape)
         at = len(self._layers)
         for number, layer in enumerate(self._layers):
-            size, now, count = int(layer.running_mean.numel()), self._before.get(id(layer)), 0
-            now = running_of(layer) if now is None else now
+            size, count = int(layer.running_mean.numel()), 0
+            old = before.get(id(layer))
+            now = running_of(layer) if old is None else (old[0], old[1])
             dtype = now[0].dtype
             for calls in rows:  # of one rank after the other
                 for call in calls:
@@ -118,7 +124,7 @@ class RunningStatistics:
             at += 2 * size
             if count:
                 write(layer, now)
-            others = count - len(self._added.get(id(layer), []))
+            others = count - len(added.get(id(layer), [])) // 2
             if others and layer.num_batches_tracked is not None:
                 layer.num_batches_tracked.add_(others)
         self._before.clear()
@@ -157,6 +163,18 @@ def _refuse_average(task: nn.Module, name: str, layer: Any) -> None:
             f"{type(task).__name__}.{name} has momentum=None, which several ranks do not "
             "keep to: give it a number, such as 0.1."
         )
+
+
+def _read(tensors: Dict[int, List[Any]]) -> Dict[int, List[np.ndarray]]:
+    """All of them as numpy has them, with one wait for the device."""
+    every = [each for of_layer in tensors.values() for each in of_layer]
+    if not every:
+        return {}
+    together = flow.cat([each.to(flow.float64) for each in every], dim=0).numpy()
+    parts = np.split(together, np.cumsum([each.numel() for each in every])[:-1])
+    names = [str(each.dtype).rpartition(".")[2] for each in every]  # float32 in float64 is exact
+    arrays = iter([part.astype(name) for part, name in zip(parts, names)])
+    return {key: [next(arrays) for _ in of_layer] for key, of_layer in tensors.items()}
 
 
 def running_of(layer: Any) -> Pair:

@@ -19,6 +19,7 @@ from ofengine.modes.own_graphs import has_own_graph
 from ofengine.rates.plan import DecayEvents
 from ofengine.run.arguments import Limit, batches_between_validations
 from ofengine.run.hooks import refuse_eager_only_hooks
+from ofengine.run.profiling import watch_data
 from ofengine.run.settings import LIMIT_OF_STAGE, Settings
 from ofengine.run.state import Run
 from ofengine.run.windows import Windows
@@ -178,6 +179,7 @@ def take_data(run: Run, train: Any, validation: Any) -> Tuple[Batches, List[Batc
     )
     for each in run.validation:
         _check_lasts(run, each)
+    watch_data(run, [taken, *run.validation])
     return taken, run.validation
 
 

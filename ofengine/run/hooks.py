@@ -11,6 +11,7 @@ from ofengine.callback import EAGER_ONLY_HOOKS, HOOKS, METHODS, Callback, overri
 from ofengine.data_module import DATA_MODULE_HOOKS, DataModule
 from ofengine.errors import ConfigurationError, warn
 from ofengine.run.lightning import HOOKS as HOOKS_OF_LIGHTNING, TASK_ATTRIBUTES
+from ofengine.run.profile import Profile
 from ofengine.run.view import RunView
 from ofengine.task import TaskModule
 
@@ -22,7 +23,8 @@ class HookRunner:
         self._trainer, self._task = trainer, task
         self._first = [callback for callback in callbacks if not callback.fires_last]
         self._last = [callback for callback in callbacks if callback.fires_last]
-        self.calls: Dict[str, List[Callable[..., None]]] = {}
+        self.profile: Optional[Profile] = None
+        self.calls: Dict[str, List[Callable[..., Any]]] = {}
         self.look_again(*HOOKS)
 
     def look_again(self, *hooks: str) -> None:
@@ -38,11 +40,18 @@ class HookRunner:
                 for group in (self._first, self._last)
             )
             self.calls[hook] = [*before, *own, *after]
+            if self.profile is not None:
+                self.calls[hook] = [_timed(self.profile, hook, c) for c in self.calls[hook]]
 
     def fire(self, hook: str, *args: Any) -> None:
         """Call every override of ``hook``, in order."""
         for call in self.calls[hook]:
             call(*args)
+
+
+def _timed(profile: Profile, hook: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    method: Any = call.func if isinstance(call, partial) else call
+    return profile.wrap(f"hook: {type(method.__self__).__name__}.{hook}", call)
 
 
 def warn_of_misspelt_methods(task: TaskModule, callbacks: Iterable[Callback]) -> None:

@@ -33,10 +33,6 @@ _ANEW_EACH_PASS = (
     "a dataloader is asked for its batches anew in each epoch: let its dataset, or its __iter__, "
     "choose what an epoch reads"
 )
-_NO_EARLIER_END = (
-    "only max_steps, max_time and trainer.should_stop, which EarlyStopping sets, end training "
-    "before max_epochs: give EarlyStopping a larger patience, or set should_stop later"
-)
 _SPLIT_SEQUENCES = (
     "a batch is trained on as a whole: split long sequences in the dataset, so that each part is a "
     "batch"
@@ -74,14 +70,12 @@ TRAINER_ARGUMENTS: Mapping[str, str] = {
         "detect_anomaly terminate_on_nan",
         "list a TerminateOnNaN in callbacks, which names the first step whose loss is not finite",
     ),
-    "profiler": "nothing here profiles: run the script under cProfile or py-spy",
     "automatic_optimization": _STEPS_ALONE,
     "enable_pl_optimizer": "the optimizer is OneFlow's own, without a wrapper: leave it out",
     "track_grad_norm": _GRAD_NORM,
     "truncated_bptt_steps": _SPLIT_SEQUENCES,
     "stochastic_weight_avg": "list a StochasticWeightAveraging in callbacks",
     # How long, and on which data.
-    **_each("min_epochs min_steps", _NO_EARLIER_END),
     **_each("reload_dataloaders_every_n_epochs reload_dataloaders_every_epoch", _ANEW_EACH_PASS),
     "multiple_trainloader_mode": "give fit an ofengine.CombinedLoader(loaders, mode)",
     "overfit_pct": "write overfit_batches, a float for a share",
@@ -118,8 +112,6 @@ TRAINER_ARGUMENTS: Mapping[str, str] = {
     "test_dataloaders": "write dataloaders, as in test(task, dataloaders=...)",
     "verbose": "the progress bar shows the metrics: leave it out, or write "
     "Trainer(enable_progress_bar=False)",
-    "return_predictions": "predict returns what predict_step returned: leave it out, and return "
-    "None there to keep nothing",
     "weights_only": "no checkpoint here can run code: leave it out; load_weights(task, path) takes "
     "the weights alone",
 }
@@ -146,13 +138,11 @@ TRAINER_ATTRIBUTES: Mapping[str, str] = {
     # Metrics, loggers, callbacks.
     "progress_bar_dict": "write trainer.progress_bar_metrics",
     **_each(
-        "checkpoint_callback checkpoint_callbacks early_stopping_callback early_stopping_callbacks "
         "progress_bar_callback prediction_writer_callbacks",
         "keep the object that you list in callbacks, or look for it in trainer.callbacks",
     ),
     "weights_save_path": "ask the ModelCheckpoint in trainer.callbacks for its dirpath",
     "call_hook": "only the Trainer calls hooks: call the callback's method itself",
-    "print": "write print(...) under `if self.trainer.is_global_zero:`",
     # The data.
     **_each(
         "train_dataloader val_dataloaders test_dataloaders predict_dataloaders",
@@ -171,11 +161,8 @@ TRAINER_ATTRIBUTES: Mapping[str, str] = {
         "together",
     ),
     "overfit_batches": "write trainer.num_training_batches: what it leaves of an epoch",
+    "profiler": "write trainer.profile",
     # Where a run is.
-    "estimated_stepping_batches": "write trainer.total_steps, which is None where the length is "
-    "not known ahead",
-    "is_last_batch": "write trainer.batch_idx + 1 == trainer.num_training_batches",
-    **_each("min_epochs min_steps", _NO_EARLIER_END),
     **_each(
         "fit_loop validate_loop test_loop predict_loop train_loop evaluation_loop",
         "the loops are no objects here: trainer.current_epoch, trainer.global_step and "
@@ -232,7 +219,7 @@ TRAINER_ATTRIBUTES: Mapping[str, str] = {
     **{
         name: TRAINER_ARGUMENTS[name]
         for name in (
-            *("barebones", "enable_autolog_hparams", "profiler"),
+            *("barebones", "enable_autolog_hparams"),
             *("terminate_on_nan", "track_grad_norm", "weights_summary"),
         )
     },
@@ -252,8 +239,6 @@ TASK_ATTRIBUTES: Mapping[str, str] = {
     "grad_norm": _GRAD_NORM,
     "truncated_bptt_steps": _SPLIT_SEQUENCES,
     # The weights.
-    "freeze": "write requires_grad_(False) and eval()",
-    "unfreeze": "write requires_grad_(True) and train()",
     "strict_loading": "weights are loaded all or none: write "
     'load_weights(task.model, path, prefix="model.") for a part of them',
     **_each(
@@ -263,17 +248,15 @@ TASK_ATTRIBUTES: Mapping[str, str] = {
     ),
     "dtype": "write next(self.parameters()).dtype",
     "model_size": "write sum(p.numel() * p.element_size() for p in self.parameters())",
-    "example_input_array": "nothing is run through the model for its summary: leave it out",
     "summarize": "list a ModelSummary(max_depth=...) in callbacks, which prints it when fit starts",
     "hparams_initial": "write self.hparams, which holds what save_hyperparameters() was told",
     "remove_ignored_hparams": "write save_hyperparameters(ignore=[...])",
     # Logs and output.
-    "logger": "write self.trainer.logger",
-    "loggers": "write self.trainer.loggers",
-    "print": "write print(...) under `if trainer.is_global_zero:`",
+    **_each("logger loggers", "a task has it from fit on: use it in hooks and steps"),
     **_each(
         "write_prediction write_prediction_dict",
-        "return it from predict_step: predict gives all of them back",
+        "return it from predict_step: predict gives all of them back, and a PredictionWriter in "
+        "callbacks writes them to files",
     ),
     # The data and the machine.
     "datamodule": "write self.trainer.datamodule",
@@ -306,8 +289,9 @@ HOOKS: Mapping[str, str] = {
     # Backward and the update.
     "backward": "the Trainer calls backward itself: change the loss in training_step, or write "
     "on_before_backward or on_after_backward (eager mode)",
-    "optimizer_step": "the Trainer makes the update itself: write on_before_optimizer_step (eager "
-    "mode), and return a warm-up as the lr_scheduler of configure_optimizers",
+    "optimizer_step": "the Trainer makes the update itself: write on_after_optimizer_step, or "
+    "on_before_optimizer_step (eager mode), and return a warm-up as the lr_scheduler of "
+    "configure_optimizers",
     "optimizer_zero_grad": "gradients are set to None after each update: write "
     "on_before_zero_grad (eager mode)",
     "lr_scheduler_step": "rates are planned ahead: return any function of the step as the "
@@ -316,7 +300,6 @@ HOOKS: Mapping[str, str] = {
     "gradient_clip_algorithm=...), or change gradients in on_before_optimizer_step (eager mode)",
     "log_grad_norm": _GRAD_NORM,
     # What is made at the beginning.
-    "configure_callbacks": "list them in Trainer(callbacks=[...])",
     **_each(
         "configure_model configure_sharded_model",
         "make all layers in the task's __init__: the Trainer moves them to its device",

@@ -110,8 +110,9 @@ def _train_epoch(
     losses: LossWatch,
 ) -> None:
     # Everything that stays the same from batch to batch is looked up here, once.
-    hooks.look_again("on_train_batch_start", "on_train_batch_end")
+    hooks.look_again("on_train_batch_start", "on_train_batch_end", "on_after_optimizer_step")
     batch_start, batch_end = hooks.calls["on_train_batch_start"], hooks.calls["on_train_batch_end"]
+    after_update = hooks.calls["on_after_optimizer_step"]
     settings, progress = run.settings, run.progress
     step, commit = labels.begin_epoch(), run.metrics.commit
     stage = run.metrics.begin_batches()
@@ -130,6 +131,7 @@ def _train_epoch(
     shapes: Any = _NONE_YET
     place, in_epoch = run.place.batch, f" in epoch {progress.epoch}"
     batch_idx = -1
+    answers: List[Any] = []
     steps = train.steps(settings.accumulate_in(progress.epoch), entry.data if entry else None)
     if entry is not None:
         entry.restore_step_state(run)
@@ -137,10 +139,13 @@ def _train_epoch(
     interrupts.waiting = is_alone = ranks is None
     for batch, batch_idx, window, closes, is_last in steps:
         interrupts.waiting = False
-        progress.batch_idx = batch_idx
+        progress.batch_idx, progress.is_last_batch = batch_idx, is_last
         beat()
         if batch is ABSENT:
             together.take_part(run, batch_idx, window, closes)
+            if closes:
+                for call in after_update:
+                    call()
         elif batch is not STEPPED:
             place[0] = batch_idx
             now = shapes_of(batch)
@@ -153,9 +158,16 @@ def _train_epoch(
             if seeds is not None:
                 seeds.begin(batch_idx * share.size + share.rank)
             for call in batch_start:
-                call(batch, batch_idx)
+                answer = call(batch, batch_idx)
+                if answer is not None:
+                    answers.append(answer)
+            if answers and course.skips_the_rest(run, answers):
+                break
             outputs = step(batch, batch_idx, window, closes)
             progress.global_step += closes
+            if closes:
+                for call in after_update:
+                    call()
             progress.batches_done += train.in_round
             progress.batches_seen += train.in_round
             progress.point = _STEPPED
@@ -171,8 +183,8 @@ def _train_epoch(
                 if next_wait == 0:
                     step = labels.step()
                     course.check_all_train(run)  # the step may have made a layer
-                if waiting is not None:  # not item(): it spins, and takes the core from the device
-                    step = losses.read(waiting.numpy(), waiting_place)
+                if waiting is not None:
+                    step = losses.wait(waiting, waiting_place)
                 waiting, waiting_place = outputs["loss"], len(losses.unread)
                 next_wait = batch_idx + _run_ahead(batch)
         if closes and progress.point is _STEPPED:  # a resumed run may be beyond it
@@ -196,7 +208,8 @@ def _train_epoch(
         else:
             if interrupts.received is not None:
                 interrupts.check()
-            ends = run.should_stop or (is_limited and closes and run.is_out_of_time_or_steps())
+            ends = run.should_stop and run.stops()
+            ends = ends or (is_limited and closes and run.is_out_of_time_or_steps())
         if ends:
             course.epoch_cut_short(run, is_last)
             break
@@ -284,10 +297,11 @@ def evaluation_loop(
     stage: str,
     loaders: List[Batches],
     most: Optional[int] = None,
+    keeps: bool = True,
 ) -> Tuple[List[Dict[str, float]], List[List[Any]]]:
     """Run ``stage`` ("validation", "test" or "predict") over ``loaders``.
 
-    Returns the metrics of each loader, and what ``predict_step`` returned.
+    Returns the metrics of each loader, and what ``predict_step`` returned where it ``keeps`` that.
     """
     metrics = run.metrics
     results: List[Dict[str, float]] = []
@@ -307,7 +321,7 @@ def evaluation_loop(
         for loader_idx, loader in enumerate(loaders):
             suffix = f"/dataloader_idx_{loader_idx}" if len(loaders) > 1 else ""
             metrics.begin(per_step=False, suffix=suffix)
-            predicted = _evaluate(run, hooks, mode, stage, loader_idx, loader, most)
+            predicted = _evaluate(run, hooks, mode, stage, loader_idx, loader, most, keeps)
             if stage == "predict":
                 predictions.append(together.all_predictions(run, predicted))
             results.append(metrics.close_epoch())
@@ -336,6 +350,7 @@ def _evaluate(
     loader_idx: int,
     loader: Batches,
     most: Optional[int],
+    keeps: bool,
 ) -> List[Any]:
     """One pass over one of the loaders; what ``predict_step`` returned."""
     metrics, calls, interrupts = run.metrics, hooks.calls, run.interrupts
@@ -366,7 +381,7 @@ def _evaluate(
         for call in batch_end:
             call(outputs, batch, batch_idx, loader_idx)
         metrics.commit(batch)
-        if stage == "predict":
+        if stage == "predict" and keeps:
             predicted.append(outputs)
         if is_alone:
             interrupts.check()

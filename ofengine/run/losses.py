@@ -16,6 +16,7 @@ from ofengine.errors import NonFiniteError, warn
 from ofengine.modes.labels import LabelWatch
 from ofengine.run.state import Run
 
+_WAITING = "waiting: bound on steps ahead"
 _MENDS = "try a lower learning rate, gradient_clip_val, or look at that batch"
 
 
@@ -37,6 +38,7 @@ class LossWatch:
         self._first_step = 0
         self._noticed_in: Optional[int] = None
         self._noticed = "training is over"
+        self.wait = self._wait if run.profile is None else run.profile.wrap(_WAITING, self._wait)
 
     def begin_epoch(self) -> None:
         """Before an epoch's batches, or before those that a resumed run has left of it."""
@@ -58,6 +60,11 @@ class LossWatch:
             self._tell(losses, loss)
         del self.unread[:count]
         return self._labels.read(loss)
+
+    def _wait(self, loss: Any, count: int) -> Callable[..., Any]:
+        """As :meth:`read`, of a ``loss`` that is on the device yet."""
+        # Not item(): it spins, and takes the core from the device.
+        return self.read(loss.numpy(), count)
 
     def epoch_ended(self) -> None:
         """After the hooks of an epoch's end: raise where nothing mends the weights any more."""

@@ -45,6 +45,8 @@ class Progress:
     """The epoch being run, from 0."""
     batch_idx: int = 0
     """The batch stepped last, from 0 in each epoch; -1 before the first."""
+    is_last_batch: bool = False
+    """True from the beginning of an epoch's last batch until the next batch."""
     batches_done: int = 0
     """Batches of this epoch done, by all ranks together."""
     batches_seen: int = 0

@@ -74,6 +74,9 @@ def _folder(name: str, value: Any) -> str:
 _FROM_ONE = "a whole number from 1 on"
 
 
+_FROM_NOUGHT = _whole(0, "a whole number from 0 on")
+
+
 def _devices(name: str, value: Any) -> int:
     if value == "auto":
         return 0
@@ -89,6 +92,11 @@ CHECKS: Tuple[Tuple[str, Callable[[str, Any], Any]], ...] = (
     ("strategy", _one_of("auto", "ddp", "zero")),
     ("sync_batchnorm", check_flag),
     ("max_steps", _whole(-1, "a number, -1 for any")),
+    (
+        "min_epochs",
+        lambda name, value: check_count(name, value or 0, 0, "a whole number from 0 on"),
+    ),
+    ("min_steps", lambda name, value: 0 if value is None else _FROM_NOUGHT(name, value)),
     ("max_time", lambda name, value: seconds_of(value)),
     ("max_epochs", _or_none(_whole(-1, "a whole number of epochs, or -1 for no limit"))),
     ("limit_train_batches", check_limit),
@@ -105,6 +113,7 @@ CHECKS: Tuple[Tuple[str, Callable[[str, Any], Any]], ...] = (
     ("seed", _or_none(_whole(0, "a whole number from 0 to 2**63 - 1, or None", 2**63 - 1))),
     ("default_root_dir", _folder),
     ("restart_on_crash", _whole(0, "a whole number, 0 for never")),
+    ("profiler", _or_none(_one_of("simple"))),
     ("overfit_batches", lambda name, value: check_limit(name, value) or None),
     ("enable_checkpointing", check_flag),
     ("enable_progress_bar", check_flag),
@@ -132,6 +141,10 @@ class Settings:
     """-1 for no limit."""
     max_steps: int
     """-1 for no limit."""
+    min_epochs: int
+    """0 for none."""
+    min_steps: int
+    """0 for none."""
     max_time: Optional[float]
     """In seconds."""
     limit_train_batches: Limit
@@ -150,6 +163,7 @@ class Settings:
     seed: Optional[int]
     default_root_dir: str
     restart_on_crash: int
+    profiler: Optional[str]
     overfit_batches: Union[int, float, None]
     """None for not."""
     enable_checkpointing: bool
@@ -172,6 +186,7 @@ class Settings:
         if values["fast_dev_run"]:
             values.update(dict.fromkeys(LIMIT_OF_STAGE.values(), values["fast_dev_run"]))
             values.update(max_epochs=1, max_steps=-1, num_sanity_val_steps=0)
+            values.update(min_epochs=0, min_steps=0)
             values.update(val_check_interval=None, check_val_every_n_epoch=1)
             values["enable_checkpointing"] = False
         elif values["max_epochs"] is None:
@@ -179,6 +194,13 @@ class Settings:
             values["max_epochs"] = -1 if limited else 1000
             if not limited:
                 log.info("max_epochs was not given: training up to 1000 epochs.")
+        for what in ("epochs", "steps"):
+            least, most = values[f"min_{what}"], values[f"max_{what}"]
+            if most != -1 and least > most:
+                raise ConfigurationError(
+                    f"min_{what}={least} is more than max_{what}={most}: training ends at the "
+                    "latter."
+                )
         values["world"] = world = read()
         check_ranks(values, world)
         return cls(**values)

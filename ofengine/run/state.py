@@ -22,6 +22,7 @@ from ofengine.rates.optimizers import Optimization
 from ofengine.rates.plan import RatePlan
 from ofengine.run.finite import Expected
 from ofengine.run.mode import Mode
+from ofengine.run.profile import Profile
 from ofengine.run.progress import Point, Progress
 from ofengine.run.settings import Settings
 from ofengine.run.weighing import Weighing
@@ -47,6 +48,8 @@ class Run:
     metrics: Metrics = attrs.Factory(Metrics)
     history: History = attrs.Factory(History)
     interrupts: InterruptGuard = attrs.Factory(InterruptGuard)
+    profile: Optional[Profile] = None
+    """Where the time goes, where that is asked for."""
     weighing: Weighing = attrs.Factory(Weighing)
     """What the batches of the open accumulation window weigh; the mode's to change."""
     place: Place = attrs.Factory(Place)
@@ -181,7 +184,13 @@ class Run:
         """True where no further epoch is to be started."""
         most = self.settings.max_epochs
         epochs = most != -1 and self.progress.epoch >= most
-        return epochs or self.should_stop or self.is_out_of_time_or_steps()
+        return epochs or self.stops() or self.is_out_of_time_or_steps()
+
+    def stops(self) -> bool:
+        """True where training was asked to end, and has come as far as it has to."""
+        least, done = self.settings, self.progress
+        far = done.epoch >= least.min_epochs and done.global_step >= least.min_steps
+        return self.should_stop and far
 
     def is_out_of_time_or_steps(self) -> bool:
         """True where ``max_steps`` or ``max_time`` is used up."""
@@ -202,7 +211,7 @@ class Run:
         """True where an epoch of a checkpoint's ``loop`` was cut short by what is no limit now."""
         most = self.settings.max_epochs
         epochs_left = most == -1 or loop["epoch"] < most
-        stops = self.should_stop or self.is_out_of_time_or_steps()
+        stops = self.stops() or self.is_out_of_time_or_steps()
         return loop["cut_short"] is not None and epochs_left and not stops
 
     @property

@@ -264,6 +264,6 @@ def stop(run: Run, ranks: Meetings, closes: bool, is_last: bool) -> bool:
         check_interrupts(run)
     if closes and run.is_out_of_time_or_steps():
         return True
-    if not run.should_stop:
+    if not run.stops():
         return False
     return is_last or ranks.all_stop()  # at the end of the epoch all learn of it anyway

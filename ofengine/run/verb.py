@@ -19,6 +19,7 @@ from ofengine.run import together
 from ofengine.run.culprit import tell_culprit
 from ofengine.run.hooks import HookRunner, tell_of_lightning_s_names, warn_of_misspelt_methods
 from ofengine.run.mode import Mode
+from ofengine.run.profiling import profiling
 from ofengine.run.state import Run
 from ofengine.run.view import RunView
 
@@ -79,8 +80,8 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
         run.mode = modes[settings.mode]
     run.interrupts, run.told_not_finite = InterruptGuard(), False
     status = "failed"
-    shares = run.metrics.running()
-    with CrashReport() as report, workers_noted(), run.interrupts, heartbeat.verb, shares:
+    shares, told = run.metrics.running(), profiling(trainer, run, verb, hooks, modes.values())
+    with CrashReport() as report, workers_noted(), run.interrupts, heartbeat.verb, shares, told:
         place_before, run.place = run.place, report.place
         try:
             _set_up(run, hooks, verb)

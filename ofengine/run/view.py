@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
 
-import oneflow as flow
 from oneflow import nn
 from oneflow.optim import Optimizer
 
@@ -16,23 +16,21 @@ from ofengine.metrics.log import Metrics
 from ofengine.rates.plan import RatePlan
 from ofengine.run import report
 from ofengine.run.lightning import TRAINER_ATTRIBUTES, mend_for
+from ofengine.run.profile import Profile
 from ofengine.run.progress import Point, Progress
-from ofengine.run.settings import Settings
-from ofengine.run.state import Run
+from ofengine.run.told import ToldView
 from ofengine.tracing import forbid_in_trace
 
 Content = Tuple[Dict[str, Any], Optional[Dict[str, Any]], Dict[str, Any]]
 """Weights, state of the run, and metadata of a checkpoint."""
 
 
-class RunView:
+class RunView(ToldView):
     """The ``trainer`` that hooks are given and ``self.trainer`` of a task.
 
     Everything here may be read at any time, except where it says otherwise; ``should_stop`` alone
     may be set. :class:`ofengine.Trainer` adds the four verbs.
     """
-
-    _run: Run
 
     def __getattr__(self, name: str) -> Any:
         """Nothing is called ``name``: say what Lightning's name for it is here."""
@@ -40,123 +38,6 @@ class RunView:
         if mend is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         raise UnknownAttributeError(f"trainer.{name} is Lightning's name: {mend}.")
-
-    # ------------------------------------------------------------------ what it was told
-
-    @property
-    def settings(self) -> Settings:
-        """The Trainer's arguments, checked. The commonest are attributes of the trainer, too."""
-        return self._run.settings
-
-    @property
-    def mode(self) -> str:
-        """The mode of training, "eager" or "graph"."""
-        return self._run.settings.mode
-
-    @property
-    def eval_mode(self) -> str:
-        """The mode of validation, test and prediction."""
-        return self._run.settings.eval_mode
-
-    @property
-    def device(self) -> flow.device:
-        """The device that the task runs on."""
-        return self._run.settings.device
-
-    @property
-    def seed(self) -> Optional[int]:
-        """The Trainer's seed, or that of the run which is resumed; None where there is none."""
-        return self._run.seed
-
-    @property
-    def max_epochs(self) -> int:
-        """Epochs to train; -1 for no limit."""
-        return self._run.settings.max_epochs
-
-    @property
-    def max_steps(self) -> int:
-        """Optimizer steps to train; -1 for no limit."""
-        return self._run.settings.max_steps
-
-    @property
-    def fast_dev_run(self) -> int:
-        """So many batches of each stage are tried; 0 where it is a run proper."""
-        return self._run.settings.fast_dev_run
-
-    @property
-    def accumulate_grad_batches(self) -> int:
-        """Batches whose gradients are averaged into one optimizer step, in this epoch."""
-        return self._run.settings.accumulate_in(self._run.progress.epoch)
-
-    @property
-    def gradient_clip_val(self) -> Optional[float]:
-        """To what gradients are clipped; None where they are not."""
-        return self._run.settings.gradient_clip_val
-
-    @property
-    def gradient_clip_algorithm(self) -> str:
-        """How, "norm" or "value"."""
-        return self._run.settings.gradient_clip_algorithm
-
-    @property
-    def log_every_n_steps(self) -> int:
-        """How often, in optimizer steps, metrics are read and logged."""
-        return self._run.settings.log_every_n_steps
-
-    @property
-    def check_val_every_n_epoch(self) -> int:
-        """In every so manieth epoch validation runs."""
-        return self._run.settings.check_val_every_n_epoch
-
-    @property
-    def num_sanity_val_steps(self) -> int:
-        """Validation batches tried before training; -1 for all."""
-        return self._run.settings.num_sanity_val_steps
-
-    @property
-    def default_root_dir(self) -> str:
-        """Where logs and checkpoints go by default."""
-        return self._run.settings.default_root_dir
-
-    @property
-    def restart_on_crash(self) -> int:
-        """How often the script is started again where its process crashes."""
-        return self._run.settings.restart_on_crash
-
-    # ------------------------------------------------------------------ which rank this is
-
-    @property
-    def world_size(self) -> int:
-        """How many ranks train together; 1 where one process is alone."""
-        return self._run.settings.world_size
-
-    @property
-    def global_rank(self) -> int:
-        """Which of all ranks this process is, from 0."""
-        world = self._run.settings.world
-        return 0 if world is None else world.rank
-
-    @property
-    def local_rank(self) -> int:
-        """Which of the ranks on this machine it is, from 0."""
-        world = self._run.settings.world
-        return 0 if world is None else world.local_rank
-
-    @property
-    def node_rank(self) -> int:
-        """Which of the machines this is, from 0."""
-        world = self._run.settings.world
-        return 0 if world is None else world.node_rank
-
-    @property
-    def num_nodes(self) -> int:
-        """How many machines there are."""
-        return self._run.settings.num_nodes
-
-    @property
-    def is_global_zero(self) -> bool:
-        """True on rank 0, which writes and prints, and where one process is alone."""
-        return self.global_rank == 0
 
     # ------------------------------------------------------------------ where the run is
 
@@ -221,6 +102,17 @@ class RunView:
     def total_steps(self) -> Optional[int]:
         """The optimizer steps that ``fit`` will make, or None where that is not known ahead."""
         return self._run.total_steps
+
+    @property
+    def is_last_batch(self) -> bool:
+        """True at the last batch of an epoch, from its ``on_train_batch_start`` on."""
+        return self._run.progress.is_last_batch
+
+    @property
+    def estimated_stepping_batches(self) -> Union[int, float]:
+        """As ``total_steps``, and infinite where that is not known ahead; Lightning's name."""
+        total = self.total_steps
+        return math.inf if total is None else total
 
     @property
     def seconds_trained(self) -> float:
@@ -336,6 +228,11 @@ class RunView:
 
     # ------------------------------------------------------------------ what may be asked for
 
+    def print(self, *values: Any, **options: Any) -> None:
+        """Python's ``print``, on rank 0 alone."""
+        if self.is_global_zero:
+            print(*values, **options)
+
     def log_metrics(self, metrics: Dict[str, float]) -> None:
         """Send numbers to the loggers and to ``callback_metrics``, with step and epoch."""
         report.log_metrics(self._run, metrics)
@@ -368,6 +265,11 @@ class RunView:
         if content is None:
             return self._run.broken()
         return self._run.broken(content[0], content[1])
+
+    @property
+    def profile(self) -> Optional[Profile]:
+        """Where the time of the verb that runs, or ran last, went; None without a profiler."""
+        return self._run.profile
 
     def default_train_graph(self) -> nn.Graph:
         """What ``TaskModule.build_graph`` returns unless it is overridden."""

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import attrs
 import pytest
@@ -283,7 +283,7 @@ def test_every_point_of_a_run_is_on_the_page(language: str) -> None:
 def test_the_page_says_what_may_be_set_and_what_a_compiled_step_may_not_read(
     language: str,
 ) -> None:
-    own = {name: each for name, each in vars(RunView).items() if isinstance(each, property)}
+    own = {name: each for name, each in _own(RunView).items() if isinstance(each, property)}
     assert [name for name, each in own.items() if each.fset is not None] == ["should_stop"]
     trainer, refused = Trainer(logger=False, max_epochs=1), []
     for name in own:
@@ -302,10 +302,15 @@ def _attributes_page(language: str) -> Path:
     return DOCS / language / "trainer-attributes.md"
 
 
+def _own(kind: type) -> Dict[str, Any]:
+    """What a class has, those that it comes from included, but for object."""
+    return {name: each for base in kind.__mro__[-2::-1] for name, each in vars(base).items()}
+
+
 def _public(kind: type) -> Dict[str, str]:
     """What is public of a class, methods with their arguments, and the type of each."""
     found = {field.name: field.type for field in attrs.fields(kind)} if attrs.has(kind) else {}
-    for name, value in vars(kind).items():
+    for name, value in _own(kind).items():
         if name[0] == "_" or name in found:
             continue
         if isinstance(value, property):
@@ -317,10 +322,13 @@ def _public(kind: type) -> Dict[str, str]:
     return found
 
 
+_STARS = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+
+
 def _arguments(function: Callable[..., object]) -> List[str]:
     """Each argument but the first, as it is written in the code."""
     return [
-        f"{each.name}: {each.annotation}"
+        f"{_STARS.get(each.kind, '')}{each.name}: {each.annotation}"
         + ("" if each.default is each.empty else f" = {each.default!r}")
         for each in list(inspect.signature(function).parameters.values())[1:]
     ]

@@ -137,8 +137,8 @@ def layerwise_rates_clipping_and_all_that(place: Place) -> Result:
                  "name": "b", "lr_decay_scale": 0.9},
             ]  # fmt: skip
             optimizer = flow.optim.AdamW(groups, lr=0.02)
-            schedule = flow.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
-            return {"optimizer": optimizer, "lr_scheduler": schedule}
+            cosine = flow.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+            return {"optimizer": optimizer, "lr_scheduler": cosine}
 
     callbacks = [LRDecayCallback(every_n_batches=2), EMAWeightAveraging(decay=0.9)]
     trainer = place.trainer(accumulate=2, gradient_clip_val=0.05, callbacks=callbacks)

@@ -375,6 +375,36 @@ def a_sampler_that_nobody_seeds(place: Place) -> Result:
 
 
 @case
+def batches_of_unequal_weight(place: Place) -> Result:
+    class Weighed(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return {"loss": loss, "weight": batch[0].abs().sum() * len(batch[0])}
+
+    train = DataLoader(dataset(), batch_size=4, shuffle=True)
+    return fitted(Weighed(), place.trainer(2), train)
+
+
+@case
+def two_loaders_at_once_in_windows_by_epoch(place: Place) -> Result:
+    class Both(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            first, second = batch
+            return super().training_step(first, batch_idx) + self.scores(second[0]).mean()
+
+        def on_after_optimizer_step(self) -> None:
+            with flow.no_grad():
+                for parameter in self.parameters():
+                    parameter.clamp_(min=-0.5, max=0.5)
+
+    options = {"batch_size": 4, "shuffle": True}
+    loaders = [DataLoader(dataset(), **options), DataLoader(dataset(18), **options)]
+    windows = {0: place.each(1), 1: place.each(2)}
+    trainer = place.trainer(accumulate_grad_batches=windows, max_epochs=2)
+    return fitted(Both(), trainer, loaders)
+
+
+@case
 def two_loaders_are_evaluated(place: Place) -> Result:
     trainer = place.trainer()
     loaders = [DataLoader(dataset(11), batch_size=4), DataLoader(dataset(3), batch_size=4)]

@@ -39,6 +39,7 @@ ALL_HOOKS = [
     "on_sanity_check_start",
     "on_sanity_check_end",
     "on_before_graph_compile",
+    "on_after_optimizer_step",
     *EAGER_ONLY,
     *(name.format(s) for s in ("train", "validation", "test", "predict") for name in OF_A_STAGE),
 ]
@@ -97,9 +98,10 @@ def expected_fit(mode: str) -> List[str]:
             "on_train_batch_start", *backward, "on_train_batch_end",
             # batch 1 closes it; the graph that updates is compiled at its first use
             "on_train_batch_start", *backward, *update, *(compiles if epoch == 0 else []),
-            "on_train_batch_end",
+            "on_after_optimizer_step", "on_train_batch_end",
             # batch 2 is a window of its own: the epoch ends
-            "on_train_batch_start", *backward, *update, "on_train_batch_end",
+            "on_train_batch_start", *backward, *update, "on_after_optimizer_step",
+            "on_train_batch_end",
             *one_stage("validation", 1),
             "on_train_epoch_end",
         ]  # fmt: skip
@@ -151,8 +153,8 @@ def test_without_accumulation_each_batch_is_one_step(mode: str) -> None:
     first = step if mode == "eager" else ["on_before_graph_compile"]
     assert log == [
         "setup", "on_fit_start", "on_train_start", "on_train_epoch_start",
-        "on_train_batch_start", *first, "on_train_batch_end",
-        "on_train_batch_start", *step, "on_train_batch_end",
+        "on_train_batch_start", *first, "on_after_optimizer_step", "on_train_batch_end",
+        "on_train_batch_start", *step, "on_after_optimizer_step", "on_train_batch_end",
         "on_train_epoch_end", "on_train_end", "on_fit_end", "teardown",
     ]  # fmt: skip
 

@@ -36,9 +36,8 @@ DATA = [flow.ones(1, 1)]
     [
         ("precision", "leave it out"),
         ("accelerator", "device="),
-        ("profiler", "profil"),
         ("deterministic", "seed"),
-        ("min_epochs", "EarlyStopping"),
+        ("benchmark", "cudnn"),
         ("gpus", "devices="),
     ],
 )
@@ -76,7 +75,7 @@ def test_an_argument_of_log(mode: str) -> None:
     ("name", "says"),
     [
         ("progress_bar_dict", "progress_bar_metrics"),
-        ("estimated_stepping_batches", "total_steps"),
+        ("lr_schedulers", "lr_scheduler"),
     ],
 )
 def test_an_attribute_of_lightning_s_trainer(name: str, says: str) -> None:
@@ -88,7 +87,9 @@ def test_an_attribute_of_lightning_s_trainer(name: str, says: str) -> None:
     assert getattr(trainer, name, 7) == 7
 
 
-@pytest.mark.parametrize(("name", "says"), [("print", "print"), ("freeze", "requires_grad_")])
+@pytest.mark.parametrize(
+    ("name", "says"), [("global_rank", "trainer.global_rank"), ("logger", "from fit on")]
+)
 def test_an_attribute_of_a_lightning_module(name: str, says: str) -> None:
     with pytest.raises(OFEngineError, match=f"self.{name} of a task is Lightning's name") as error:
         getattr(Line(), name)
@@ -105,7 +106,7 @@ def test_a_name_of_nobody_s_is_python_s_own_error() -> None:
 
 HOOKS = [
     *("training_epoch_end", "validation_epoch_end", "optimizer_step", "backward"),
-    *("configure_callbacks", "transfer_batch_to_device", "lr_scheduler_step"),
+    *("transfer_batch_to_device", "lr_scheduler_step"),
 ]
 
 

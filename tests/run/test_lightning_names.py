@@ -38,29 +38,28 @@ EXPECTED = {
     "TRAINER_ARGUMENTS": """
         accelerator amp_backend auto_lr_find auto_scale_batch_size barebones benchmark
         checkpoint_callback detect_anomaly deterministic enable_autolog_hparams
-        gpus inference_mode min_epochs min_steps model model_registry plugins precision
-        profiler progress_bar_refresh_rate reload_dataloaders_every_n_epochs resume_from_checkpoint
-        return_predictions tpu_cores track_grad_norm
+        gpus inference_mode model model_registry plugins precision
+        progress_bar_refresh_rate reload_dataloaders_every_n_epochs resume_from_checkpoint
+        tpu_cores track_grad_norm
         use_distributed_sampler verbose weights_only weights_summary
         """,
     "TRAINER_ATTRIBUTES": """
-        checkpoint_callback checkpoint_callbacks ckpt_path early_stopping_callback
-        estimated_stepping_batches fit_loop is_last_batch
+        ckpt_path fit_loop
         lightning_module lr_scheduler_configs model num_devices
-        num_test_batches num_val_batches optimizers predicting print progress_bar_callback
+        num_test_batches num_val_batches optimizers predicting progress_bar_callback
         received_sigterm state strategy testing train_dataloader training val_dataloaders
         validating
         """,
     "TASK_ATTRIBUTES": """
-        all_gather automatic_optimization clip_gradients example_input_array fabric freeze
-        global_rank hparams_initial local_rank logger loggers manual_backward on_gpu print
-        strict_loading summarize to_onnx to_torchscript toggle_optimizer unfreeze
+        all_gather automatic_optimization clip_gradients fabric
+        global_rank hparams_initial local_rank logger loggers manual_backward on_gpu
+        strict_loading summarize to_onnx to_torchscript toggle_optimizer
         untoggle_optimizer
         """,
     "DATA_MODULE_ATTRIBUTES": "save_hyperparameters hparams from_datasets",
     "DATA_MODULE_HOOKS": "transfer_batch_to_device state_dict load_state_dict on_exception",
     "HOOKS": """
-        backward configure_callbacks configure_gradient_clipping configure_model
+        backward configure_gradient_clipping configure_model
         configure_sharded_model get_progress_bar_dict lr_scheduler_step on_after_batch_transfer
         on_batch_end on_batch_start on_before_batch_transfer on_epoch_end on_epoch_start
         on_hpc_load on_hpc_save on_init_end on_init_start on_load_checkpoint on_predict_dataloader
