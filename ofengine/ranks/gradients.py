@@ -42,10 +42,11 @@ class GradientExchange:
                 "several ranks exchange gradients of float32 and float64, and a parameter has "
                 "another dtype: convert the model, as in task.float()."
             )
-        self._flags = np.zeros(len(self.parameters), np.float32)
-        narrow = self._parts[0]
-        numbers = self._flags.size + narrow.size
+        # The flags and the gradients of float32 travel together: one array, of two views.
+        numbers = len(self.parameters) + self._parts[0].size
+        self._own = np.empty(numbers, np.float32)
         self._in_meeting = min(numbers, meetings.make_room(room or numbers, room))
+        self.clear()
 
     def add(self, check: int = 0, note: int = 0) -> int:
         """Take the gradients of this rank's batch out of ``.grad``, and add those of all ranks.
@@ -56,20 +57,15 @@ class GradientExchange:
         gradients = [parameter.grad for parameter in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None
-        flags = np.array([each is not None for each in gradients], np.float32)
-        narrow, wide = (part.flat(gradients) for part in self._parts)
-        own = np.concatenate([flags, narrow])
-        seen = np.empty_like(own)
+        own, count = self._own, len(self.parameters)
+        own[:count] = [each is not None for each in gradients]
+        own[count:], wide = (part.flat(gradients) for part in self._parts)
         rows, note = self._meetings.step(own[: self._in_meeting], check, note)
-        count = self._flags.size
-        seen[:count] = self._flags
-        seen[count:] = self._parts[0].total
-        _add(seen[: self._in_meeting], rows)
-        self._gather_into(seen, own, self._in_meeting)
+        _add(self._total[: self._in_meeting], rows)
+        self._gather_into(self._total, own, self._in_meeting)
         if wide.size:
             self._gather_into(self._parts[1].total, wide, 0)
-        self._flags = np.minimum(seen[:count], 1.0)
-        self._parts[0].total = seen[count:]
+        np.minimum(self._flags, 1.0, out=self._flags)
         return note
 
     def _gather_into(self, total: np.ndarray, own: np.ndarray, first: int) -> None:
@@ -86,9 +82,13 @@ class GradientExchange:
 
     def clear(self) -> None:
         """Begin a window anew."""
-        self._flags[:] = 0.0
+        # Arrays of their own: gradients that were put may still be looked at.
+        self._total, count = np.empty(self._own.size, np.float32), len(self.parameters)
+        self._flags, self._parts[0].total = self._total[:count], self._total[count:]
+        self._parts[1].total = np.empty(self._parts[1].size, np.float64)
+        self._flags.fill(0.0)
         for part in self._parts:
-            part.clear()
+            part.total.fill(-0.0)  # not 0.0: it changes no number that it is added to, and no sign
 
     def totals(self, names: Dict[int, str]) -> Dict[str, Any]:
         """What the window has so far, by the names of parameters, which are by ``id``."""
@@ -125,11 +125,8 @@ class _Part:
         self.starts = [0, *np.cumsum(sizes).tolist()]
         self.size = self.starts[-1]
         self._dtype = dtype
-        self.clear()
-
-    def clear(self) -> None:
-        # Not 0.0: -0.0 is what changes no number that it is added to, and no sign.
-        self.total = np.full(self.size, -0.0, self._dtype)
+        self.total = np.empty(0, dtype)
+        """What the window has so far."""
 
     def flat(self, gradients: Sequence[Any]) -> np.ndarray:
         """All ``gradients`` of this part in a row."""

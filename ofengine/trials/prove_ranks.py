@@ -57,7 +57,7 @@ def prove_ranks(
         given = task, source, fit, steps, folder
         ranks = Proof(attrs.evolve(settings, mode="eager"), callbacks, *given)
         one = Proof(_of_one(settings), _of_one_s(callbacks, settings.world_size), *given)
-        rows = _Comparison(meetings, {_RANKS: ranks, _ONE: one}, steps).rows()
+        rows = _Comparison(meetings, {_RANKS: ranks, _ONE: one}).rows()
         meetings.talk(None)  # files of rank 0 are read until here
     return Report(type(task).__name__, steps, rows, left_out(callbacks))
 
@@ -133,18 +133,21 @@ class _Run:
 class _Comparison:
     """The runs of all ranks and of one process, made and compared; on all ranks at once."""
 
-    def __init__(self, meetings: Meetings, proofs: Dict[str, Proof], steps: int) -> None:
-        self._meetings, self._proofs, self._steps = meetings, proofs, steps
+    def __init__(self, meetings: Meetings, proofs: Dict[str, Proof]) -> None:
+        self._meetings, self._proofs = meetings, proofs
         ranks = f"{meetings.size} ranks"
         self._names = {_RANKS: ranks, _ONE: "one process"}
         self._whole: Dict[str, _Run] = {}
         self._ends: List[int] = []
 
     def rows(self) -> List[Row]:
+        """All rows of the report."""
         for kind in (_RANKS, _ONE):
             self._whole[kind] = self._run(kind, None, self._proofs[kind].saving(kind))
         first = self._whole[_RANKS].by_rank
         self._ends = sorted({record.batch for records in first for record in records})
+        beyond = [each.batch for each in self._whole[_ONE].by_rank[0]][-1:]
+        self._ends += [batch for batch in beyond if batch > max(self._ends, default=0)]
         if not self._agree(bool(self._ends)):
             raise DataError("prove has nothing to compare: the run came to an end before a step.")
         ranks, one = self._names[_RANKS], self._names[_ONE]
@@ -160,22 +163,22 @@ class _Comparison:
         return self._meetings.talk(value if self._meetings.rank == 0 else None)[0]
 
     def _row(self, name: str, kind: str, resumes: Optional[str], against: str) -> Row:
-        made = self._run(kind, resumes, Recorder()) if resumes else self._whole[kind]
         row, at = Row(name, self._names[against], 0, {}), None
+        theirs, made = self._whole[against], self._whole[kind]
+        since = self._agree(theirs.saved_at) if resumes else 0
+        if since is None:
+            return attrs.evolve(row, error="the run ended before it could be saved.")
+        if resumes:
+            made = self._run(kind, resumes, Recorder())
         if self._meetings.rank == 0:
-            theirs = self._whole[against]
-            since = (theirs.saved_at or 0) if resumes else 0
-            if resumes and theirs.saved_at is None:
-                row = attrs.evolve(row, error="the run ended before it could be saved.")
-            else:
-                ours, others = (self._of(each, since) for each in (made, theirs))
-                first, at = compare(ours, others)
-                steps = len({record.step for record in others})
-                row = attrs.evolve(row, steps=steps, first=first)
-                if at is not None:
-                    told = _origin(ours, others, at)
-                    step = next(each.step for each in (*others, *ours) if each.batch == at)
-                    row = attrs.evolve(row, difference=Difference(step, None, 0.0, told))
+            ours, others = (self._of(each, since) for each in (made, theirs))
+            first, at = compare(ours, others)
+            steps = len({record.step for record in others})
+            row = attrs.evolve(row, steps=steps, first=first)
+            if at is not None:
+                told = _origin(ours, others, at)
+                step = next(each.step for each in (*others, *ours) if each.batch == at)
+                row = attrs.evolve(row, difference=Difference(step, None, 0.0, told))
         at = self._agree(at)
         if at is not None:
             again = [self._run(*each, Recorder(whole_at=at)) for each in (
