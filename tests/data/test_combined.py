@@ -202,7 +202,7 @@ SETS = {
 }
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", some_slow(SETS, "shuffled", "in_workers"))
 @pytest.mark.parametrize("which", some_slow([CYCLE, LONGEST, SHORTEST], CYCLE))
 @pytest.mark.parametrize("seed", some_slow([None, 3], 3))
 def test_a_run_goes_on_within_an_epoch(name: str, which: str, seed: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -9,6 +10,7 @@ import numpy as np
 import oneflow as flow
 import pytest
 from helpers import bits, fill_deterministically, quiet_trainer, refused
+from helpers.resuming import some_slow
 from helpers.stopping import check_stopping
 from oneflow import nn
 
@@ -132,7 +134,10 @@ def test_the_weight_is_among_the_outputs(mode: str) -> None:
     assert outputs.weights == [float(mask.numpy().sum()) for _, mask in token_batches()] * 2
 
 
-@pytest.mark.parametrize("other", ["eager", "graph"])
+@pytest.mark.parametrize(
+    ("mode", "other"),
+    some_slow(list(itertools.product(["eager", "graph"], repeat=2)), ("graph", "eager")),
+)
 def test_a_run_goes_on_within_a_window(mode: str, other: str, tmp_path: Path) -> None:
     setting: Dict[str, Any] = {"accumulate_grad_batches": 3, "max_epochs": 2}
     check_stopping(tmp_path, mode, token_batches, every=3, other=other, task=Tokens, **setting)
