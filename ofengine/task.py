@@ -94,8 +94,6 @@ class TaskModule(TaskHooks, nn.Module):
             return self.__dict__["_modules"][name]
         except KeyError:
             pass  # not raised from here, where it would be told with the error
-        if name in ("logger", "loggers") and self._trainer is not None:
-            return getattr(self._trainer, name)  # no property: a user's own of this name stands
         if name == "hparams":  # nothing was told yet
             return self.__dict__.setdefault(name, HyperParameters())
         try:
@@ -106,6 +104,8 @@ class TaskModule(TaskHooks, nn.Module):
                 own_error = _error_within(own, self)
                 if own_error is not None:
                     raise own_error from None
+            elif name in ("logger", "loggers") and self._trainer is not None:
+                return getattr(self._trainer, name)  # no property: a user's own stands
             mend = mend_for(TASK_ATTRIBUTES, name)
             if mend is None:
                 raise

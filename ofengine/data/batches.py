@@ -67,7 +67,7 @@ class Batches:
         resumable: bool = False,
         share: Optional[Share] = None,
     ) -> None:
-        source = together(source)
+        source = together(source, what)
         if not hasattr(source, "__iter__") or isinstance(source, (str, bytes, dict, type)):
             raise DataError(
                 f"{what} is {describe(source)}, which holds no batches: give a "

@@ -95,15 +95,21 @@ def length_of(source: Any) -> Optional[int]:
         return None
 
 
-def together(source: Any) -> Any:
+def together(source: Any, what: str = "train_dataloader") -> Any:
     """``source``, or one loader of all that it holds where it is several.
 
     Several are a dict, or a list or tuple that holds a DataLoader: shorter ones begin anew.
+    ``what`` is how errors call it.
     """
     several = isinstance(source, dict) or (
         isinstance(source, (list, tuple)) and any(isinstance(each, DataLoader) for each in source)
     )
-    return CombinedLoader(source, "max_size_cycle") if several and source else source
+    if not several or not source:
+        return source
+    try:
+        return CombinedLoader(source, "max_size_cycle")
+    except DataError as error:
+        raise DataError(f"{what}: {error}") from None
 
 
 def each_loader(source: Any) -> List[Tuple[str, Any]]:

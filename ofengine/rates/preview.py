@@ -103,10 +103,17 @@ class Preview:
     @property
     def epochs(self) -> List[int]:
         """The first step of each epoch; only the first where an epoch's length is not known."""
-        starts, following = [0], self.plan.calendar.next_epoch(0)
-        while following is not None and following < self.total_steps:
-            starts.append(following)
-            following = self.plan.calendar.next_epoch(following)
+        batches, windows = self.plan.calendar.batches_per_epoch, self.plan.calendar.windows
+        if batches is None:
+            return [0]
+        starts: List[int] = []
+        step = 0
+        for epoch, window, end in windows.stretches(0):
+            per_epoch, stop = ceil_div(batches, window), self.total_steps
+            if end is not None:
+                stop = min(stop, step + (end - epoch) * per_epoch)
+            starts += range(step, stop, per_epoch)
+            step = stop
         return starts
 
     def _rates(self, step: int) -> List[float]:

@@ -231,8 +231,7 @@ def test_one_loader_several_or_none() -> None:
     assert counts([loader, loader]) == [2, 2]
     assert counts((loader, loader)) == [2, 2]
     assert counts([flow.ones(2), flow.ones(2), flow.ones(2)]) == [3]  # a list of batches
-    with pytest.raises(DataError, match="val_dataloader"):
-        counts({"a": loader})
+    assert counts({"a": loader, "b": [flow.ones(2)]}) == [2, 1]
     with pytest.raises(DataError, match="val_dataloader"):
         counts([loader, [flow.ones(2)]])
 

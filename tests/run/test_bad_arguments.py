@@ -49,7 +49,7 @@ BAD: Dict[str, List[Any]] = {
     "fast_dev_run": [-1, 1.5, "yes"],
     "overfit_batches": [-1, 1.5, -0.1, "2", True, NAN],
     "log_every_n_steps": COUNTS_FROM_1,
-    "accumulate_grad_batches": [*COUNTS_FROM_1, {0: 2}],
+    "accumulate_grad_batches": [*COUNTS_FROM_1, {0: 0}],
     "gradient_clip_val": [-1, -0.5, "1", True, NAN, INFINITY, [1.0]],
     "gradient_clip_algorithm": ["l2", None, 1, ["norm"]],
     "seed": [-1, 1.5, "0", True, 2**64],

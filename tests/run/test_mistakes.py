@@ -184,7 +184,7 @@ def test_a_generator_is_used_up_after_one_epoch(mode: str) -> None:
         pytest.param(lambda: 5, id="a number"),
         pytest.param(lambda: "cifar10", id="a name"),
         pytest.param(lambda: flow.ones(4, 2), id="a tensor"),
-        pytest.param(lambda: {"train": batches()}, id="a dict"),
+        pytest.param(lambda: {"train": 5}, id="a dict of no loaders"),
         pytest.param(lambda: DataLoader, id="the class"),
         pytest.param(lambda: batches, id="a function"),
     ],
@@ -196,7 +196,7 @@ def test_what_is_no_dataloader(data: Callable[[], Any]) -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        pytest.param(lambda: {"val": batches()}, id="a dict"),
+        pytest.param(lambda: {"val": 5}, id="a dict of no loaders"),
         pytest.param(lambda: 5, id="a number"),
         pytest.param(
             lambda: [DataLoader(TensorDataset(flow.ones(4, 2))), batches()], id="a mixed list"
