@@ -115,8 +115,10 @@ def digest_if_own(path: Path, kept: Kept, is_beside: bool) -> Optional[Digest]:
     try:
         with open_regular(path) as file:
             rows = csv.reader(io.TextIOWrapper(file, "utf-8", newline=""))
-            header = [*KEYS, *kept.columns]
-            if next(rows, [])[: len(header)] != header:
+            header, columns = [*KEYS, *kept.columns], next(rows, [])
+            # Either may have got more columns than the other: the file in a run that went on
+            # from an earlier checkpoint, or the checkpoint in one that ended before it wrote.
+            if columns[: len(KEYS)] != [*KEYS] or not _agree(header, columns):
                 return None
             most = kept.written_rows + len(kept.rows) + 1
             for rows_seen, cells in enumerate(itertools.islice(rows, most), 1):
@@ -124,7 +126,9 @@ def digest_if_own(path: Path, kept: Kept, is_beside: bool) -> Optional[Digest]:
                 if place < 0:
                     digest.add(cells)
                 elif place < len(kept.rows):
-                    if not _begins(kept.rows[place], cells, kept.columns):
+                    # What a run does not compute again to the bit has other numbers there.
+                    branched = is_beside and kept.written_rows > 0
+                    if not branched and not _may_be(kept.rows[place], cells, kept.columns):
                         return None
                     pending_seen += 1
     except (OSError, ValueError, csv.Error):
@@ -136,12 +140,14 @@ def digest_if_own(path: Path, kept: Kept, is_beside: bool) -> Optional[Digest]:
     return digest if is_known else None
 
 
-def _begins(row: Row, cells: List[str], columns: List[str]) -> bool:
-    """True where ``cells`` are those of ``row``, which may have got more values since."""
-    expected = row.cells(columns)
-    return len(cells) >= len(expected) and all(
-        not value or value == cell for value, cell in zip(expected, cells)
-    )
+def _may_be(row: Row, cells: List[str], columns: List[str]) -> bool:
+    """True where ``cells`` are those of ``row``, of which either may lack values of the other."""
+    pairs = zip(row.cells(columns), cells)
+    return all(value == cell or not value or not cell for value, cell in pairs)
+
+
+def _agree(header: List[str], columns: List[str]) -> bool:
+    return all(one == other for one, other in zip(header, columns))
 
 
 def padded(file: Iterable[str], columns: int) -> Iterator[List[str]]:

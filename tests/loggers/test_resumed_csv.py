@@ -6,6 +6,7 @@ import contextlib
 import csv
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -408,3 +409,51 @@ def test_a_logger_is_told_which_checkpoint_it_goes_on_from(tmp_path: Path) -> No
     fit(tmp_path, 3, path, Own(), tmp_path / "ck")
     assert seen == [(path, True, {"n": 1}), (path, False, {"n": 1})]
     assert fit(tmp_path, 1, None, Own(), tmp_path / "ck").resumed_from is None
+
+
+# ---------------------------------------------------------------------- killed before it wrote
+
+
+def resumed_logger(root: Path, state: Dict[str, Any]) -> CSVLogger:
+    """The logger of a run resumed from a checkpoint beside the log that keeps ``state``."""
+    logger = CSVLogger(root)
+    logger.resumed_from = root / LOG / "checkpoints" / "x.safetensors"
+    logger.load_state_dict(state, continue_files=True)
+    return logger
+
+
+def rows_in(root: Path) -> List[Dict[str, str]]:
+    (path,) = root.rglob("metrics.csv")
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("branched", [False, True])
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_run_killed_before_it_wrote_finds_its_rows_again(
+    tmp_path: Path, branched: bool, seen: bool
+) -> None:
+    first = CSVLogger(tmp_path)
+    for step in (1, 2):
+        first.log_metrics({"loss": step / 10}, step, 0)
+    if seen:  # a column that the file has already
+        first.log_metrics({"val": 2.5}, 2, 0)
+    first.save()
+    saved = first.state_dict()
+    first.log_metrics({"loss": 0.3}, 3, 1)
+    first.finalize("failed")  # stopped in the validation that follows
+    again = resumed_logger(tmp_path, saved)
+    again.log_metrics({"loss": 0.75 if branched else 0.3}, 3, 1)
+    again.log_metrics({"val": 0.5}, 3, 1)
+    later = again.state_dict()  # and killed
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", OFEngineWarning)
+        last = resumed_logger(tmp_path, later)
+    last.log_metrics({"loss": 0.4}, 4, 1)
+    last.finalize("success")
+    rows = rows_in(tmp_path)
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
+    assert [row["loss"] for row in rows] == ["0.1", "0.2", "0.75" if branched else "0.3", "0.4"]
+    assert [row["val"] for row in rows] == ["", "2.5" if seen else "", "0.5", ""]
+    reread = resumed_logger(tmp_path, last.state_dict())
+    assert reread.log_dir == last.log_dir
