@@ -33,6 +33,7 @@ SCRIPTS = (
     "blas",
     "guards",
     "ranks_eager",
+    "ranks_graph",
 )
 RESULTS = FOLDER / "RESULTS.md"
 BEGIN, END = "<!-- findings -->", "<!-- /findings -->"

@@ -1,9 +1,9 @@
-"""What a step costs on one and two ranks, over the loop that one writes by hand in OneFlow.
+"""What a step of graph mode costs on one and two ranks, over a graph that one writes by hand.
 
-By hand means DistributedDataParallel in eager mode, and a graph over global tensors (parameters
-broadcast, batches split) in graph mode. Both loops take turns within the same processes::
+By hand means a graph over global tensors, parameters broadcast and batches split. Both loops take
+turns within the same processes::
 
-    python benchmarks/ranks.py
+    python benchmarks/ranks_graph.py
 
 Bytes are those that a rank reads and writes by system calls, its exchange with the other rank among
 them; there is no figure for the kernel's own work.
@@ -40,7 +40,7 @@ def _network(size: str) -> Any:
     return nn.Sequential(*layers, nn.Linear(second, CLASSES))
 
 
-def _by_hand(size: str, mode: str, ranks: int, batch: Any) -> Callable[[], Any]:
+def _by_hand(size: str, ranks: int, batch: Any) -> Callable[[], Any]:
     """One step of the loop by hand; returns the loss, a local tensor."""
     import oneflow as flow
     from oneflow import nn
@@ -49,11 +49,7 @@ def _by_hand(size: str, mode: str, ranks: int, batch: Any) -> Callable[[], Any]:
     placement, split = flow.placement("cpu", list(range(ranks))), flow.sbp.split(0)
     whole = flow.sbp.broadcast
     if ranks > 1:
-        model = (
-            nn.parallel.DistributedDataParallel(model)
-            if mode == "eager"
-            else model.to_global(placement, whole)
-        )
+        model = model.to_global(placement, whole)
     optimizer = flow.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
     class Graph(nn.Graph):
@@ -67,30 +63,20 @@ def _by_hand(size: str, mode: str, ranks: int, batch: Any) -> Callable[[], Any]:
             loss.backward()
             return loss.to_global(placement, whole) if ranks > 1 else loss
 
-    if mode == "eager":
-
-        def step() -> Any:
-            loss = criterion(model(batch[0]), batch[1])
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            return loss
-
-        return step
     graph = Graph()
     if ranks == 1:
         return lambda: graph(*batch)
     return lambda: graph(*(each.to_global(placement, split) for each in batch)).to_local()
 
 
-def _compare(size: str, mode: str, ranks: int, pairs: int) -> Dict[str, Any]:
+def _compare(size: str, ranks: int, pairs: int) -> Dict[str, Any]:
     """Milliseconds a step of blocks in turns, by hand and by the engine, and bytes a step."""
     import oneflow as flow
 
     from ofengine import Callback, TaskModule, Trainer
 
     batch = (flow.randn(ROWS, SIZES[size][0]), flow.randint(0, CLASSES, (ROWS,)))
-    by_hand, block = _by_hand(size, mode, ranks, batch), BLOCK[size]
+    by_hand, block = _by_hand(size, ranks, batch), BLOCK[size]
     found: Dict[str, List[float]] = {key: [] for key in ("hand", "own", "hand_bytes", "own_bytes")}
 
     class Task(TaskModule):
@@ -128,7 +114,7 @@ def _compare(size: str, mode: str, ranks: int, pairs: int) -> Dict[str, Any]:
             found[f"{key}_bytes"].append((_transferred() - began[1]) / block)
 
     trainer = Trainer(
-        mode=mode, device="cpu", max_epochs=1, seed=1, logger=False, callbacks=[InTurns()],
+        mode="graph", device="cpu", max_epochs=1, seed=1, logger=False, callbacks=[InTurns()],
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(Task(), [batch] * (block * (pairs + 2) * ranks))
@@ -141,11 +127,7 @@ def run_child(pairs: int) -> None:
 
     world = read()
     ranks = 1 if world is None else world.world_size
-    found = {
-        f"{size}|{mode}": _compare(size, mode, ranks, pairs)
-        for size in SIZES
-        for mode in ("eager", "graph")
-    }
+    found = {size: _compare(size, ranks, pairs) for size in SIZES}
     if world is None or world.rank == 0:
         print(json.dumps(found), flush=True)
 
@@ -157,11 +139,11 @@ def main() -> None:
         return
     options = parser(__doc__).parse_args()
     pairs = 3 if options.quick else 25
-    report = Report("ranks", "One and two ranks, against the loop written by hand")
+    report = Report("ranks_graph", "Ranks in graph mode, against a graph written by hand")
     report.note(
-        f"""Three linear layers, SGD with momentum, {ROWS} rows a rank; by hand with
-        DistributedDataParallel, or a graph over global tensors. Median and quartiles of {pairs}
-        blocks that take turns; the last column is the median of the blocks' ratios."""
+        f"""Three linear layers, SGD with momentum, {ROWS} rows a rank; by hand a graph over global
+        tensors. Median and quartiles of {pairs} blocks that take turns; the last column is the
+        median of the blocks' ratios."""
     )
     rows = []
     for ranks in (1, 2):
@@ -172,11 +154,11 @@ def main() -> None:
             ratios = [own / hand for own, hand in zip(blocks["own"], blocks["hand"])]
             moved = [f"{statistics.median(blocks[k]):,.0f}" for k in ("hand_bytes", "own_bytes")]
             rows.append(
-                [str(ranks), *key.split("|"), show(blocks["hand"], 2), show(blocks["own"], 2),
+                [str(ranks), key, show(blocks["hand"], 2), show(blocks["own"], 2),
                  *moved, show(ratios, 3)]
             )  # fmt: skip
         tell(f"{ranks} rank(s)")
-    header = ["ranks", "parameters", "mode", "by hand, ms", "ofengine, ms", "bytes by hand",
+    header = ["ranks", "parameters", "by hand, ms", "ofengine, ms", "bytes by hand",
               "bytes", "ratio"]  # fmt: skip
     report.table(header, rows)
     report.save(options.json)
