@@ -125,7 +125,7 @@ forever()
     assert shown[-2:] == ["[rank 1] line 999", "[rank 1] the last one"]
     assert 10 < len(shown) < 100
     assert all(line.startswith("[rank 1] ") for line in shown)
-    assert done.stdout in ("", "line of rank 0\n")
+    assert "line of rank 0\n".startswith(done.stdout)  # it may be killed while it prints
 
 
 def test_nothing_that_a_rank_has_started_is_left(tmp_path: Path) -> None:
