@@ -52,6 +52,7 @@ def only_sentence(text: str) -> str:
 # ---------------------------------------------------------------------- digits_finetune.py
 
 
+@pytest.mark.slow
 def test_two_ranks_learn_the_digits_as_one_process_with_twice_the_accumulation() -> None:
     pytest.importorskip("sklearn")
     common = ("digits_finetune.py", "--epochs", "1", "--device", "cpu")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from helpers import run_python
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "model_parallel.py"
 
 
+@pytest.mark.slow
 def test_both_kinds_compute_what_one_process_does(tmp_path: Path) -> None:
     found = {}
     for name in ("tensor", "pipeline", "alone"):

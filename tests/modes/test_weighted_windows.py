@@ -10,7 +10,6 @@ import numpy as np
 import oneflow as flow
 import pytest
 from helpers import bits, fill_deterministically, quiet_trainer, refused
-from helpers.resuming import some_slow
 from helpers.stopping import check_stopping
 from oneflow import nn
 
@@ -136,7 +135,10 @@ def test_the_weight_is_among_the_outputs(mode: str) -> None:
 
 @pytest.mark.parametrize(
     ("mode", "other"),
-    some_slow(list(itertools.product(["eager", "graph"], repeat=2)), ("graph", "eager")),
+    [
+        pytest.param(*both, marks=[] if both == ("graph", "eager") else pytest.mark.slow)
+        for both in itertools.product(["eager", "graph"], repeat=2)
+    ],
 )
 def test_a_run_goes_on_within_a_window(mode: str, other: str, tmp_path: Path) -> None:
     setting: Dict[str, Any] = {"accumulate_grad_batches": 3, "max_epochs": 2}

@@ -12,7 +12,7 @@ import pickle
 import signal
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, Optional, Set
 
 import numpy as np
 import oneflow as flow
@@ -25,6 +25,13 @@ from ofengine.callbacks import EMAWeightAveraging, LRDecayCallback, ModelCheckpo
 from ofengine.metrics import Accuracy, ConfusionMatrix
 
 CASES: Dict[str, Callable[[Place], Result]] = {}
+SLOW: Set[str] = set()
+"""Those that add least to the others."""
+
+
+def slow_case(function: Callable[[Place], Result]) -> Callable[[Place], Result]:
+    SLOW.add(function.__name__)
+    return case(function)
 
 
 def case(function: Callable[[Place], Result]) -> Callable[[Place], Result]:
@@ -120,7 +127,7 @@ def five_steps_of_sgd(place: Place) -> Result:
     return fitted(Net(), place.trainer(max_steps=5, max_epochs=-1), place.loader())
 
 
-@case
+@slow_case
 def five_steps_of_adamw(place: Place) -> Result:
     return fitted(Net("adamw"), place.trainer(max_steps=5, max_epochs=-1), place.loader())
 
@@ -187,7 +194,7 @@ class Versatile(Net):
         }
 
 
-@case
+@slow_case
 def a_task_that_changes_as_it_trains(place: Place) -> Result:
     trainer = place.trainer(callbacks=[Changing()], gradient_clip_val=0.01,
                             gradient_clip_algorithm="value")  # fmt: skip
@@ -241,7 +248,7 @@ def evaluations(place: Place) -> Result:
 # ---------------------------------------------------------------------- ends and refusals
 
 
-@case
+@slow_case
 def a_signal_to_one_rank(place: Place) -> Result:
     """All end after the same batch, and rank 0 saves."""
 

@@ -269,7 +269,7 @@ def batch_norms_of_all_ranks(place: Place) -> Result:
     return result
 
 
-@case
+@slow_case
 def batch_norms_that_some_ranks_call_alone(place: Place) -> Result:
     """All raise, wherever the steps are at odds; a process that is alone cannot be."""
     if place.alone:
@@ -309,7 +309,7 @@ def a_list_of_batches(place: Place) -> Result:
     return fitted(Net(), place.trainer(), batches, batches)
 
 
-@case
+@slow_case
 def limits_are_for_each_rank(place: Place) -> Result:
     loader = DataLoader(dataset(), batch_size=3, shuffle=True)
     options = {"limit_train_batches": place.each(2), "limit_val_batches": place.each(1)}
@@ -363,7 +363,7 @@ class Backwards(BatchSampler):
         return 9
 
 
-@case
+@slow_case
 def a_sampler_that_nobody_seeds(place: Place) -> Result:
     sampler = Backwards()
     if not place.alone and place.trainer().global_rank == 0:
@@ -404,7 +404,7 @@ def two_loaders_at_once_in_windows_by_epoch(place: Place) -> Result:
     return fitted(Both(), trainer, loaders)
 
 
-@case
+@slow_case
 def two_loaders_are_evaluated(place: Place) -> Result:
     trainer = place.trainer()
     loaders = [DataLoader(dataset(11), batch_size=4), DataLoader(dataset(3), batch_size=4)]
@@ -412,7 +412,7 @@ def two_loaders_are_evaluated(place: Place) -> Result:
     return {"results": results}
 
 
-@case
+@slow_case
 def predictions_of_two_loaders(place: Place) -> Result:
     class Predicts(Net):
         def predict_step(self, batch: Any, batch_idx: int) -> Any:
@@ -521,7 +521,7 @@ def metrics_that_count(place: Place) -> Result:
     return {**result, "results": place.trainer().test(task, loaders)}
 
 
-@case
+@slow_case
 def a_metric_that_all_reset_within_an_epoch(place: Place) -> Result:
     """Every third round each rank reads and resets it; a process alone, where a round ends."""
 
@@ -675,7 +675,7 @@ def resumed_from_the_other(place: Place) -> Result:
     return resumable(place, path=path)
 
 
-@case
+@slow_case
 def resumed_without_a_seed(place: Place) -> Result:
     """As the run that never stopped: ranks have taken a seed, which the checkpoint keeps."""
     if place.alone:
@@ -718,7 +718,7 @@ class Cheats(Normed):
         return loss * 2.0 if is_last and self.trainer.global_step > 1 else loss
 
 
-@case
+@slow_case
 def the_proof(place: Place) -> Result:
     """Of a task that is the same on ranks, its batches uneven."""
     if place.alone:
