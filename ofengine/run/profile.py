@@ -17,6 +17,8 @@ import attrs
 
 from ofengine.disk import give_name, temporary_file
 
+_LEAST_SHARE = 0.0005
+"""What takes less of a run has no row of its own in the table."""
 _MOST_EVENTS = 200_000
 """A trace has so many events at most, the first ones."""
 
@@ -95,10 +97,15 @@ class Profile:
         self.seconds = time.perf_counter() - self._began
 
     def text(self, title: str) -> str:
-        """A table, the longest first; what is in no row is the last of them."""
+        """A table, the longest first; the shortest are one row, and what is in none the last."""
         known = sum(row.seconds for row in self.rows.values())
         others = Row(1, max(0.0, self.seconds - known), max(0.0, self.seconds - known))
-        rows = sorted(self.rows.items(), key=lambda item: -item[1].seconds)
+        every = sorted(self.rows.items(), key=lambda item: -item[1].seconds)
+        rows = [item for item in every if item[1].seconds >= _LEAST_SHARE * self.seconds]
+        short = [row for _, row in every[len(rows) :]]
+        if short:
+            calls, seconds, longest = zip(*map(attrs.astuple, short))
+            rows.append((f"{len(short)} others", Row(sum(calls), sum(seconds), max(longest))))
         cells = [("what", "calls", "seconds", "share", "mean ms", "longest ms")]
         for name, row in [*rows, ("everything else", others)]:
             share = row.seconds / self.seconds if self.seconds else 0.0

@@ -17,6 +17,12 @@ from ofengine.run import profile as module
 from ofengine.run.profile import Profile
 
 
+@pytest.fixture(autouse=True)
+def _every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short runs have all their rows in the table."""
+    monkeypatch.setattr(module, "_LEAST_SHARE", 0.0)
+
+
 class Clock:
     """A second for each look."""
 
@@ -42,6 +48,20 @@ def test_what_is_timed_within_counts_once(monkeypatch: pytest.MonkeyPatch) -> No
     table = [line.split() for line in profile.text("It").splitlines()]
     assert ["outer", "1", "3.000", "42.9%", "3000.000", "5000.000"] in table
     assert ["everything", "else", "1", "2.000", "28.6%", "2000.000", "2000.000"] in table
+
+
+def test_what_takes_little_shares_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LEAST_SHARE", 0.1)
+    profile = Profile()
+    seconds = {"long": 8.0, "b": 0.5, "a": 0.75, "tenth": 1.0}
+    profile.rows = {name: module.Row(2, each, each / 2) for name, each in seconds.items()}
+    profile.seconds = 10.0
+    *_, long, tenth, others, rest = [
+        each.split() for each in profile.text("It").splitlines() if each
+    ]
+    assert [long[0], tenth[0]] == ["long", "tenth"]
+    assert others == ["2", "others", "4", "1.250", "12.5%", "312.500", "375.000"]
+    assert rest[:4] == ["everything", "else", "1", "0.000"]
 
 
 def test_an_error_is_timed_and_passes_through() -> None:
