@@ -9,7 +9,7 @@ import attrs
 import oneflow as flow
 from oneflow import nn
 
-from ofengine.data.structure import to_device
+from ofengine.data.structure import leaves, to_device
 from ofengine.errors import said_by, warn
 from ofengine.task import TaskModule
 
@@ -81,19 +81,9 @@ def _noting(module: nn.Module, seen: Dict[int, Seen]) -> Any:
 
 
 def _shapes(values: List[Any]) -> str:
-    """The shapes of the tensors in ``values``, as "8x3x32x32, 8"."""
-    shapes = ["x".join(map(str, each.shape)) or "1" for each in _tensors(values)]
+    """The shapes of the tensors and arrays in ``values``, as "8x3x32x32, 8"."""
+    shapes = ["x".join(map(str, shape)) or "1" for _, shape, _ in leaves(values)]
     return ", ".join(shapes[:2]) + (", ..." if shapes[2:] else "") or "-"
-
-
-def _tensors(value: Any) -> List[Any]:
-    if isinstance(value, flow.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return [tensor for each in value for tensor in _tensors(each)]
-    return []
 
 
 def _flops(module: nn.Module, inputs: List[Any], outputs: Any) -> int:

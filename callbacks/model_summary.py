@@ -8,7 +8,7 @@ from typing import Dict, Iterable, List, Sequence, Tuple
 
 from oneflow import nn
 
-from ofengine import html
+from ofengine import tables
 from ofengine.callback import Callback
 from ofengine.callbacks._example_run import Seen, run_example
 from ofengine.callbacks._progress_display import IN_NOTEBOOK
@@ -73,8 +73,8 @@ class ModelSummary(Callback):
         header, rows, decay = _groups(trainer)
         seen = _tried(trainer, task)
         note = " ".join(_totals(task, seen)) + "."
-        modules = html.table(_title(trainer, task), *self._modules(trainer, task, seen), note)
-        return modules + html.table("parameter groups", header, rows, decay)
+        modules = tables.as_html(_title(trainer, task), *self._modules(trainer, task, seen), note)
+        return modules + tables.as_html("parameter groups", header, rows, decay)
 
     def _modules(self, trainer: RunView, task: TaskModule, seen: Dict[int, Seen]) -> _Cells:
         group_of: Dict[int, int] = {

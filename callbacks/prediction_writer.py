@@ -9,7 +9,7 @@ import numpy as np
 import oneflow as flow
 
 from ofengine.callback import Callback
-from ofengine.disk import give_name, temporary_file, why_no_path
+from ofengine.disk import claim_version, give_name, temporary_file, why_no_path
 from ofengine.errors import ConfigurationError
 from ofengine.run.arguments import check_choice
 from ofengine.run.view import RunView
@@ -69,7 +69,7 @@ class PredictionWriter(Callback):
         self._kept = {}
         root = self.output_dir or Path(trainer.default_root_dir) / "predictions"
         try:
-            self.folder = _next_version(root)
+            self.folder = claim_version(root)
         except OSError as error:
             raise _unwritable(root, error) from error
 
@@ -114,20 +114,6 @@ class PredictionWriter(Callback):
                 give_name(temporary, path)
         except OSError as error:
             raise _unwritable(path, error) from error
-
-
-def _next_version(root: Path) -> Path:
-    """A folder that no other run has, made now."""
-    root.mkdir(parents=True, exist_ok=True)
-    number = 0
-    while True:
-        folder = root / f"version_{number}"
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            number += 1
-        else:
-            return folder
 
 
 def _unwritable(path: Path, error: OSError) -> ConfigurationError:

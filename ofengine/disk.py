@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import itertools
 import os
 import re
 import secrets
@@ -215,3 +216,14 @@ def append_whole(path: Path, data: bytes, flags: int = 0) -> None:
         except OSError:
             os.ftruncate(file.fileno(), end)
             raise
+
+
+def claim_version(root: Path, first: int = 0) -> Path:
+    """Make ``root/version_<n>``, n the first from ``first`` on that nobody has: the run's alone."""
+    root.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(first):
+        folder = root / f"version_{number}"
+        with contextlib.suppress(FileExistsError):  # also where another run was faster
+            folder.mkdir()
+            break
+    return folder

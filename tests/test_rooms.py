@@ -14,7 +14,7 @@ PACKAGE = ROOT / "ofengine"
 
 ROOMS: List[List[str]] = [
     ["ofengine"],  # the package itself: only names, looked up when they are first used
-    ["errors", "html", "lines", "disk"],
+    ["errors", "tables", "lines", "disk"],
     ["_oneflow"],
     ["launch.environment", "launch.slot", "launch.heartbeat"],
     ["processes"],

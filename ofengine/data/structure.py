@@ -76,32 +76,32 @@ def shapes_of(batch: Any) -> Any:
 
 def is_empty(batch: Any) -> bool:
     """True where all tensors and arrays in ``batch`` are empty, and there are some."""
-    shapes = [shape for _, shape, _ in _leaves(batch) if shape]
+    shapes = [shape for _, shape, _ in leaves(batch) if shape]
     return bool(shapes) and all(0 in shape for shape in shapes)
 
 
 def size_of(batch: Any) -> int:
     """How many numbers the tensors and arrays in ``batch`` hold."""
-    return sum(math.prod(shape) for _, shape, _ in _leaves(batch))
+    return sum(math.prod(shape) for _, shape, _ in leaves(batch))
 
 
 def describe_shapes(batch: Any) -> str:
     """The tensors and arrays in ``batch`` as "[8, 3, 32, 32] float32, [8] int64"."""
-    leaves = [f"{name} {list(shape)} {dtype}".lstrip() for name, shape, dtype in _leaves(batch)]
-    some = ", ".join(leaves[:8]) + (f" and {len(leaves) - 8} more" if leaves[8:] else "")
+    texts = [f"{name} {list(shape)} {dtype}".lstrip() for name, shape, dtype in leaves(batch)]
+    some = ", ".join(texts[:8]) + (f" and {len(texts) - 8} more" if texts[8:] else "")
     return some or describe(batch)
 
 
-def _leaves(batch: Any, name: str = "") -> Iterator[Tuple[str, Tuple[int, ...], str]]:
+def leaves(batch: Any, name: str = "") -> Iterator[Tuple[str, Tuple[int, ...], str]]:
     """(name in a dict, shape, dtype) of the tensors and arrays in ``batch``."""
     if isinstance(batch, (flow.Tensor, np.ndarray)):
         yield name, tuple(batch.shape), str(batch.dtype).replace("oneflow.", "")
     elif isinstance(batch, dict):
         for key, value in batch.items():
-            yield from _leaves(value, str(key))
+            yield from leaves(value, str(key))
     elif isinstance(batch, (list, tuple)):
         for value in batch:
-            yield from _leaves(value, name)
+            yield from leaves(value, name)
 
 
 class Structure(NamedTuple):

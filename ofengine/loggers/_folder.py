@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
-from ofengine.disk import why_no_path
+from ofengine.disk import claim_version, why_no_path
 from ofengine.errors import ConfigurationError, warn
 from ofengine.loggers.base import Logger
 
@@ -119,18 +119,12 @@ class FolderLogger(Logger):
         return self.save_dir / self.name / own
 
     def _next_version(self) -> Path:
+        """A folder of this run's alone, behind all that there are."""
         root = self.save_dir / self.name
         root.mkdir(parents=True, exist_ok=True)
         taken = [re.fullmatch(r"version_(\d+)", entry.name) for entry in root.iterdir()]
-        number = max([int(match.group(1)) for match in taken if match], default=-1) + 1
-        while True:
-            folder = root / f"version_{number}"
-            try:
-                folder.mkdir()
-            except FileExistsError:  # another run was faster
-                number += 1
-            else:
-                return folder
+        highest = max([int(match.group(1)) for match in taken if match], default=-1)
+        return claim_version(root, highest + 1)
 
     def _give_back(self) -> None:
         """Take the folder away again, into which nothing ever came."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Dict, Hashable, Iterator, List, Optional, Set, Tuple
 
 import attrs
@@ -27,8 +28,8 @@ class Compiled:
     """The :class:`~ofengine.modes.guards.Watch` over what its trace read."""
     looks: bool = False
     """True where something is to be looked at before each run."""
-    rates_until: Optional[int] = None
-    """The first step whose rates are not compiled in, or None where all are."""
+    rates_until: float = math.inf
+    """The first step whose rates are not compiled in, or infinite where all are."""
 
 
 class Compilations:
@@ -45,6 +46,13 @@ class Compilations:
 
     def __len__(self) -> int:
         return len(self._variants)
+
+    def get(self, key: Hashable) -> Optional[Compiled]:
+        """As :meth:`find`, which looks only where something may have changed."""
+        compiled = self.active.get(key)
+        if compiled is None or (compiled.looks and compiled.watch.may_differ()):
+            compiled = self.find(key)
+        return compiled
 
     def find(self, key: Hashable) -> Optional[Compiled]:
         """The graph for ``key`` that read what is so now, where there is one."""

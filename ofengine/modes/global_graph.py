@@ -78,9 +78,8 @@ class GlobalGraphMode(GraphMode):
         structure, tensors, spread = self._gather(batch, self._steps, line_up)
         accumulates = self._accumulates or share[0] != window or bool(self._gradients)
         key = (accumulates, structure, spread.round.is_cut, *_kinds(tensors))
-        compiled = _find(self._steps, key)
-        until = None if compiled is None else compiled.rates_until
-        if until is not None and run.progress.global_step >= until:
+        compiled = self._steps.get(key)
+        if compiled is not None and run.progress.global_step >= compiled.rates_until:
             self.rebuild("the rates compiled in are used up")
             compiled = None
         if compiled is None:
@@ -202,7 +201,7 @@ class GlobalGraphMode(GraphMode):
         if not spread.round.total:
             return None, False
         key = (step, dataloader_idx, structure, spread.round.is_cut, *_kinds(tensors))
-        compiled = _find(self._evals, key)
+        compiled = self._evals.get(key)
         if compiled is None:
             with self._over_global_tensors(step):
                 refuse_what_graphs_ignore(self.task)
@@ -323,14 +322,6 @@ def _stands(compiled: Compiled) -> bool:
     """True where what the trace has read is so now."""
     watch = compiled.watch
     return not (compiled.looks and watch.may_differ() and watch.changed() is not None)
-
-
-def _find(kept: Compilations, key: Hashable) -> Optional[Compiled]:
-    """The graph for ``key`` that read what is so now, where there is one."""
-    compiled = kept.active.get(key)
-    if compiled is None or (compiled.looks and compiled.watch.may_differ()):
-        compiled = kept.find(key)
-    return compiled
 
 
 def _kinds(tensors: Sequence[Any]) -> List[Hashable]:

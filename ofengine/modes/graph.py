@@ -9,6 +9,7 @@ length. All graphs that update share one memory for the optimizer's state and st
 from __future__ import annotations
 
 import logging
+import math
 from functools import partial
 from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple
 
@@ -72,8 +73,8 @@ class GraphMode:
         self._window_scales: Dict[int, Any] = {}
         self._tells = True
         """False where another rank records what a step logs."""
-        self._rates_until: Optional[int] = None
-        """The first step whose rates are not compiled in, or None where all are."""
+        self._rates_until = math.inf
+        """The first step whose rates are not compiled in, or infinite where all are."""
 
     # ------------------------------------------------------------------ training
 
@@ -92,11 +93,10 @@ class GraphMode:
             if not tensor.is_contiguous():  # nn.Graph would write over what it views
                 tensors[index] = tensor.contiguous()
         key = (structure, *[(tensor.shape, tensor.dtype) for tensor in tensors])
-        compiled = self._steps.active.get(key)
+        compiled = self._steps.active.get(key)  # as get(), without its call
         if compiled is None or (compiled.looks and compiled.watch.may_differ()):
             compiled = self._steps.find(key)
-        until = None if compiled is None else compiled.rates_until
-        if until is not None and self._run.progress.global_step >= until:
+        if compiled is not None and self._run.progress.global_step >= compiled.rates_until:
             self.rebuild("the rates compiled in are used up")
             compiled = None
         if compiled is None:
@@ -188,7 +188,8 @@ class GraphMode:
         start, total = self._run.progress.global_step, self._run.total_steps
         stop = start + max(_TABLE_STEPS, start) if total is None else max(total, start + 1)
         before = self._state.read()[0] - start  # steps of an earlier fit with this optimizer
-        self._rates_until = self._run.rates.lower_into(graph, start, stop, before)
+        until = self._run.rates.lower_into(graph, start, stop, before)
+        self._rates_until = math.inf if until is None else until
 
     def _keep_step(self, key: Hashable, compiled: Compiled) -> None:
         self._tell_change(self._steps.add(key, compiled))
@@ -270,9 +271,7 @@ class GraphMode:
             if not tensor.is_contiguous():  # nn.Graph would write over what it views
                 tensors[index] = tensor.contiguous()
         key = (step, dataloader_idx, structure, *[(t.shape, t.dtype) for t in tensors])
-        compiled = self._evals.active.get(key)
-        if compiled is None or (compiled.looks and compiled.watch.may_differ()):
-            compiled = self._evals.find(key)
+        compiled = self._evals.get(key)
         if compiled is None:
             refuse_what_graphs_ignore(self.task)
             graph = EvalGraph(self.task, step, structure, (dataloader_idx,))
@@ -378,7 +377,7 @@ class GraphMode:
         is_step = isinstance(graph, StepGraph)
         if is_step:
             inputs = [*inputs, graph.late]
-        self._rates_until = None
+        self._rates_until = math.inf
         trace(self.task, self._guards, graph, compiling, inputs, what)
         compiled.rates_until = self._rates_until
         if is_step:

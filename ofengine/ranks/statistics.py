@@ -48,7 +48,7 @@ class RunningStatistics:
         for name, module in task.named_modules():
             if not isinstance(module, KINDS) or module.running_mean is None:
                 continue
-            _refuse_average(task, name, module)
+            refuse_average(task, name, module)
             self._layers.append(module)
             self._own.append((module, vars(module).get("forward")))
             vars(module)["forward"] = partial(self._call, module, module.forward)
@@ -154,10 +154,11 @@ def refuse_averages(task: nn.Module) -> None:
     """Raise :class:`RankError` for a batch norm that averages over all batches."""
     for name, module in task.named_modules():
         if isinstance(module, KINDS) and module.running_mean is not None:
-            _refuse_average(task, name, module)
+            refuse_average(task, name, module)
 
 
-def _refuse_average(task: nn.Module, name: str, layer: Any) -> None:
+def refuse_average(task: nn.Module, name: str, layer: Any) -> None:
+    """Raise :class:`RankError` where a layer of ``task`` averages over all batches."""
     if layer.momentum is None:
         raise RankError(
             f"{type(task).__name__}.{name} has momentum=None, which several ranks do not "

@@ -17,7 +17,7 @@ from oneflow.autograd import Function
 
 from ofengine.errors import RankError
 from ofengine.ranks.meetings import Meetings
-from ofengine.ranks.statistics import KINDS, running_of, updated, write
+from ofengine.ranks.statistics import KINDS, refuse_average, running_of, updated, write
 
 _batch_norm = nn.functional.batch_norm
 _OTHERS = (nn.SyncBatchNorm, nn.FusedBatchNorm1d, nn.FusedBatchNorm2d, nn.FusedBatchNorm3d)
@@ -47,11 +47,7 @@ class SyncedNorms:
                     f"sync_batchnorm computes nn.BatchNorm1d, 2d and 3d, and {where} is a "
                     f"{type(module).__name__} with a forward of its own: use one of these."
                 )
-            if module.momentum is None:
-                raise RankError(
-                    f"{where} has momentum=None, which several ranks do not keep to: give it a "
-                    "number, such as 0.1."
-                )
+            refuse_average(task, name, module)
             self._layers.append(module)
         for number, layer in enumerate(self._layers):
             of_all = _function(self, number, layer)

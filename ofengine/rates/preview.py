@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import IO, Any, Dict, List, Optional, Sequence, Tuple, Union
 
+from ofengine import tables
 from ofengine.errors import ConfigurationError, RateError
-from ofengine.html import table
 from ofengine.rates.calendar import ceil_div
 from ofengine.rates.canvas import LETTERS, Canvas, figure, in_columns, round_numbers, spread
 from ofengine.rates.checks import check_rates
@@ -163,18 +163,12 @@ class Preview:
         ``lr_scale`` and ``lr_decay_scale``; the rate at the first step, at the largest
         (``step:rate``, see :meth:`peak`), at the last step, and at each step of ``at``.
         """
-        head, rows = self._cells(at)
-        widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-            for row in [head, *rows]
-        ]
-        lines.insert(1, "-" * len(lines[0]))
+        lines = tables.as_text(*self._cells(at))
         return "\n".join([self.heading(), *lines, *([self.note] if self.note else [])])
 
     def _repr_html_(self) -> str:
         """The table in a notebook, and the curves where matplotlib is installed."""
-        text = table(self.heading(), *self._cells(()), self.note)
+        text = tables.as_html(self.heading(), *self._cells(()), self.note)
         picture = io.BytesIO()
         try:
             self._plot(picture)

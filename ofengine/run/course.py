@@ -76,19 +76,20 @@ def skips_the_rest(run: Run, answers: List[Any]) -> bool:
         log.info("the window of batch %d, that is not full, is left out.", progress.batch_idx)
         run.training_mode.load_gradients({})
         run.weighing.load(None, None)
-    surprise = run.rates.calendar.epoch_ended(progress.epoch, progress.batches_done)
-    if surprise and run.rates.depends_on_epochs():
-        run.training_mode.rebuild("the epoch had another length than was expected")
+    _note_length(run)
     return True
 
 
 def epoch_ended(run: Run, train: Batches) -> None:
     """Take note of an epoch's true length."""
-    batches = run.progress.batches_done
-    if batches == 0:
+    if run.progress.batches_done == 0:
         end = f": {describe_once(train.source)}." if train.once else "."
         raise DataError(f"{train.what} gave no batch in epoch {run.progress.epoch}{end}")
-    surprise = run.rates.calendar.epoch_ended(run.progress.epoch, batches)
+    _note_length(run)
+
+
+def _note_length(run: Run) -> None:
+    surprise = run.rates.calendar.epoch_ended(run.progress.epoch, run.progress.batches_done)
     if surprise and run.rates.depends_on_epochs():
         run.training_mode.rebuild("the epoch had another length than was expected")
 

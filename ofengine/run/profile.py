@@ -15,6 +15,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import attrs
 
+from ofengine import tables
 from ofengine.disk import give_name, temporary_file
 
 _LEAST_SHARE = 0.0005
@@ -106,18 +107,14 @@ class Profile:
         if short:
             calls, seconds, longest = zip(*map(attrs.astuple, short))
             rows.append((f"{len(short)} others", Row(sum(calls), sum(seconds), max(longest))))
-        cells = [("what", "calls", "seconds", "share", "mean ms", "longest ms")]
+        header = ("what", "calls", "seconds", "share", "mean ms", "longest ms")
+        cells = []
         for name, row in [*rows, ("everything else", others)]:
             share = row.seconds / self.seconds if self.seconds else 0.0
             mean = row.seconds / row.calls * 1e3
             numbers = (f"{row.seconds:.3f}", f"{share:.1%}", f"{mean:.3f}")
             cells.append((name, f"{row.calls:,}", *numbers, f"{row.longest * 1e3:.3f}"))
-        widths = [max(map(len, column)) for column in zip(*cells)]
-        lines = [
-            "  ".join([each[0].ljust(widths[0]), *map(str.rjust, each[1:], widths[1:])])
-            for each in cells
-        ]
-        lines.insert(1, "-" * len(lines[0]))
+        lines = tables.as_text(header, cells)
         return "\n".join(["", f"{title}: {self.seconds:.3f} seconds", "", *lines, ""])
 
     def write(self, folder: Path, name: str) -> Path:

@@ -72,8 +72,6 @@ def _folder(name: str, value: Any) -> str:
 
 
 _FROM_ONE = "a whole number from 1 on"
-
-
 _FROM_NOUGHT = _whole(0, "a whole number from 0 on")
 
 
@@ -92,10 +90,7 @@ CHECKS: Tuple[Tuple[str, Callable[[str, Any], Any]], ...] = (
     ("strategy", _one_of("auto", "ddp", "zero")),
     ("sync_batchnorm", check_flag),
     ("max_steps", _whole(-1, "a number, -1 for any")),
-    (
-        "min_epochs",
-        lambda name, value: check_count(name, value or 0, 0, "a whole number from 0 on"),
-    ),
+    ("min_epochs", lambda name, value: 0 if value is None else _FROM_NOUGHT(name, value)),
     ("min_steps", lambda name, value: 0 if value is None else _FROM_NOUGHT(name, value)),
     ("max_time", lambda name, value: seconds_of(value)),
     ("max_epochs", _or_none(_whole(-1, "a whole number of epochs, or -1 for no limit"))),

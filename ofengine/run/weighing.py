@@ -45,10 +45,10 @@ def _number(value: float, like: Any) -> Any:
 
 
 def weights_of_ranks(task_name: str) -> ConfigurationError:
-    """What is said where the ranks of a run would have to weigh their batches together."""
+    """What is said where a graph of several ranks would have to weigh their batches."""
     return ConfigurationError(
-        f"{task_name}.training_step returned a weight, and the ranks of a run do not exchange "
-        "weights yet: leave it out, or use Trainer(devices=1)."
+        f"{task_name}.training_step returned a weight, which a graph of several ranks does not "
+        'take: leave it out, or use Trainer(mode="eager") or Trainer(devices=1).'
     )
 
 

@@ -85,8 +85,8 @@ def _of_one_s(callbacks: Sequence[Callback], ranks: int) -> List[Callback]:
         if isinstance(each, RATES):
             events = each.decay_events
             if events is not None:
-                times = events.every_n_batches * ranks
-                each = type(each)(times, per_epoch=events.per_epoch, key=events.key)
+                every = events.every_n_batches * ranks
+                each = type(each)(every, per_epoch=events.per_epoch, key=events.key)
             deciding.append(each)
     return deciding
 

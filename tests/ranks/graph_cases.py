@@ -7,9 +7,7 @@ together. Run as a program, one rank goes through all cases and writes down what
 from __future__ import annotations
 
 import gc
-import os
 import pickle
-import signal
 import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Set
@@ -17,11 +15,11 @@ from typing import Any, Callable, Dict, Optional, Set
 import numpy as np
 import oneflow as flow
 from oneflow import nn
-from oneflow.utils.data import DataLoader, TensorDataset
-from rank_cases import Place as EagerPlace, Result, SavesAt, weights
+from oneflow.utils.data import DataLoader
+from rank_cases import Place as EagerPlace, Result, SavesAt, dataset, ended_by_a_signal, weights
 
 from ofengine import Callback, OFEngineError, TaskModule, Trainer
-from ofengine.callbacks import EMAWeightAveraging, LRDecayCallback, ModelCheckpoint
+from ofengine.callbacks import EMAWeightAveraging, LRDecayCallback
 from ofengine.metrics import Accuracy, ConfusionMatrix
 
 CASES: Dict[str, Callable[[Place], Result]] = {}
@@ -54,10 +52,7 @@ class Place(EagerPlace):
         return super().trainer(**given)
 
     def loader(self, samples: int = 46, batch_size: int = 4, shuffle: bool = True) -> DataLoader:
-        rng = np.random.default_rng(0)
-        x = rng.standard_normal((samples, 6)).astype(np.float32)
-        data = TensorDataset(flow.tensor(x), flow.tensor(rng.integers(0, 3, samples)))
-        return DataLoader(data, batch_size=self.rows(batch_size), shuffle=shuffle)
+        return DataLoader(dataset(samples), batch_size=self.rows(batch_size), shuffle=shuffle)
 
 
 class Net(TaskModule):
@@ -250,20 +245,7 @@ def evaluations(place: Place) -> Result:
 
 @slow_case
 def a_signal_to_one_rank(place: Place) -> Result:
-    """All end after the same batch, and rank 0 saves."""
-
-    class Signals(Callback):
-        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            if trainer.global_step == 2 and trainer.global_rank == trainer.world_size - 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    trainer = place.trainer(callbacks=[Signals(), ModelCheckpoint()])
-    try:
-        trainer.fit(Net(), place.loader())
-    except SystemExit as end:
-        saved = [path.name for path in place.folder.rglob("*.safetensors")]
-        return {"code": end.code, "saved": len(saved), "steps": trainer.global_step > 1}
-    return {}
+    return ended_by_a_signal(place, Net(), place.loader())
 
 
 class Beside(Net):

@@ -583,22 +583,28 @@ def steps_are_limited(place: Place) -> Result:
     return fitted(Net(), place.trainer(max_epochs=-1, max_steps=9), loader)
 
 
-@case
-def a_signal_to_one_rank(place: Place) -> Result:
+class Signals(Callback):
+    """SIGTERM to the last rank, in its second step."""
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 2 and trainer.global_rank == trainer.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def ended_by_a_signal(place: Place, task: TaskModule, loader: Any) -> Result:
     """All end after the same batch, and rank 0 saves."""
-
-    class Signals(Callback):
-        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            if trainer.global_step == 2 and trainer.global_rank == trainer.world_size - 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-
     trainer = place.trainer(callbacks=[Signals(), ModelCheckpoint()])
     try:
-        trainer.fit(Net(), DataLoader(dataset(), batch_size=4))
+        trainer.fit(task, loader)
     except SystemExit as end:
         saved = [path.name for path in place.folder.rglob("*.safetensors")]
-        return {"code": end.code, "saved": len(saved)}
+        return {"code": end.code, "saved": len(saved), "steps": trainer.global_step > 1}
     return {}
+
+
+@case
+def a_signal_to_one_rank(place: Place) -> Result:
+    return ended_by_a_signal(place, Net(), DataLoader(dataset(), batch_size=4))
 
 
 @case

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Dict, List
 
 import numpy as np
 import pytest
+from launched import results_of
 from rank_cases import CASES, CLOSE, SLOW, Place, run_case
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("rank_cases.py")
 QUICK = [name for name in CASES if name not in SLOW]
 OTHERS = [name for name in CASES if name in SLOW or name == "whole"]
@@ -28,15 +24,7 @@ def run_ranks(size: int, names: List[str], folder: Path) -> List[Dict[str, Any]]
     """What each rank got for each of the cases, in one start of the ranks."""
     if "resumed_from_the_other" in names:
         run_case("saved_for_the_other", Place(size, True, folder / "alone" / "saved", folder))
-    command = [sys.executable, "-m", "ofengine", "launch", "--nproc", str(size)]
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    launched = subprocess.run(
-        [*command, str(SCRIPT), str(folder), "--rank", *names],
-        env={**os.environ, "PYTHONPATH": paths},
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    assert launched.returncode == 0, launched.stdout
-    return [pickle.loads((folder / f"results_{rank}.pickle").read_bytes()) for rank in range(size)]
+    return results_of(size, SCRIPT, names, folder)
 
 
 @pytest.fixture(scope="module", params=STARTS)

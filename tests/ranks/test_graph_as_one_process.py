@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Dict, List
 
 import numpy as np
 import pytest
 from graph_cases import CASES, SLOW, Place, run_case
+from launched import results_of
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("graph_cases.py")
 CLOSE = {"five_steps_of_sgd": 3e-8, "batch_norms_and_dropout": 0.0}
 """By how much weights may differ; 1e-6 where nothing is said."""
@@ -30,16 +26,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """How many there are, a folder, and what each rank got for each case, in one start of all."""
     (size, names), folder = request.param, tmp_path_factory.mktemp("ranks")
     run_case("saved_for_others", Place(size, True, folder / "alone" / "saved", folder))
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    launched = subprocess.run(
-        [sys.executable, "-m", "ofengine", "launch", "--nproc", str(size), "--hang-timeout", "60",
-         str(SCRIPT), str(folder), "--rank", *names],
-        env={**os.environ, "PYTHONPATH": paths},
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    assert launched.returncode == 0, launched.stdout
-    files = [folder / f"results_{rank}.pickle" for rank in range(size)]
-    return size, folder, [pickle.loads(each.read_bytes()) for each in files]
+    return size, folder, results_of(size, SCRIPT, names, folder, "--hang-timeout", "60")
 
 
 def assert_close(one: Any, other: Any, atol: float, at: str) -> None:

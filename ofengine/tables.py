@@ -1,15 +1,28 @@
-"""Tables as a notebook shows them."""
+"""Tables: as text in columns, and as a notebook shows them."""
 
 from __future__ import annotations
 
 import html
-from typing import Sequence
+from typing import List, Sequence
 
 
-def table(
+def as_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> List[str]:
+    """The lines of a table: the first column to the left, the others, mostly numbers, to the right.
+
+    A rule is below the header.
+    """
+    cells = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells
+    ]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+def as_html(
     caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], note: str = ""
 ) -> str:
-    """A table in HTML: the first column to the left, the others, mostly numbers, to the right."""
+    """The same table in HTML, and a ``note`` below it."""
     lines = [f"<table><caption>{html.escape(caption)}</caption>", _row("th", header)]
     lines += [_row("td", row) for row in rows]
     lines.append("</table>")
