@@ -24,11 +24,19 @@ from oneflow.utils.data import (
 from oneflow.utils.data.distributed import DistributedSampler
 
 from ofengine import Callback, ConfigurationError, DataError, OFEngineWarning, TaskModule
+from ofengine._oneflow.loaders import workers_noted
 from ofengine.data.batches import Batches
 from ofengine.data.sources import count_batches, is_used_up, set_epoch
 from ofengine.run.arguments import batches_between_validations
 
 CPU = flow.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _workers_end() -> Iterator[None]:
+    """End them after an error too, as a run does; the garbage collector takes ten seconds."""
+    with workers_noted():
+        yield
 
 
 def all_of(batches: Batches) -> List[Any]:
