@@ -320,7 +320,7 @@ def test_the_commands_show_each_optimizer(
     assert "discriminator: Adam, 5 steps" in said and "generator: Adam, 3 steps" in said
     file = tmp_path / "gan.py"
     file.write_text("from helpers.duels import Duel\n\n\nclass Mine(Duel):\n    pass\n")
-    assert main(["rates", f"{file}:Mine", "--max-steps", "6"]) == 0
+    assert main(["rates", f"{file}:Mine", "--steps-per-epoch", "5"]) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in trainer.rates.names)
 
