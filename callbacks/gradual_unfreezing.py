@@ -79,7 +79,7 @@ class GradualUnfreezing(Callback):
             )
         self._members = {
             name: [parameter for parameter in group.parameters if parameter.requires_grad]
-            for name, group in zip(names, trainer.optimizer.param_groups)
+            for name, group in zip(names, trainer.param_groups)
         }
         self._freeze_all_but(self._due(trainer.current_epoch))
 

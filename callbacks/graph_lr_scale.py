@@ -53,7 +53,7 @@ class GraphLRScaleCallback(Callback):
         """Remember the groups' rates, to notice where somebody changes them."""
         self._check = None
         if trainer.mode == "graph":
-            trainer.rates.watch(trainer.optimizer)
+            trainer.rates.watch(*trainer.optimizers.values())
             self._check = trainer.rates.check_untouched
 
     def on_train_batch_end(

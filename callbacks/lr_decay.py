@@ -52,7 +52,7 @@ class LRDecayCallback(Callback):
         """Write the first step's rates."""
         self._write = None
         if trainer.mode == "eager":
-            trainer.rates.watch(trainer.optimizer)
+            trainer.rates.watch(*trainer.optimizers.values())
             trainer.rates.write(trainer.global_step)
             self._write, self._progress = trainer.rates.write, trainer.progress
 

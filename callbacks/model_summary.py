@@ -79,7 +79,7 @@ class ModelSummary(Callback):
     def _modules(self, trainer: RunView, task: TaskModule, seen: Dict[int, Seen]) -> _Cells:
         group_of: Dict[int, int] = {
             id(parameter): index
-            for index, group in enumerate(trainer.optimizer.param_groups)
+            for index, group in enumerate(trainer.param_groups)
             for parameter in group.parameters
         }
         step = _step(trainer)

@@ -118,7 +118,8 @@ class TaskModule(TaskHooks, nn.Module):
 
         Other tensors of the dict are handed to ``on_train_batch_end``. In graph mode this
         method is called once for each shape of batch and compiled: it cannot read tensors
-        (``.item()``, ``.numpy()``, ``if tensor``) nor use ``batch_idx``.
+        (``.item()``, ``.numpy()``, ``if tensor``) nor use ``batch_idx``. It is called for each of
+        several optimizers, whose name is a third argument, ``optimizer_name``.
         """
         raise ConfigurationError(
             f"{type(self).__name__} has no training_step: write "
@@ -164,6 +165,8 @@ class TaskModule(TaskHooks, nn.Module):
         ``lr_scheduler`` is a scheduler or a dict with ``scheduler``, ``interval`` ("step", the
         default here, or "epoch") and ``frequency`` (default 1). Default: the cookbook's
         ``oneflow.optim.SGD(self.param_groups())``, whose rate is 1e-3 where a group has none.
+        Several are returned by name, ``{"generator": ..., "critic": {"optimizer": ...}}``, see the
+        page "Several optimizers".
         """
         return flow.optim.SGD(self.param_groups())
 
@@ -366,7 +369,7 @@ class TaskModule(TaskHooks, nn.Module):
 
     @property
     def optimizer(self) -> Optimizer:
-        """The optimizer that ``configure_optimizers`` returned."""
+        """The optimizer that ``configure_optimizers`` returned; of several, an error."""
         return self.trainer.optimizer
 
     def optimizers(self) -> Optimizer:

@@ -277,7 +277,7 @@ class Trainer(KnowsCallbacks):
         """
         starting.refuse_on_ranks(self.settings, "lr_find")
 
-        def plan(batches: Optional[int]) -> Tuple[Optimization, RatePlan]:
+        def plan(batches: Optional[int]) -> Tuple[Optional[Optimization], RatePlan]:
             with self._imagining(task, batches):
                 return plan_run(self.settings, task, batches, self._decays())
 

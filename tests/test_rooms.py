@@ -47,6 +47,7 @@ ROOMS: List[List[str]] = [
             "run.connect",
             "run.course",
             "run.losses",
+            "run.several",
             "run.starting",
         ),
         *("run.together", "run.verb", "run.loops", "run.fitting"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any, ContextManager, Dict, Iterator, List, Optional, Set, Tuple
+from typing import Any, ContextManager, Dict, Iterable, Iterator, List, Optional, Set, Tuple
 
 import attrs
 import oneflow as flow
@@ -73,6 +73,14 @@ def states_of(proxy: Any) -> List[TracedState]:
                 known.proxies.append(proxies[name])
                 known.names.add(f"{block._name_prefix}{block._name}/out")
     return list(found.values())
+
+
+def hold(proxy: Any, held: Iterable[Any]) -> None:
+    """Let the graph being traced have no gradient of these parameters, as if they were frozen."""
+    ids = {id(parameter) for parameter in held}
+    for state in states_of(proxy) if ids else ():
+        if id(state.tensor) in ids:
+            state.lazy().requires_grad_(False)
 
 
 class _LazyStates(Dict[str, Any]):

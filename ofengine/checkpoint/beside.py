@@ -131,7 +131,7 @@ def other_optimizers(run: Run) -> Dict[str, Optimizer]:
     owners = [(f"task.{name}" if name else "task", m) for name, m in run.task.named_modules()]
     owners += [(callback.state_key, callback) for callback in run.callbacks]
     found: Dict[str, Optimizer] = {}
-    seen: Set[int] = {id(run.made.optimizer)}
+    seen: Set[int] = {id(each.made.optimizer) for each in run.each().values()}
     for owner, each in owners:
         for name, value in vars(each).items():
             for place, inner in _one_by_one(name, value):

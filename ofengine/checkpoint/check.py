@@ -10,12 +10,15 @@ from ofengine.checkpoint.beside import check_others, check_tensors, other_optimi
 from ofengine.checkpoint.checks import Misfit, array, by_name, check_fits, misfit
 from ofengine.checkpoint.file import Checkpoint
 from ofengine.checkpoint.owners import Matches
+from ofengine.checkpoint.schema import of_each
 from ofengine.checkpoint.snapshot import plain_options
 from ofengine.checkpoint.weights import check_weights
 from ofengine.data.generators import check_global_states, check_state_anywhere, check_states_in
-from ofengine.errors import CheckpointError, OFEngineError, said_by, warn
+from ofengine.errors import CheckpointError, OFEngineError, quoted, said_by, warn
 from ofengine.metrics.history import History
+from ofengine.rates.calendar import Calendar
 from ofengine.rates.checks import check_rates
+from ofengine.rates.joint import named_in_errors
 from ofengine.rates.planning import new_plan
 from ofengine.rates.resume import check_groups_fit, resume_plan
 from ofengine.rates.schedule import PlateauSchedule, describe_schedule, same_kind
@@ -36,13 +39,12 @@ def check_run(run: Run, checkpoint: Checkpoint, policy: str, owners: Matches) ->
     where = f"{checkpoint.path} cannot be resumed"
     try:
         check_weights(run.task, checkpoint.weights, str(checkpoint.path))
-        _check_optimizer_class(run, checkpoint)
-        check_groups_fit(run.rates, state["rates"])
-        check_fits(state, lambda value, _: _check_optimizer(run, value), where)
-        _check_plan(run, state["rates"], policy, where)
+        _check_names(run, checkpoint)
+        for name, kept in of_each(state).items():
+            of_whom = f"{where}, optimizer {name!r}" if name else where
+            _check_one(run.each()[name], {**state, **kept}, str(checkpoint.path), policy, of_whom)
         _check_place(run, checkpoint)
         check_fits(state, lambda value, _: _check_layers(run, value), where)
-        check_fits(state, lambda value, _: _check_metric(run, value), where)
         check_fits(state, lambda value, _: _check_counts(run, value), where)
         check_tensors(run.task, state.get("tensors", {}), where)
         check_others(other_optimizers(run), state.get("optimizers", {}), where)
@@ -80,12 +82,56 @@ def _check_counts(run: Run, state: State) -> None:
 # ---------------------------------------------------------------------- optimizer and rates
 
 
-def _check_optimizer_class(run: Run, checkpoint: Checkpoint) -> None:
+def _check_names(run: Run, checkpoint: Checkpoint) -> None:
+    """One optimizer, or several of the same names that step as often."""
     state: Any = checkpoint.state
+    kept, own = of_each(state), run.each()
+    if set(kept) != set(own):
+        before, now = (
+            f"the optimizers {quoted(sorted(each), most=8)}" if "" not in each else "one optimizer"
+            for each in (kept, own)
+        )
+        raise CheckpointError(
+            f"{checkpoint.path} has {before}, and configure_optimizers() returns {now}: a run is "
+            "resumed with the optimizers it was begun with."
+        )
+    for name, each in kept.items():
+        every = each.get("every_n_batches", 1)
+        if every != own[name].every_n_batches:
+            raise CheckpointError(
+                f"optimizer {name!r} has every_n_batches={own[name].every_n_batches}, and "
+                f"{every} in {checkpoint.path}: a run is resumed with those it was begun with."
+            )
+
+
+def _check_one(run: Run, state: State, path: str, policy: str, where: str) -> None:
+    """What is kept of the optimizer of ``run``, which may be a part of one."""
+    with named_in_errors(run.name):
+        _check_optimizer_class(run, state, path)
+        check_groups_fit(run.rates, state["rates"])
+        check_fits(state, lambda value, _: _check_optimizer(run, value), where)
+        check_fits(state, lambda value, _: _check_steps(run, value), where)
+        _check_plan(run, state["rates"], policy, where)
+        check_fits(state, lambda value, _: _check_metric(run, value), where)
+
+
+def _check_steps(run: Run, state: State) -> None:
+    """Of several optimizers each has the steps that the batches done so far make."""
+    if not run.name:
+        return  # the schema has looked at it
+    loop, rates = state["loop"], state["rates"]
+    calendar = Calendar(None, run.every_n_batches)
+    calendar.load_state(rates["calendar"], 0)
+    steps = calendar.steps_before(max(0, loop["epoch"]), loop["batches_done"])
+    if rates["step"] != steps:
+        raise misfit("rates/step", rates["step"], f"{steps}")
+
+
+def _check_optimizer_class(run: Run, state: State, path: str) -> None:
     kept, own = state["optimizer"]["class"], type(run.made.optimizer).__qualname__
     if kept != own:
         raise CheckpointError(
-            f"{checkpoint.path} was trained with {kept}, and configure_optimizers() returns {own}, "
+            f"{path} was trained with {kept}, and configure_optimizers() returns {own}, "
             f"whose state is another: use {kept}, or start anew from the weights with "
             "ofengine.load_weights(task, path)."
         )
@@ -139,7 +185,7 @@ _ALL_KEYS = (
 
 def _check_plan(run: Run, rates: State, policy: str, where: str) -> None:
     """Let another plan go on from the checkpoint, and ask it for the rates to come."""
-    made, settings = run.made, run.settings
+    made, settings = run.made, run.settings if run.planned is None else run.planned
     if policy == "checkpoint":
         own = describe_schedule(made.scheduler, run.rates.names)
         if same_kind(rates["schedule"], own):
@@ -155,7 +201,7 @@ def _check_plan(run: Run, rates: State, policy: str, where: str) -> None:
             known = {"_last_lr": [0.0], **anew.schedule.state()["memory"]}  # set by the first step
             check_fits(memory, lambda kept, _: _check_values(kept, known, "rates/plateau"), where)
         resume_plan(anew, made, rates, policy)
-        check_rates(anew, made, run.total_steps, settings.max_epochs, rates["step"])
+        check_rates(anew, made, run.total_steps, run.settings.max_epochs, rates["step"])
         if anew.schedule is not None and isinstance(anew.schedule, PlateauSchedule):
             anew.observe(0.0)
 
@@ -223,7 +269,8 @@ def _check_layers(run: Run, state: State) -> None:
     for name in frozen:
         if name not in parameters:
             raise misfit("loop/frozen", name, "a parameter of the task")
-    grouped = {id(p) for group in run.made.optimizer.param_groups for p in group.parameters}
+    groups = [g for each in run.each().values() for g in each.made.optimizer.param_groups]
+    grouped = {id(p) for group in groups for p in group.parameters}
     for name, parameter in parameters.items():
         if name not in frozen and not parameter.is_floating_point():
             raise Misfit(f"loop/frozen lacks {name!r}, which holds whole numbers")

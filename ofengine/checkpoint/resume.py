@@ -17,7 +17,7 @@ from ofengine.checkpoint.beside import check_others, other_optimizers, put_other
 from ofengine.checkpoint.check import check_run
 from ofengine.checkpoint.file import Checkpoint
 from ofengine.checkpoint.owners import Matches, describe_owner, in_words, match
-from ofengine.checkpoint.schema import check_state
+from ofengine.checkpoint.schema import check_state, of_each
 from ofengine.checkpoint.seen import split_by_data, tell_of_readers, tell_of_what_is_missing
 from ofengine.checkpoint.snapshot import MOMENTS, plain_options
 from ofengine.checkpoint.undo import Attributes, Undo
@@ -31,6 +31,7 @@ from ofengine.data.generators import (
 )
 from ofengine.data.steps import Resumption
 from ofengine.errors import CheckpointError, said_by, warn
+from ofengine.rates.joint import JointPlan
 from ofengine.rates.resume import resume_plan
 from ofengine.run.progress import Point
 from ofengine.run.state import Run, State
@@ -151,9 +152,11 @@ class Resumed:
         with self._taken_whole(self, "restore_run", undo):
             copy_weights(run.task, self.checkpoint.weights)
             put_tensors(run.task, state.get("tensors", {}), run.settings.device)
-            optimizer = state["optimizer"]
-            states = {name: _tensors(run, kept) for name, kept in optimizer["states"].items()}
-            run.training_mode.load_optimizer_state(optimizer["steps"], states)
+            for owner, each in of_each(state).items():
+                part, optimizer = run.each()[owner], each["optimizer"]
+                states = {name: _tensors(run, kept) for name, kept in optimizer["states"].items()}
+                part.training_mode.load_optimizer_state(optimizer["steps"], states)
+                part.progress.global_step = each["rates"]["step"]
             put_others(others, state.get("optimizers", {}), run.settings.device)
             run.id, run.data_seed = begun["id"], begun["run_seed"]
             run.seconds_before = begun["seconds"]
@@ -196,11 +199,13 @@ class Resumed:
             )
         elif run.seed is None:
             run.seed = self.state["run"]["seed"]
+        for name, each in of_each(self.state).items():
+            self._tell_options(run.each()[name], each["optimizer"]["options"])
+
+    def _tell_options(self, run: Run, options: List[State]) -> None:
         # What the optimizer writes itself is in files of earlier versions.
         untold = {"lr_scale", "lr_decay_scale", "name", *own_options(run.made.optimizer)}
-        for group, kept, own in zip(
-            run.rates.names, self.state["optimizer"]["options"], plain_options(run)
-        ):
+        for group, kept, own in zip(run.rates.names, options, plain_options(run)):
             for key in sorted({*kept, *own} - untold):
                 if key in kept and key in own and kept[key] == own[key]:
                     continue
@@ -228,8 +233,13 @@ class Resumed:
 
     def restore_rates(self, run: Run, policy: str) -> None:
         """Let the plan go on; say where checkpoint and code disagree."""
-        for line in resume_plan(run.rates, run.made, self.state["rates"], policy):
-            log.info("resume: %s", line)
+        for name, each in of_each(self.state).items():
+            part = run.each()[name]
+            of_whom = f"optimizer {name!r}: " if name else ""
+            for line in resume_plan(part.rates, part.made, each["rates"], policy):
+                log.info("resume: %s%s", of_whom, line)
+        if isinstance(run.rates, JointPlan):
+            run.rates.resume(each["rates"]["calendar"], run.progress.global_step)
 
     # -------------------------------------------------- in the loop
 

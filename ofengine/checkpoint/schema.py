@@ -6,7 +6,7 @@ A file that an enemy wrote has its checksum right. So nothing of its state is us
 
 from __future__ import annotations
 
-from typing import Any, Mapping
+from typing import Any, Dict, Mapping
 
 from ofengine.checkpoint.checks import (
     MOST,
@@ -160,8 +160,6 @@ _STATE = record(
         ),
         "random_at_pass": _PASS,
         "gradients": by_name(array("f")),
-        "optimizer": _OPTIMIZER,
-        "rates": _RATES,
         "callbacks": listed(
             record({"class": text, "state": _ANY}, {k: _OWNER[k] for k in ("key", "arguments")})
         ),
@@ -192,9 +190,21 @@ _STATE = record(
         "seen": by_name(text),
         "weights": maybe(record({"batches": whole(1), "total": number(0)})),
         "history": HISTORY,
+        "optimizer": _OPTIMIZER,
+        "rates": _RATES,
+        "several": by_name(
+            record({"optimizer": _OPTIMIZER, "rates": _RATES, "every_n_batches": whole(1)})
+        ),
     },
 )
-"""The second dict holds what earlier versions did not keep."""
+"""The second dict holds what earlier versions did not keep, and, of a run with one optimizer or
+with several, what only one of both has."""
+
+
+def of_each(state: Mapping[str, Any]) -> Dict[str, Any]:
+    """What ``state`` keeps of each optimizer, by name; that of a single one under ""."""
+    several: Dict[str, Any] = state.get("several", {"": state})
+    return several
 
 
 def check_state(state: Any, where: str) -> None:
@@ -207,7 +217,11 @@ def check_state(state: Any, where: str) -> None:
 
 def _of_a_run(state: Any, place: str) -> None:
     _STATE(state, place)
-    loop, rates = state["loop"], state["rates"]
+    loop = state["loop"]
+    single = {"optimizer", "rates"} & set(state)
+    one, more = len(single) == 2 and "several" not in state, not single and state.get("several")
+    if not one and not more:
+        raise Misfit("the state has neither just 'optimizer' and 'rates', nor just 'several'")
     if loop["epoch"] < 0 and loop["point"] != Point.OVER.value:
         raise misfit("loop/epoch", loop["epoch"], "a whole number from 0 on")
     if loop["epoch_length"] is not None and loop["batches_done"] > loop["epoch_length"]:
@@ -219,13 +233,15 @@ def _of_a_run(state: Any, place: str) -> None:
             most = f"no more than loop/batches_seen, {loop['batches_seen']},"
             raise misfit(f"loop/{key}", loop[key], most)
     _check_windows(state["run"], max(0, loop["epoch"]))
-    if rates["step"] != loop["global_step"]:
-        raise misfit("rates/step", rates["step"], f"loop/global_step, {loop['global_step']},")
     if "logger_keys" in state and len(state["logger_keys"]) != len(state["loggers"]):
         raise misfit("logger_keys", state["logger_keys"], "one for each of loggers")
     if "callbacks" in state["random"]:
         listed(anything, len(state["callbacks"]))(state["random"]["callbacks"], "random/callbacks")
-    _check_rates(state, rates)
+    for name, each in of_each(state).items():
+        done, step = loop["global_step"], each["rates"]["step"]
+        if step > done or (step != done and not name):
+            raise misfit("rates/step", step, f"loop/global_step, {done},")
+        _check_rates(each, each["rates"])
 
 
 def _check_windows(run: Mapping[str, Any], epoch: int) -> None:

@@ -149,9 +149,10 @@ def _ways(run: Run) -> Iterator[Tuple[str, Tuple[str, ...]]]:
 
 
 def _digests(run: Run) -> Iterator[Tuple[str, str]]:
+    own = {id(each.made.optimizer) for each in run.each().values()}
     for place, owner in _owners(run):
         for name, value in list(vars(owner).items()):
-            if isinstance(value, _SCHEDULERS) and value.optimizer is run.made.optimizer:
+            if isinstance(value, _SCHEDULERS) and id(value.optimizer) in own:
                 continue  # the plan knows where it stands
             yield f"{place}.{name}", _digest(value)
 

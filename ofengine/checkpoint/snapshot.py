@@ -159,17 +159,11 @@ def state_of_run(run: Run, copies: Mapping[int, Any]) -> State:
         )
     synchronize()  # a graph's run is not waited for by reading what it writes
     owners, windows = _owners_now(run), run.settings.windows
-    steps, optimizer = run.training_mode.optimizer_state()
+    optimizers = {name: _of_optimizer(each) for name, each in run.each().items()}
     moments = run.moments_resumed
     return {
         **(_moments(run, copies) if moments is None else moments),
-        "optimizer": {
-            "class": type(run.made.optimizer).__qualname__,
-            "steps": steps,
-            "options": plain_options(run),
-            "states": {name: _arrays(kept) for name, kept in optimizer.items()},
-        },
-        "rates": plan_state(run.rates, run.made, run.progress.global_step),
+        **({"several": optimizers} if run.parts else optimizers[""]),
         "callbacks": [
             {**describe_owner(callback), "state": state}
             for callback, state in zip(run.callbacks, owners["callbacks"])
@@ -197,6 +191,21 @@ def state_of_run(run: Run, copies: Mapping[int, Any]) -> State:
             "python": ".".join(map(str, sys.version_info[:3])),
             "blas": kernels().core,
         },
+    }
+
+
+def _of_optimizer(run: Run) -> State:
+    """The optimizer of a run, or of a part, and its rates."""
+    steps, states = run.training_mode.optimizer_state()
+    return {
+        "optimizer": {
+            "class": type(run.made.optimizer).__qualname__,
+            "steps": steps,
+            "options": plain_options(run),
+            "states": {name: _arrays(kept) for name, kept in states.items()},
+        },
+        "rates": plan_state(run.rates, run.made, run.progress.global_step),
+        **({"every_n_batches": run.every_n_batches} if run.name else {}),
     }
 
 

@@ -66,9 +66,8 @@ class Undo:
         modules = list(run.task.modules())
         self._attributes = Attributes([*modules, *run.callbacks, *run.loggers])
         self._tensors = [(t, t.detach().clone()) for t in _tensors_of(modules)]
-        self._optimizers = [
-            (each, copied_state(each)) for each in (run.made.optimizer, *optimizers)
-        ]
+        own = [each.made.optimizer for each in run.each().values()]
+        self._optimizers = [(each, copied_state(each)) for each in (*own, *optimizers)]
         self._generators = global_states()
 
     def put_back(self) -> None:

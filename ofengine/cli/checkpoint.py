@@ -12,6 +12,7 @@ import numpy as np
 from ofengine.checkpoint import Checkpoint, read
 from ofengine.checkpoint.header import shown
 from ofengine.checkpoint.hparams import described
+from ofengine.checkpoint.schema import of_each
 from ofengine.errors import CheckpointError
 
 _LONGEST_LINE = 2_000
@@ -60,7 +61,7 @@ def describe(found: Checkpoint, all_tensors: bool = False) -> Iterator[str]:
 
 
 def _describe_run(state: Mapping[str, Any]) -> Iterator[str]:
-    run, loop, rates = state["run"], state["loop"], state["rates"]
+    run, loop = state["run"], state["loop"]
     saved = datetime.datetime.fromtimestamp(run["saved_at"]).strftime("%Y-%m-%d %H:%M:%S")
     versions = ", ".join(f"{name} {version}" for name, version in state["versions"].items())
     yield _row("saved", f"{saved}, by {versions}")
@@ -68,17 +69,8 @@ def _describe_run(state: Mapping[str, Any]) -> Iterator[str]:
     yield _row("place", f"{where}, step {loop['global_step']} ({loop['point'].replace('_', ' ')})")
     yield _row("run", f"{run['id'][:8]}, {run['mode']} mode, seed {run['seed']}, "
                f"{run['seconds']:.0f} s trained")  # fmt: skip
-    optimizer = state["optimizer"]
-    kept = [array for states in optimizer["states"].values() for array in states.values()]
-    text = f"{optimizer['class']}, {optimizer['steps']} steps"
-    yield _row("optimizer", text + (f", {_sum_up(kept)}" if kept else ", without a state"))
-    schedule = rates["schedule"]
-    yield _row("schedule", "none" if schedule is None else
-               f"{schedule['class']}, by {rates['interval']}")  # fmt: skip
-    now: List[Any] = rates["rates"].get("0") or [None] * len(rates["groups"])
-    for group, rate in zip(rates["groups"], now):
-        shown = "" if rate is None else f", next rate {rate:.6g}"
-        yield _row("group", f"{group['name']}: {group['numbers']:,} numbers{shown}")
+    for name, each in of_each(state).items():
+        yield from _describe_optimizer(name, each["optimizer"], each["rates"])
     metrics = state["metrics"]["known"]
     if metrics:
         yield _row("metrics", ", ".join(f"{k}={v:.6g}" for k, v in metrics.items()))
@@ -89,6 +81,23 @@ def _describe_run(state: Mapping[str, Any]) -> Iterator[str]:
         yield _row("hparams", ", ".join(f"{name}={described(value)}" for name, value in kept))
     if state["task"]:
         yield _row("task", ", ".join(_pairs(state["task"])))
+
+
+def _describe_optimizer(
+    name: str, optimizer: Mapping[str, Any], rates: Mapping[str, Any]
+) -> Iterator[str]:
+    """A single optimizer, or one of several by its ``name``."""
+    kept = [array for states in optimizer["states"].values() for array in states.values()]
+    text = f"{name}: {optimizer['class']}" if name else optimizer["class"]
+    text += f", {optimizer['steps']} steps"
+    yield _row("optimizer", text + (f", {_sum_up(kept)}" if kept else ", without a state"))
+    schedule = rates["schedule"]
+    yield _row("schedule", "none" if schedule is None else
+               f"{schedule['class']}, by {rates['interval']}")  # fmt: skip
+    now: List[Any] = rates["rates"].get("0") or [None] * len(rates["groups"])
+    for group, rate in zip(rates["groups"], now):
+        shown = "" if rate is None else f", next rate {rate:.6g}"
+        yield _row("group", f"{group['name']}: {group['numbers']:,} numbers{shown}")
 
 
 def _pairs(values: Mapping[str, Any]) -> Iterator[str]:

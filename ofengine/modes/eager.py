@@ -48,7 +48,8 @@ class EagerMode:
     def start(self) -> None:
         """See :class:`~ofengine.run.mode.Mode`."""
         self._optimizer = optimizer = self._run.made.optimizer
-        self._takes_both = step_arity(self._task, "training_step", 2) == 2
+        self._named = (self._run.name,) if self._run.name else ()
+        self._takes_both = step_arity(self._task, "training_step", 2 + len(self._named)) > 1
         optimizer.zero_grad(set_to_none=True)  # what a run that was cut off left behind
         let_optimizers_ask()
         self._corrects_bias = corrects_bias(optimizer)
@@ -75,7 +76,7 @@ class EagerMode:
             if self._norms is not None:
                 self._norms.begin()
             step: Callable[..., Any] = self._task.training_step
-            loss = step(batch, batch_idx) if self._takes_both else step(batch)
+            loss = step(batch, batch_idx, *self._named) if self._takes_both else step(batch)
             if type(loss) is not Tensor or loss.dim() or not loss.requires_grad:
                 loss, rest = split_outputs(loss, self._task_name)
             for call in self._before_backward:

@@ -203,8 +203,10 @@ class LabelWatch:
 # ---------------------------------------------------------------------- compiled steps
 
 _Checks = List[Tuple[_Loss, Source]]
-_checks_of: weakref.WeakKeyDictionary[Any, Dict[Hashable, _Checks]] = weakref.WeakKeyDictionary()
-"""Of each task, what its compiled training steps take for labels, by the kind of batch."""
+_checks_of: weakref.WeakKeyDictionary[Any, Dict[Hashable, Dict[Hashable, _Checks]]]
+_checks_of = weakref.WeakKeyDictionary()
+"""Of each task, what its compiled training steps take for labels, by the kind of batch and by the
+optimizer that they are of, where there are several."""
 
 
 @contextlib.contextmanager
@@ -226,7 +228,8 @@ def noting_labels(task: nn.Module, graph: nn.Graph, inputs: Sequence[Any]) -> It
         return
     checks = [(loss, source) for loss, source in zip(losses, sources) if source is not None]
     if getattr(graph, "step", None) == "training_step":
-        _checks_of.setdefault(task, {})[_key(graph.structure, inputs[0])] = checks
+        key = _key(graph.structure, inputs[0])
+        _checks_of.setdefault(task, {}).setdefault(key, {})[graph.extra] = checks
     for loss, source in checks:
         loss.check(source.indices(tensors))
 
@@ -236,8 +239,9 @@ def _check_batch(task: nn.Module, batch: Any) -> None:
     if known:
         tensors: List[Any] = []
         structure = flatten(batch, tensors)
-        for loss, source in known.get(_key(structure, tensors), ()):
-            loss.check(source.indices(tensors))
+        for checks in known.get(_key(structure, tensors), {}).values():
+            for loss, source in checks:
+                loss.check(source.indices(tensors))
 
 
 def _key(structure: Any, tensors: Sequence[Any]) -> Hashable:

@@ -14,6 +14,7 @@ from ofengine._oneflow.tracing import (
     answering_as_modules,
     assignments_in_trace,
     build_parameters,
+    hold,
     identity,
     instance_in_trace,
 )
@@ -36,6 +37,8 @@ class StepGraph(LateInputs):
 
     trains = False
     """True where parameters are updated with the gradients of the step."""
+    held: Sequence[Sequence[Any]] = ((),)
+    """Within it the parameters that the step reads and is to have no gradients of."""
 
     def __init__(
         self, task: TaskModule, step: str, structure: Structure, extra: Sequence[Any]
@@ -71,6 +74,7 @@ class StepGraph(LateInputs):
         batch = unflatten(self.structure, iter(tensors))
         # A step may reach them by other ways than their modules, as eager tensors.
         build_parameters(self.task)
+        hold(self.task, self.held[0])
         arguments = (batch, self.index, *self.extra)[: self.arity]
         task = instance_in_trace(self.task)
         spread = self.spread
@@ -157,7 +161,8 @@ class TrainGraph(_TrainStepGraph):
     """Forward, backward, clipping and update in one."""
 
     def __init__(self, run: Run, structure: Structure) -> None:
-        super().__init__(run.task, "training_step", structure, ())
+        super().__init__(run.task, "training_step", structure, (run.name,) if run.name else ())
+        self.held = [run.others]  # in a list, as origin is
         self.run = run
         self.add_optimizer(run.made.optimizer)
 

@@ -96,6 +96,20 @@ class Calendar:
         epoch, _, _ = self._locate(step)
         return epoch
 
+    def place(self, step: int) -> Tuple[int, int]:
+        """(epoch, the step's index in it)."""
+        epoch, _, within = self._locate(step)
+        return epoch, within
+
+    def steps_before(self, epoch: int, batches: int) -> int:
+        """The steps of all epochs before ``epoch``, and of the first ``batches`` of that one."""
+        ended = min(epoch, len(self._lengths))
+        steps = self._starts[ended][0]
+        if epoch > ended and self.batches_per_epoch is not None:
+            expected = self.batches_per_epoch
+            steps += self.windows.steps(expected, epoch) - self.windows.steps(expected, ended)
+        return steps + ceil_div(batches, self.windows.at(epoch))
+
     def next_epoch(self, step: int) -> Optional[int]:
         """The first step of the epoch after that of ``step``; None where that never comes."""
         epoch, _, within = self._locate(step)

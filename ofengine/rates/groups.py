@@ -6,7 +6,7 @@ import difflib
 import inspect
 import math
 import numbers
-from typing import Any, Dict, Iterable, List, Sequence, Set, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Sequence, Set, Tuple
 
 import attrs
 from oneflow import nn
@@ -58,15 +58,30 @@ def check_groups(task: nn.Module, optimizer: Optimizer, scheduled: bool = False)
     that is not the task's, a misspelt key, a rate or scale that is negative or not finite, a
     name used twice. Warns of an empty group, a frozen parameter in a group, an unknown key.
     """
+    return check_groups_of(task, {"": (optimizer, scheduled)})[""]
+
+
+def check_groups_of(
+    task: nn.Module, optimizers: Mapping[str, Tuple[Optimizer, bool]]
+) -> Dict[str, List[Group]]:
+    """As :func:`check_groups`, of several optimizers by name, which share the parameters.
+
+    Each comes with its ``scheduled``.
+    """
     names = {id(parameter): name for name, parameter in task.named_parameters()}
-    groups = [
-        _describe(index, options, optimizer, scheduled, names)
-        for index, options in enumerate(optimizer.param_groups)
-    ]
-    _check_names([group.name for group in groups])
-    members = [(group.name, list(o.parameters)) for group, o in zip(groups, optimizer.param_groups)]
+    checked: Dict[str, List[Group]] = {}
+    members: List[Tuple[str, List[Any]]] = []
+    for owner, (optimizer, scheduled) in optimizers.items():
+        groups = checked[owner] = [
+            _describe(index, options, optimizer, scheduled, names)
+            for index, options in enumerate(optimizer.param_groups)
+        ]
+        _check_names([group.name for group in groups])
+        for group, options in zip(groups, optimizer.param_groups):
+            name = f"{owner}/{group.name}" if owner else group.name
+            members.append((name, list(options.parameters)))
     _check_membership(task, names, members)
-    return groups
+    return checked
 
 
 def _describe(

@@ -41,18 +41,21 @@ class Optimization:
     Lightning."""
 
 
-_OPTIMIZER_KEYS = {"optimizer", "lr_scheduler"}
+OPTIMIZER_KEYS = {"optimizer", "lr_scheduler"}
 _SCHEDULER_KEYS = {"scheduler", "interval", "frequency", "monitor", "name", "strict"}
 
 
-def read_optimizers(returned: Any, task_name: str) -> Optimization:
-    """Understand what ``configure_optimizers`` returned, in any of Lightning's forms."""
-    where = f"{task_name}.configure_optimizers()"
+def read_optimizers(returned: Any, task_name: str, name: str = "") -> Optimization:
+    """Understand what ``configure_optimizers`` returned, in any of Lightning's forms.
+
+    ``name``: of several optimizers that whose this is.
+    """
+    where = f"{task_name}.configure_optimizers()" + (f"[{name!r}]" if name else "")
     scheduler: Any = None
     is_listed = False
     optimizer = returned
     if isinstance(returned, dict):
-        _check_keys(returned, _OPTIMIZER_KEYS, where)
+        check_keys(returned, OPTIMIZER_KEYS, where)
         optimizer, scheduler = returned.get("optimizer"), returned.get("lr_scheduler")
     elif isinstance(returned, (list, tuple)):
         pair = len(returned) == 2 and all(isinstance(part, (list, tuple)) for part in returned)
@@ -62,7 +65,8 @@ def read_optimizers(returned: Any, task_name: str) -> Optimization:
             raise ConfigurationError(
                 f"{where} returned {len(optimizers)} optimizers and {len(schedulers)} schedulers: "
                 "return one optimizer, with several param_groups, and at most one scheduler, as "
-                "{'optimizer': ..., 'lr_scheduler': ...} or [optimizer], [scheduler]."
+                "{'optimizer': ..., 'lr_scheduler': ...} or [optimizer], [scheduler]; or several "
+                "by name, as {'generator': ..., 'discriminator': ...}."
             )
         optimizer = optimizers[0]
         scheduler = schedulers[0] if schedulers else None
@@ -85,7 +89,7 @@ def read_optimizers(returned: Any, task_name: str) -> Optimization:
             "leave lr_scheduler out."
         )
     if isinstance(scheduler, dict) and "scheduler" in scheduler:
-        _check_keys(scheduler, _SCHEDULER_KEYS, f"lr_scheduler of {where}")
+        check_keys(scheduler, _SCHEDULER_KEYS, f"lr_scheduler of {where}")
         options, scheduler = scheduler, scheduler["scheduler"]
     if is_listed:
         options = {**options, "interval": "epoch"}
@@ -189,7 +193,8 @@ def _schedule_of(scheduler: Any, lrs: Sequence[float]) -> Schedule:
     return FunctionSchedule(lrs, scheduler)
 
 
-def _check_keys(given: Dict[str, Any], known: Any, where: str) -> None:
+def check_keys(given: Dict[str, Any], known: Any, where: str) -> None:
+    """Raise where ``given`` has a key that is not ``known``."""
     unknown = sorted(set(given) - known)
     if unknown:
         raise ConfigurationError(f"{where} has the unknown keys {unknown}: known: {sorted(known)}.")

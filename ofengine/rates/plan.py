@@ -246,9 +246,9 @@ class RatePlan:
 
     # ------------------------------------------------------------------ live groups
 
-    def watch(self, optimizer: Optimizer) -> None:
-        """Remember the rates and scales that stand in the groups now."""
-        self._optimizer = optimizer
+    def watch(self, *optimizers: Optimizer) -> None:
+        """Remember the rates and scales that stand in the groups now, of all that are planned."""
+        (self._optimizer,) = optimizers
         self._find_options()
         self._standing = [*map(_lr_of, self._options)]
         self._standing_scales = _scales_of(self._options)

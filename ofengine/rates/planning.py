@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Iterable, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Optional, Sequence, Tuple
 
 from ofengine.data.combined import length_of, together
 from ofengine.data.sources import count_batches
 from ofengine.errors import ConfigurationError, RateError
 from ofengine.rates.calendar import Calendar
-from ofengine.rates.groups import Group, check_groups
+from ofengine.rates.groups import Group, check_groups, check_groups_of
+from ofengine.rates.joint import JointPlan, NamedPlan, named_in_errors, settings_for
 from ofengine.rates.optimizers import (
     Optimization,
     make_schedule,
     read_optimizers,
 )
 from ofengine.rates.plan import DecayEvents, RatePlan
+from ofengine.rates.several import is_by_name, read_named
 from ofengine.run.settings import Settings
 
 log = logging.getLogger("ofengine")
@@ -26,8 +28,10 @@ Decays = Iterable[Tuple[str, DecayEvents]]
 
 def plan_run(
     settings: Settings, task: Any, batches: Optional[int], decays: Decays = ()
-) -> Tuple[Optimization, RatePlan]:
+) -> Tuple[Optional[Optimization], RatePlan]:
     """The checked optimizer and plan of a ``fit`` of ``task``.
+
+    Of several optimizers None, and a :class:`JointPlan` that has them.
 
     Args:
         settings: the Trainer's.
@@ -37,9 +41,16 @@ def plan_run(
 
     Raises:
         RateError: the groups, the schedule or two declarations of decay do not fit together.
+        ConfigurationError: several optimizers cannot be trained with these settings.
     """
     name = type(task).__name__
-    made = read_optimizers(_configure_optimizers(task), name)
+    returned = _configure_optimizers(task)
+    if is_by_name(returned):
+        joint = _plan_several(settings, task, returned, batches)
+        for owner, decay in decays:
+            joint.set_decay(decay, owner)
+        return None, joint
+    made = read_optimizers(returned, name)
     if made.listed:
         log.info(
             "%s.configure_optimizers() returned [optimizer], [scheduler], as for Lightning: the "
@@ -53,6 +64,35 @@ def plan_run(
     for owner, decay in decays:
         plan.set_decay(decay, owner)
     return made, plan
+
+
+def _plan_several(
+    settings: Settings, task: Any, returned: Dict[Any, Any], batches: Optional[int]
+) -> JointPlan:
+    name = type(task).__name__
+    named = read_named(returned, name)
+    some = f"{name}.configure_optimizers() returned {len(named)} optimizers by name"
+    if settings.world_size > 1:
+        raise ConfigurationError(
+            f"{some}, which are trained in one process, and there are {settings.world_size} ranks: "
+            "use Trainer(devices=1)."
+        )
+    if settings.windows.most > 1:
+        raise ConfigurationError(
+            f"{some}, and accumulate_grad_batches={settings.accumulate_grad_batches} averages for "
+            "one: leave it out, and give larger batches."
+        )
+    groups = check_groups_of(
+        task, {e.name: (e.made.optimizer, e.made.scheduler is not None) for e in named}
+    )
+    parts = []
+    for each in named:
+        if not any(group.tensors for group in groups[each.name]):
+            raise RateError(f"optimizer {each.name!r} of {name} has no parameter in any group.")
+        own = settings_for(each, settings, batches)
+        with named_in_errors(each.name):
+            parts.append(NamedPlan(each, new_plan(own, each.made, groups[each.name], batches), own))
+    return JointPlan(parts, batches, settings.total_steps(batches))
 
 
 def new_plan(

@@ -12,6 +12,7 @@ from ofengine.errors import ConfigurationError, RateError
 from ofengine.rates.calendar import ceil_div
 from ofengine.rates.canvas import LETTERS, Canvas, figure, in_columns, round_numbers, spread
 from ofengine.rates.checks import check_rates
+from ofengine.rates.joint import single_plans
 from ofengine.rates.plan import RatePlan
 from ofengine.rates.planning import Decays, plan_run
 from ofengine.run.settings import Settings
@@ -379,10 +380,11 @@ def preview(
     total = plan.stop
     if total is None or (per_epoch is None and plan.depends_on_epochs()):
         raise unknown
-    check_rates(plan, made, total, settings.max_epochs)
     note = ""
-    if made.monitor is not None:
-        note = f"ReduceLROnPlateau will lower these rates where {made.monitor} stops improving."
+    for own, its_plan in single_plans(made, plan):
+        check_rates(its_plan, own, its_plan.stop, settings.max_epochs)
+        if own.monitor is not None:
+            note = f"ReduceLROnPlateau will lower these rates where {own.monitor} stops improving."
     return Preview(plan, total, name, note)
 
 

@@ -130,7 +130,8 @@ def check_all_train(run: Run) -> None:
     groups, and is unfrozen now.
     """
     run.rates.check_number_of_groups()
-    known = {id(p) for group in run.made.optimizer.param_groups for p in group.parameters}
+    groups = [g for each in run.each().values() for g in each.made.optimizer.param_groups]
+    known = {id(p) for group in groups for p in group.parameters}
     late = [n for n, p in run.task.named_parameters() if p.requires_grad and id(p) not in known]
     if late:
         some = ", ".join(map(repr, late[:4])) + (f" and {len(late) - 4} more" if late[4:] else "")
@@ -144,33 +145,41 @@ def check_all_train(run: Run) -> None:
 def refresh_parameters(run: Run) -> None:
     """Look which parameters train now; hooks may have frozen or unfrozen some, or made others."""
     check_all_train(run)
-    parameters = [
-        parameter
-        for group in run.made.optimizer.param_groups
-        for parameter in group.parameters
-        if parameter.requires_grad
-    ]
-    others = [id(p) for p in parameters] != [id(p) for p in run.parameters]
     training = [module.training for module in run.task.modules()]
-    if run.parameters and (others or training != run.layers_in_training):
-        what = "parameters train" if others else "layers are in training mode"
-        run.training_mode.rebuild(f"other {what} from here on")
-    run.parameters = parameters
-    run.layers_in_training = training
+    for each in run.each().values():
+        parameters = [
+            parameter
+            for group in each.made.optimizer.param_groups
+            for parameter in group.parameters
+            if parameter.requires_grad
+        ]
+        others = [id(p) for p in parameters] != [id(p) for p in each.parameters]
+        if each.parameters and (others or training != each.layers_in_training):
+            what = "parameters train" if others else "layers are in training mode"
+            each.training_mode.rebuild(f"other {what} from here on")
+        each.parameters = parameters
+        each.layers_in_training = training
 
 
 def observes_steps(run: Run) -> bool:
     """True where ReduceLROnPlateau is to see its metric between epochs."""
-    made = run.optimization
-    return made is not None and made.monitor is not None and made.interval == "step"
+    made = [each.made for each in run.each().values()]
+    return any(each.monitor is not None and each.interval == "step" for each in made)
 
 
 def observe_metric(run: Run, interval: str, count: int) -> None:
     """Let ReduceLROnPlateau see its metric, where that is due after ``count`` intervals."""
-    made = run.optimization
-    if made is None or made.monitor is None or made.interval != interval:
-        return
-    if count % made.frequency:
+    for name, each in run.each().items():
+        if interval == "step" and name:
+            if run.progress.batch_idx % each.every_n_batches:
+                continue  # it made none
+            count = each.progress.global_step
+        _observe_metric(each, interval, count)
+
+
+def _observe_metric(run: Run, interval: str, count: int) -> None:
+    made = run.made
+    if made.monitor is None or made.interval != interval or count % made.frequency:
         return
     metrics = run.metrics.values
     if made.monitor not in metrics:
@@ -246,6 +255,11 @@ def leaving_rates_behind(run: Run) -> Iterator[None]:
 
 def _leave_rates_behind(run: Run) -> None:
     synchronize()
+    for each in run.each().values():
+        _leave_rates_of(each)
+
+
+def _leave_rates_of(run: Run) -> None:
     made, plan, step = run.made, run.rates, run.progress.global_step
     if isinstance(made.scheduler, LRScheduler):
         for _ in range(plan.position(step)):

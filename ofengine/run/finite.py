@@ -79,10 +79,10 @@ class Expected:
 
 def _beside(state: Mapping[str, Any]) -> Iterator[Tuple[str, Any]]:
     """What the next steps go on from beside the weights."""
-    kept: Dict[str, Dict[str, Any]] = state["optimizer"]["states"]
-    for parameter, tensors in kept.items():
-        for key, tensor in tensors.items():
-            yield f"the optimizer's {key} of {parameter!r}", tensor
+    for each in state.get("several", {"": state}).values():
+        for parameter, tensors in each["optimizer"]["states"].items():
+            for key, tensor in tensors.items():
+                yield f"the optimizer's {key} of {parameter!r}", tensor
     for parameter, gradient in state.get("gradients", {}).items():
         yield f"the gradient of {parameter!r}", gradient
 

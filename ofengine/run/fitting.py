@@ -10,7 +10,7 @@ from ofengine.checkpoint.resume import Resumed
 from ofengine.data.seeding import seed_everything
 from ofengine.rates.checks import check_rates
 from ofengine.rates.planning import plan_run
-from ofengine.run import connect, course, report, together
+from ofengine.run import connect, course, report, several, together
 from ofengine.run.devices import move
 from ofengine.run.finite import Expected
 from ofengine.run.hooks import HookRunner
@@ -40,6 +40,7 @@ def fit_run(
     run.optimization, run.plan = plan_run(
         settings, task, train.count, connect.decay_events(settings, run.callbacks)
     )
+    several.divide(run, hooks)
     if resumed is not None:
         resumed.check(run, rates_on_resume)
         resumed.restore_run(run)
@@ -47,8 +48,9 @@ def fit_run(
     hooks.fire("on_fit_start")
     if resumed is not None:
         resumed.restore_rates(run, rates_on_resume)
-    step = run.progress.global_step
-    check_rates(run.plan, run.optimization, run.total_steps, settings.max_epochs, step)
+    for each in run.each().values():
+        step = each.progress.global_step
+        check_rates(each.rates, each.made, each.total_steps, settings.max_epochs, step)
     report.log_hyperparams(run)
     run.begun_at = time.monotonic()
     if settings.max_time is not None:

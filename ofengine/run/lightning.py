@@ -22,8 +22,9 @@ def _each(names: str, mend: str) -> Dict[str, str]:
 
 _LEAVE_OUT = "devices, num_nodes and strategy say all there is to say about ranks: leave it out"
 _STEPS_ALONE = (
-    "the Trainer calls backward and the optimizer itself: return the loss from training_step, or, "
-    "in graph mode, write a graph of your own in TaskModule.build_graph"
+    "the Trainer calls backward and the optimizers itself: return the loss from training_step, and "
+    "several optimizers by name from configure_optimizers, or, in graph mode, write a graph of "
+    "your own in TaskModule.build_graph"
 )
 _GRAD_NORM = (
     "compute it from the parameters' .grad in on_before_optimizer_step (eager mode), and log it "
@@ -122,8 +123,8 @@ TRAINER_ATTRIBUTES: Mapping[str, str] = {
     # The task, its optimizer and its rates.
     **_each("model lightning_module get_model", "write trainer.task"),
     **_each(
-        "optimizers lightning_optimizers optimizer_frequencies",
-        "there is one optimizer: write trainer.optimizer",
+        "lightning_optimizers optimizer_frequencies",
+        "write trainer.optimizers, a dict by name, or trainer.optimizer where there is one",
     ),
     **_each(
         "lr_scheduler_configs lr_schedulers",
@@ -233,7 +234,8 @@ TASK_ATTRIBUTES: Mapping[str, str] = {
     "clip_gradients": "write Trainer(gradient_clip_val=..., gradient_clip_algorithm=...)",
     **_each(
         "toggle_optimizer untoggle_optimizer toggled_optimizer",
-        "a task has one optimizer: freeze what is not to train with requires_grad_(False), or list "
+        "of several optimizers each trains its own parameters alone, by itself; else freeze what "
+        "is not to train with requires_grad_(False), or list "
         "a GradualUnfreezing in callbacks",
     ),
     "grad_norm": _GRAD_NORM,

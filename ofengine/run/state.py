@@ -11,7 +11,7 @@ import attrs
 import oneflow as flow
 
 from ofengine.data.batches import Batches
-from ofengine.errors import ConfigurationError
+from ofengine.errors import ConfigurationError, quoted
 from ofengine.loggers.base import Logger
 from ofengine.metrics.history import History
 from ofengine.metrics.log import Metrics
@@ -74,6 +74,18 @@ class Run:
     mode: Optional[Mode] = None
     """What runs the training steps."""
     optimization: Optional[Optimization] = None
+    """None before ``fit``, and where there are several."""
+    parts: Dict[str, Run] = attrs.Factory(dict)
+    """Of several optimizers what is each one's own, by name: this run, but for its optimization,
+    plan, mode, parameters, settings and progress, whose ``global_step`` counts its own steps."""
+    name: str = ""
+    """In such a part, what the optimizer is called."""
+    every_n_batches: int = 1
+    """Likewise: it steps in the batches of an epoch whose index is divisible by this."""
+    planned: Optional[Settings] = None
+    """Likewise: the settings that its plan was made with, in its own steps."""
+    others: List[Any] = attrs.Factory(list)
+    """Likewise: the parameters of the other optimizers, which its steps leave alone."""
     plan: Optional[RatePlan] = None
     parameters: List[Any] = attrs.Factory(list)
     """The trainable parameters of all groups."""
@@ -143,6 +155,12 @@ class Run:
     @property
     def made(self) -> Optimization:
         """What ``configure_optimizers`` returned in the running or last ``fit``."""
+        if self.parts:
+            names = quoted(self.parts, most=8)
+            raise ConfigurationError(
+                f"there are {len(self.parts)} optimizers, {names}: write "
+                f"trainer.optimizers[{next(iter(self.parts))!r}]."
+            )
         if self.optimization is None:
             raise ConfigurationError("there is no optimizer before fit.")
         return self.optimization
@@ -154,9 +172,15 @@ class Run:
             raise ConfigurationError("there is no rate plan before fit.")
         return self.plan
 
+    def each(self) -> Dict[str, Run]:
+        """What has one optimizer: the parts by name where there are several, or this under ""."""
+        return self.parts or {"": self}
+
     @property
     def total_steps(self) -> Optional[int]:
         """The optimizer steps that ``fit`` will make, or None where that is not known ahead."""
+        if self.name and self.plan is not None:
+            return self.plan.stop
         return self.settings.total_steps(self.epoch_length)
 
     def rounds(self, batches: int) -> int:

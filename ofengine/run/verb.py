@@ -105,7 +105,9 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
             run.metrics.reset()
             run.train, run.validation, run.sanity_checking = None, [], False
             run.place = place_before
-            for mode in modes.values():
+            if verb == "fit":
+                modes["fit"] = run.training_mode  # which several optimizers have made another
+            for mode in {id(each): each for each in modes.values()}.values():
                 mode.close()
             # One that fails must not keep the others from theirs.
             with contextlib.ExitStack() as stack:

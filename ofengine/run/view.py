@@ -167,19 +167,29 @@ class RunView(ToldView):
 
     @property
     def optimizer(self) -> Optimizer:
-        """The optimizer of the running or last ``fit``."""
+        """The optimizer of the running or last ``fit``; of several see ``optimizers``."""
         return self._run.made.optimizer
+
+    @property
+    def optimizers(self) -> Dict[str, Optimizer]:
+        """The optimizers of the running or last ``fit`` by name; a single one's is "optimizer"."""
+        return {n or "optimizer": each.made.optimizer for n, each in self._run.each().items()}
+
+    @property
+    def param_groups(self) -> List[Any]:
+        """The parameter groups of all optimizers, in the order of ``rates.names``."""
+        return [group for each in self.optimizers.values() for group in each.param_groups]
 
     @property
     def lr_scheduler(self) -> Any:
         """The scheduler of the running or last ``fit``, or None."""
-        made = self._run.optimization
-        return None if made is None else made.scheduler
+        run = self._run
+        return None if run.optimization is None and not run.parts else run.made.scheduler
 
     @property
     def parameters(self) -> List[Any]:
         """The parameters that train, of all groups, in this epoch."""
-        return self._run.parameters
+        return [each for run in self._run.each().values() for each in run.parameters]
 
     @property
     def rates(self) -> RatePlan:

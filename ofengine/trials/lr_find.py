@@ -23,7 +23,7 @@ from ofengine.run.view import RunView
 from ofengine.task import TaskModule
 from ofengine.trials.restore import OptimizerLoan, Restorer
 
-Plan = Callable[[Optional[int]], Tuple[Optimization, RatePlan]]
+Plan = Callable[[Optional[int]], Tuple[Optional[Optimization], RatePlan]]
 """Plans the run that the task would make by itself, from the batches in an epoch."""
 Fit = Callable[[Settings, Callback, TaskModule, Any], None]
 """Fits a task over training data with other settings and one callback."""
@@ -178,6 +178,11 @@ class _Optimizers:
         """What ``configure_optimizers`` returns in the sweep."""
         del self._task.__dict__["configure_optimizers"]
         made, plan = self._plan(self._task.trainer.num_training_batches)
+        if made is None:
+            raise ConfigurationError(
+                "lr_find raises the rates of one optimizer, and configure_optimizers() returned "
+                "several: try the rates of each by hand, or return the one in question alone."
+            )
         self.groups = plan.groups
         self._loan = OptimizerLoan(made.optimizer)
         tops = [group.lr * plan.scale(index) for index, group in enumerate(plan.groups)]

@@ -22,7 +22,7 @@ from ofengine.callbacks import (
 from ofengine.data.combined import together
 from ofengine.data.sources import is_iterator
 from ofengine.errors import ConfigurationError, DataError, OFEngineError
-from ofengine.rates.optimizers import read_optimizers
+from ofengine.rates.several import read_all
 from ofengine.run.devices import move
 from ofengine.run.settings import Settings
 from ofengine.task import TaskModule
@@ -235,8 +235,8 @@ class _Lent:
     def __init__(self, task: TaskModule) -> None:
         self._task = task
         self._own = vars(task).get("configure_optimizers")
-        self._loan: Optional[OptimizerLoan] = None
-        self._scheduler: Optional[Tuple[Dict[str, Any], Dict[str, Any]]] = None
+        self._loans: List[OptimizerLoan] = []
+        self._schedulers: List[Tuple[Dict[str, Any], Dict[str, Any]]] = []
 
     def configure(self) -> Any:
         """What the task's own ``configure_optimizers`` returns."""
@@ -244,19 +244,18 @@ class _Lent:
         if self._own is not None:
             self._task.__dict__["configure_optimizers"] = self._own
         returned = self._task.configure_optimizers()
-        made = read_optimizers(returned, type(self._task).__name__)
-        self._loan = OptimizerLoan(made.optimizer)
-        if hasattr(made.scheduler, "__dict__"):
-            attributes = vars(made.scheduler)
-            self._scheduler = attributes, dict(attributes)
+        for made in read_all(returned, type(self._task).__name__):
+            self._loans.append(OptimizerLoan(made.optimizer))
+            if hasattr(made.scheduler, "__dict__"):
+                attributes = vars(made.scheduler)
+                self._schedulers.append((attributes, dict(attributes)))
         return returned
 
     def give_back(self) -> None:
-        """Put optimizer and scheduler back."""
-        if self._loan is not None:
-            self._loan.give_back()
-        if self._scheduler is not None:
-            attributes, kept = self._scheduler
+        """Put optimizers and schedulers back."""
+        for loan in self._loans:
+            loan.give_back()
+        for attributes, kept in self._schedulers:
             attributes.clear()
             attributes.update(kept)
 

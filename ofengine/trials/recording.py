@@ -86,8 +86,13 @@ class Recorder(Callback):
         if number == self._whole_at:
             self.arrays = {name: array_of(each) for name, each in tensors_of(task).items()}
             self.attributes = plain_attributes(task)
-            recorded = outputs.get(_OUTPUTS, {})
-            self.outputs = {name: array_of(each) for name, each in recorded.items()}
+            recorded = {"": outputs} if _OUTPUTS in outputs else outputs  # or of each optimizer
+            self.outputs = {
+                f"{name} in the step of {owner}" if owner else name: array_of(each)
+                for owner, of_step in recorded.items()
+                if isinstance(of_step, dict)
+                for name, each in of_step.get(_OUTPUTS, {}).items()
+            }
             trainer.should_stop = True
         # With accumulation, in the middle of a window.
         accumulates = trainer.accumulate_grad_batches > 1

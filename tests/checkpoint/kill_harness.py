@@ -48,6 +48,7 @@ SCENARIOS: Dict[str, Dict[str, Any]] = {
     "functional": {"functional": True, "accumulate": 2},
     "shuffled validation": {"shuffle_validation": True, "stopping": True, "top": 2},
     "persistent workers": {"workers": 2, "persistent": True, "shuffle_validation": True},
+    "two optimizers": {"several": True, "optimizer": "Adam"},
     "two at once": {"beside": True, "version": "first"},
 }
 """By name; ``beside``: each start has another run beside it, in the same folder."""
@@ -194,7 +195,7 @@ def child(mode: str, root: str, scenario: Dict[str, Any], kill: Optional[str]) -
             self.body, self.norm = nn.Linear(8, 16), nn.BatchNorm1d(16)
             self.drop, self.head = nn.Dropout(0.3), nn.Linear(16, 3)
 
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
+        def training_step(self, batch: Any, batch_idx: int, *of_several: str) -> Any:
             _passes("step")
             loss = self.loss(batch)
             self.log("train_loss", loss, on_step=True, on_epoch=True)
@@ -217,12 +218,17 @@ def child(mode: str, root: str, scenario: Dict[str, Any], kill: Optional[str]) -
             ]
             kind = scenario.get("optimizer", "SGD")
             options = {"momentum": 0.9} if kind == "SGD" else {}
+            of_head = flow.optim.SGD(groups[1:], momentum=0.9)
+            groups = groups[:1] if scenario.get("several") else groups
             optimizer = getattr(flow.optim, kind)(groups, lr=0.02, **options)
             cosine = flow.optim.lr_scheduler.CosineDecayLR(optimizer, 40)
             warm = flow.optim.lr_scheduler.WarmUpLR(
                 cosine, warmup_iters=5, warmup_method="constant"
             )
-            return {"optimizer": optimizer, "lr_scheduler": warm}
+            made = {"optimizer": optimizer, "lr_scheduler": warm}
+            if scenario.get("several"):
+                return {"body": made, "head": {"optimizer": of_head, "every_n_batches": 2}}
+            return made
 
     class Points(Callback):
         def on_train_batch_end(self, *_: Any) -> None:
@@ -318,7 +324,8 @@ def _outcome(trainer: Any, task: Any) -> Dict[str, Any]:
     assert state is not None
     kept = {
         f"{name}/{key}": array
-        for name, states in state["optimizer"]["states"].items()
+        for each in state.get("several", {"": state}).values()
+        for name, states in each["optimizer"]["states"].items()
         for key, array in states.items()
     }
     return {

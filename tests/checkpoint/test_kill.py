@@ -60,6 +60,11 @@ def test_killed_in_the_middle_of_a_step(tmp_path: Path, reference: Any) -> None:
     check(["eager"], tmp_path, "accumulation", ["step:8", "step:6", "step:3"], reference)
 
 
+@pytest.mark.slow
+def test_killed_between_the_steps_of_two_optimizers(tmp_path: Path, reference: Any) -> None:
+    check(["eager"], tmp_path, "two optimizers", ["step:8", "step:6", "batch:3"], reference)
+
+
 FURTHER = sorted(
     set(SCENARIOS) - {"adamw", "stopped early", "shuffled validation", "two at once"}
 )  # fmt: skip

@@ -6,7 +6,7 @@ import logging
 import random
 import warnings
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List, Tuple, Type
 
 import attrs
 import numpy as np
@@ -16,6 +16,7 @@ from helpers import bits, fill_deterministically, quiet_trainer
 from helpers.mutations import mutated
 from helpers.resuming import plain
 from oneflow import nn
+from oneflow.optim import Optimizer
 from oneflow.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 from oneflow.utils.data import DataLoader, TensorDataset
 
@@ -94,6 +95,23 @@ class Rich(TaskModule):
         self.noted[0] = checkpoint["noted"]["first"] * 1
 
 
+class Pair(Rich):
+    """The same with two optimizers, one of which steps in every second batch."""
+
+    def __init__(self, plateau: bool) -> None:
+        super().__init__(plateau)
+        body, head = self.param_groups()
+        self.optimizer_of_run = flow.optim.Adam([body])
+        self.second_of_run = flow.optim.SGD([head], momentum=0.9)
+
+    def training_step(self, batch: Any, batch_idx: int, name: str) -> Any:  # type: ignore[override]
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        made = super().configure_optimizers()
+        return {"body": made, "head": {"optimizer": self.second_of_run, "every_n_batches": 2}}
+
+
 class Careless(Callback):
     """Loads its state as a user might write it, piece by piece."""
 
@@ -135,6 +153,7 @@ class Setting:
     plateau: bool
     accumulate: int
     seed: Any
+    kind: Type[Rich] = Rich
 
     def make(self, epochs: int, *also: Callback) -> Any:
         """(trainer, task, callbacks, training data, validation data)."""
@@ -152,7 +171,7 @@ class Setting:
         generator.manual_seed(2)
         train = DataLoader(DATA, batch_size=2, shuffle=True, generator=generator)
         validation = DataLoader(DATA, batch_size=4, shuffle=True, generator=generator)
-        return trainer, Rich(self.plateau), callbacks, train, validation
+        return trainer, self.kind(self.plateau), callbacks, train, validation
 
     def saved(self, hook: str, step: int) -> Checkpoint:
         """A checkpoint of the run in ``hook`` after so many batches."""
@@ -172,7 +191,7 @@ def everything(task: Rich, callbacks: List[Any], train: Any, validation: Any) ->
         "tensors": repr(task.aside.numpy()),
         "task": repr(task.noted),
         "optimizers": repr([plain(each.state_dict()["state"])
-                            for each in (task.optimizer_of_run, task.second)]),
+                            for each in vars(task).values() if isinstance(each, Optimizer)]),
         "rates": repr([group["lr"] for group in task.second.param_groups]),
         "callbacks": repr([plain(each.state_dict()) for each in callbacks if each is not files]),
         "files": repr([files.best_model_path, files.best_k_models, files.last_model_path]),
@@ -232,17 +251,18 @@ class Trial:
             self.taken += 1
 
 
-MOMENTS = {
+MOMENTS: Dict[str, Tuple[Any, ...]] = {
     "in a window": ("on_train_batch_end", 5, False, 2, None),
     "validating": ("on_validation_batch_end", 4, True, 1, 3),
     "at the end of an epoch": ("on_train_epoch_end", 4, True, 1, None),
     "at the end": ("on_train_end", 8, False, 1, 3),
+    "of several optimizers": ("on_train_batch_end", 7, True, 1, 3, Pair),
 }
 
 
 def trial(name: str, mode: str, folder: Path) -> Trial:
-    hook, step, plateau, accumulate, seed = MOMENTS[name]
-    setting = Setting(folder, mode, plateau, accumulate, seed)
+    hook, step, *given = MOMENTS[name]
+    setting = Setting(folder, mode, *given)
     return Trial(setting, setting.saved(hook, step))
 
 

@@ -274,3 +274,36 @@ def assert_same_weights(one: Any, other: Any, but: str = "-") -> None:
         if not name.endswith(but) and not np.array_equal(tensor.numpy(), others[name].numpy())
     ]
     assert differing == []
+
+
+# ---------------------------------------------------------------------- gan.py
+
+
+def test_a_gan_comes_to_the_same_weights_in_both_modes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    gan = load_example("gan")
+    short = ["--device", "cpu", "--epochs", "2", "--batches", "3"]
+    states = []
+    for mode in ("eager", "graph"):
+        trained = gan.train(gan.parse([*short, "--mode", mode]))
+        states.append({n: each.numpy().tobytes() for n, each in trained.state_dict().items()})
+    assert states[0] == states[1]
+    capsys.readouterr()
+    assert gan.main([*short, "--mode", "eager", "--plot", str(tmp_path / "gan.png")]) == 0
+    said = capsys.readouterr().out
+    assert said.count("x") >= gan.GAUSSIANS
+    assert "of the points are near one of the 8 Gaussians" in said
+    assert (tmp_path / "gan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_gan_learns_all_gaussians() -> None:
+    gan = load_example("gan")
+    trained = gan.train(gan.parse(["--device", "cpu"]))
+    with flow.no_grad():
+        noise = np.random.default_rng(2).standard_normal((4000, gan.NOISE)).astype("float32")
+        shares = gan.hits(trained.generator(flow.tensor(noise)).numpy())
+    assert sum(shares) > 0.7
+    assert min(shares) > 0.04

@@ -1,0 +1,129 @@
+"""Several optimizers: a mode of its own for each, all of one kind, stepping one after another."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
+
+from oneflow import nn
+
+from ofengine.errors import ConfigurationError, OFEngineError
+from ofengine.modes.eager import EagerMode
+from ofengine.modes.graph import GraphMode
+from ofengine.run.mode import HookCalls, Mode, ParameterStates
+from ofengine.run.state import Run
+
+
+class SeveralMode:
+    """Runs the training steps of a run with several optimizers. See :class:`~.run.mode.Mode`.
+
+    Each part of the run has a mode as a run with that optimizer alone would have; graph mode
+    compiles graphs of its own for each. Where the steps of one run, the parameters of the others
+    have no gradient: in eager mode they are frozen for its time, a graph is traced as if they were.
+
+    Args:
+        run: the run, with its parts.
+        evaluation: evaluates.
+        calls: the hooks.
+    """
+
+    def __init__(self, run: Run, evaluation: Mode, calls: HookCalls) -> None:
+        self._evaluation = evaluation
+        self._is_eager = run.settings.mode == "eager"
+        self._parts: List[Tuple[str, int, Run]] = []
+        for name, part in run.parts.items():
+            kind = EagerMode if self._is_eager else GraphMode
+            part.mode = kind(part, run.task, calls)
+            if run.profile is not None:
+                own: Any = part.mode
+                own.train_step = run.profile.wrap(f"step: training {name}", own.train_step)
+            self._parts.append((name, part.every_n_batches, part))
+        self._stepping = self._parts[0][2]
+
+    def _modes(self) -> Iterator[Mode]:
+        return (part.training_mode for _, _, part in self._parts)
+
+    def start(self) -> None:
+        """See :class:`~ofengine.run.mode.Mode`."""
+        for mode in self._modes():
+            mode.start()
+
+    def train_step(self, batch: Any, batch_idx: int, window: int, closes: bool) -> Dict[str, Any]:
+        """The steps of all optimizers whose turn it is; what each returned, by its name.
+
+        The "loss" is the sum of theirs.
+        """
+        outputs: Dict[str, Any] = {}
+        total: Any = None
+        for name, every, part in self._parts:
+            if batch_idx % every:
+                continue
+            self._stepping = part
+            mode = part.training_mode
+            try:
+                with frozen(part.others if self._is_eager else ()):
+                    outputs[name] = returned = mode.train_step(batch, batch_idx, 1, True)
+            except OFEngineError as error:
+                error.args = (f"in the step of optimizer {name!r}: {error}",)
+                raise
+            part.progress.global_step += 1
+            total = returned["loss"] if total is None else total + returned["loss"]
+        return {**outputs, "loss": total}
+
+    def eval_step(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
+        """See :class:`~ofengine.run.mode.Mode`."""
+        return self._evaluation.eval_step(step, batch, batch_idx, dataloader_idx)
+
+    def evaluated(self, step: str, dataloader_idx: int) -> None:
+        """See :class:`~ofengine.run.mode.Mode`."""
+
+    def optimizer_state(self) -> Tuple[int, ParameterStates]:
+        """There is none of all: each part's mode has its own."""
+        raise ConfigurationError("there are several optimizers: each part has its own state.")
+
+    def load_optimizer_state(self, steps: int, states: ParameterStates) -> None:
+        """As :meth:`optimizer_state`."""
+        self.optimizer_state()
+
+    def gradients(self) -> Dict[str, Any]:
+        """None: batches are not accumulated."""
+        return {}
+
+    def load_gradients(self, gradients: Dict[str, Any]) -> None:
+        """Nothing: batches are not accumulated."""
+
+    def rebuild(self, reason: str) -> None:
+        """See :class:`~ofengine.run.mode.Mode`."""
+        for mode in self._modes():
+            mode.rebuild(reason)
+
+    def settle(self) -> None:
+        """See :class:`~ofengine.run.mode.Mode`."""
+        for mode in self._modes():
+            mode.settle()
+
+    def close(self) -> None:
+        """See :class:`~ofengine.run.mode.Mode`."""
+        for mode in self._modes():
+            mode.close()
+
+    def default_train_graph(self) -> nn.Graph:
+        """Of the optimizer whose step is going on."""
+        return self._stepping.training_mode.default_train_graph()
+
+    def lower_rates(self, graph: nn.Graph) -> None:
+        """Of the optimizer whose step is going on."""
+        self._stepping.training_mode.lower_rates(graph)
+
+
+@contextlib.contextmanager
+def frozen(parameters: Sequence[Any]) -> Iterator[None]:
+    """Those of ``parameters`` that train do not, in the block."""
+    training = [each for each in parameters if each.requires_grad]
+    for each in training:
+        each.requires_grad = False
+    try:
+        yield
+    finally:
+        for each in training:
+            each.requires_grad = True
