@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any, List, Optional
 
 import ofengine
 
+VERBS = {
+    "fit": "train a task",
+    "validate": "run the validation of a task over its data, and print the metrics",
+    "test": "run the test of a task over its data, and print the metrics",
+    "predict": "write what a task predicts to files",
+}
+"""The Trainer's verbs, whose options are read by jsonargparse."""
+
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run one command; return the exit status of the process."""
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] in VERBS:
+        from ofengine.cli.verbs import run_verb
+
+        return run_verb(words[0], VERBS[words[0]], words[1:])
     parser = argparse.ArgumentParser(prog="ofengine", description="A trainer engine for OneFlow.")
     parser.add_argument("--version", action="version", version=f"ofengine {ofengine.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
+    for verb, text in VERBS.items():
+        commands.add_parser(verb, help=text)
     _add_doctor(commands)
     _add_rates(commands)
     _add_prove(commands)
     _add_checkpoint(commands)
     _add_launch(commands)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(words)
     return int(arguments.run(arguments))
 
 

@@ -70,7 +70,7 @@ def file(tmp_path: Path) -> Iterator[Path]:
     yield path
     sys.path[:] = kept
     for name in set(sys.modules) - modules:
-        if name.startswith("ofengine_rates_of_") or name == "beside_it":
+        if name.startswith("ofengine_file_") or name == "beside_it":
             del sys.modules[name]
 
 
@@ -123,8 +123,8 @@ def test_the_picture_as_a_file(file: Path, tmp_path: Path, capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("task", "arguments", "sentence"),
     [
-        ("absent.py:Net", (), "there is no file absent.py: write FILE.py:Task."),
-        ("tasks.py", (), "'tasks.py' names no task: write FILE.py:Task."),
+        ("absent.py:Net", (), "there is no file absent.py: write FILE.py:Task or package."),
+        ("tasks.py", (), "'tasks.py' names no task: write FILE.py:Task or package."),
         ("tasks.py:Nat", (), "tasks.py has no class Nat: its tasks are Net, WithData, Needs, "),
         ("tasks.py:NoTask", (), "NoTask of tasks.py is a class but no TaskModule: "),
         ("tasks.py:nn", (), "nn of tasks.py is a module but no TaskModule: "),

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import inspect
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from oneflow import nn
 
 import ofengine
 from ofengine import GraphModeError, OFEngineError, Trainer, callback
+from ofengine.cli import main
 from ofengine.run.progress import Point, Progress
 from ofengine.run.settings import Settings
 from ofengine.run.view import RunView
@@ -116,6 +118,31 @@ def test_the_python_of_a_page_runs_and_prints_what_it_says(page: Path, tmp_path:
     assert result.returncode == 0, result.stderr
     for promised in [text for language, text in blocks(page) if language == "text"]:
         assert promised in result.stdout
+
+
+def test_the_commands_of_the_page_on_them_do_what_it_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    page = DOCS / "en" / "command-line.md"
+    (config,) = (text for language, text in blocks(page) if language == "yaml")
+    (promised,) = (text for language, text in blocks(page) if language == "text")
+    (tmp_path / "run.yaml").write_text(config, encoding="utf-8")
+    commands = [text for language, text in blocks(page) if language == "sh"]
+    refused = []
+    for command in "".join(commands).splitlines():
+        words, _, file = (shlex.split(part) for part in command.partition(">"))
+        if words[0] == "pip":
+            continue
+        capsys.readouterr()
+        status = main(words[1:])
+        said = capsys.readouterr()
+        if status != 0:
+            refused.append(said.err)
+        if file:
+            (tmp_path / file[0]).write_text(said.out, encoding="utf-8")
+    assert "".join(refused) == promised
+    assert len(list((tmp_path / "ofengine_logs").rglob("config.yaml"))) == 8
 
 
 def test_some_page_promises_what_is_printed() -> None:
