@@ -1,6 +1,8 @@
 """The callbacks that ship with ofengine, one a file; they use what any user's callback could."""
 
 import ofengine._oneflow  # noqa: F401  first: it imports OneFlow quietly
+from ofengine.callbacks.backbone_finetuning import BackboneFinetuning
+from ofengine.callbacks.device_stats_monitor import DeviceStatsMonitor
 from ofengine.callbacks.early_stopping import EarlyStopping
 from ofengine.callbacks.ema_weight_averaging import EMAWeightAveraging
 from ofengine.callbacks.gradual_unfreezing import GradualUnfreezing
@@ -17,6 +19,8 @@ from ofengine.callbacks.throughput import Throughput
 from ofengine.callbacks.timer import Timer
 
 __all__ = [
+    "BackboneFinetuning",
+    "DeviceStatsMonitor",
     "EMAWeightAveraging",
     "EarlyStopping",
     "GradualUnfreezing",
