@@ -10,6 +10,7 @@ from ofengine.callbacks.graph_lr_scale import GraphLRScaleCallback
 from ofengine.callbacks.lr_decay import LRDecayCallback
 from ofengine.callbacks.lr_monitor import LearningRateMonitor
 from ofengine.callbacks.model_checkpoint import ModelCheckpoint
+from ofengine.callbacks.model_statistics import ModelStatistics
 from ofengine.callbacks.model_summary import ModelSummary
 from ofengine.callbacks.prediction_writer import PredictionWriter
 from ofengine.callbacks.progress_bar import ProgressBar
@@ -28,6 +29,7 @@ __all__ = [
     "LRDecayCallback",
     "LearningRateMonitor",
     "ModelCheckpoint",
+    "ModelStatistics",
     "ModelSummary",
     "PredictionWriter",
     "ProgressBar",
