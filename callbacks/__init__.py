@@ -1,6 +1,8 @@
 """The callbacks that ship with ofengine, one a file; they use what any user's callback could."""
 
 import ofengine._oneflow  # noqa: F401  first: it imports OneFlow quietly
+from ofengine.callbacks.backbone_finetuning import BackboneFinetuning
+from ofengine.callbacks.device_stats_monitor import DeviceStatsMonitor
 from ofengine.callbacks.early_stopping import EarlyStopping
 from ofengine.callbacks.ema_weight_averaging import EMAWeightAveraging
 from ofengine.callbacks.gradual_unfreezing import GradualUnfreezing
@@ -8,6 +10,7 @@ from ofengine.callbacks.graph_lr_scale import GraphLRScaleCallback
 from ofengine.callbacks.lr_decay import LRDecayCallback
 from ofengine.callbacks.lr_monitor import LearningRateMonitor
 from ofengine.callbacks.model_checkpoint import ModelCheckpoint
+from ofengine.callbacks.model_statistics import ModelStatistics
 from ofengine.callbacks.model_summary import ModelSummary
 from ofengine.callbacks.prediction_writer import PredictionWriter
 from ofengine.callbacks.progress_bar import ProgressBar
@@ -17,6 +20,8 @@ from ofengine.callbacks.throughput import Throughput
 from ofengine.callbacks.timer import Timer
 
 __all__ = [
+    "BackboneFinetuning",
+    "DeviceStatsMonitor",
     "EMAWeightAveraging",
     "EarlyStopping",
     "GradualUnfreezing",
@@ -24,6 +29,7 @@ __all__ = [
     "LRDecayCallback",
     "LearningRateMonitor",
     "ModelCheckpoint",
+    "ModelStatistics",
     "ModelSummary",
     "PredictionWriter",
     "ProgressBar",

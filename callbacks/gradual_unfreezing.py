@@ -73,15 +73,17 @@ class GradualUnfreezing(Callback):
         if 0 <= trainer.max_epochs <= last and not trainer.fast_dev_run:
             late = [name for name in names if self._epochs[name] >= trainer.max_epochs]
             warn(
-                f"GradualUnfreezing unfreezes {', '.join(map(repr, late))} in epoch "
+                f"{type(self).__name__} unfreezes {', '.join(map(repr, late))} in epoch "
                 f"{min(self._epochs[name] for name in late)} or later, but max_epochs="
                 f"{trainer.max_epochs}: that will never train."
             )
-        self._members = {
-            name: [parameter for parameter in group.parameters if parameter.requires_grad]
-            for name, group in zip(names, trainer.param_groups)
-        }
+        self._members = self._to_freeze(trainer, task)
         self._freeze_all_but(self._due(trainer.current_epoch))
+
+    def _to_freeze(self, trainer: RunView, task: TaskModule) -> Dict[str, List[Any]]:
+        """The parameters of each group that are frozen until it joins."""
+        groups = zip(trainer.rates.names, trainer.param_groups)
+        return {name: [p for p in each.parameters if p.requires_grad] for name, each in groups}
 
     def on_train_epoch_start(self, trainer: RunView, task: TaskModule) -> None:
         """Let the groups train whose epoch has come."""
@@ -93,7 +95,8 @@ class GradualUnfreezing(Callback):
         joined = [name for name in due if name not in (self._trained or [])]
         self._trained = due
         log.info(
-            "GradualUnfreezing: epoch %d: %s %s training%s.",
+            "%s: epoch %d: %s %s training%s.",
+            type(self).__name__,
             trainer.current_epoch,
             ", ".join(joined),
             "begins" if len(joined) == 1 else "begin",

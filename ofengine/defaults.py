@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from typing import Any, Iterable, List, Optional, Sequence, Union
+from typing import Any, ContextManager, Iterable, List, Optional, Sequence, Union
 
 from ofengine.callback import Callback
 from ofengine.callbacks import (
@@ -22,7 +22,8 @@ from ofengine.loggers._folder import share_folders
 from ofengine.loggers.silent import SilentLogger
 from ofengine.ranks.zero import is_rank_zero
 from ofengine.run.settings import Settings
-from ofengine.run.view import RunView
+from ofengine.run.undone import leaving_no_trace
+from ofengine.run.view import RunView, Step
 
 log = logging.getLogger("ofengine")
 
@@ -102,7 +103,11 @@ def configure_logging() -> None:
 
 
 class KnowsCallbacks(RunView):
-    """A run that finds the callbacks of a kind, under Lightning's names."""
+    """A run that finds the callbacks of a kind, under Lightning's names, and serves them."""
+
+    def leaving_no_trace(self) -> ContextManager[Step]:
+        """See :meth:`RunView.leaving_no_trace`."""
+        return leaving_no_trace(self._run)
 
     @property
     def checkpoint_callbacks(self) -> List[Callback]:

@@ -47,7 +47,7 @@ class CheckpointError(OFEngineError):
 
 
 class NonFiniteError(OFEngineError):
-    """The loss of a training step is NaN or infinite; ``TerminateOnNaN`` raises it."""
+    """A training step's loss is NaN or infinite; TerminateOnNaN and detect_anomaly raise it."""
 
 
 class RankError(OFEngineError):

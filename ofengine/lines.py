@@ -39,6 +39,11 @@ def line_being_run() -> str:
     return ""
 
 
+def is_users_own(path: str) -> bool:
+    """True for a file of code that is neither the engine's, nor OneFlow's, nor Python's."""
+    return not path.startswith(tuple(_foreign_prefixes()))
+
+
 def line_at(path: str, number: int) -> str:
     """``file:line: `code``` of a line of a file."""
     return f"{path}:{number}: `{linecache.getline(path, number).strip()}`"

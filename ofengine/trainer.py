@@ -101,6 +101,8 @@ class Trainer(KnowsCallbacks):
         restart_on_crash: how often the script is started again where its process dies of a
             crash (by a signal, in native code): ``fit`` then goes on from the last checkpoint.
             What stands before ``fit`` in the script runs again each time.
+        detect_anomaly: look at loss, gradients and weights after each step; where they are not
+            finite, replay the step eagerly and say where that arose. Slow.
         profiler: "simple" prints where the time of each verb went, and writes a trace for Chrome.
 
     Raises:
@@ -144,6 +146,7 @@ class Trainer(KnowsCallbacks):
         enable_model_summary: bool = True,
         default_root_dir: Union[str, Path, None] = None,
         restart_on_crash: int = 0,
+        detect_anomaly: bool = False,
         profiler: Optional[str] = None,
         **_unknown: Any,
     ) -> None:

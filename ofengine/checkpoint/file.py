@@ -283,13 +283,13 @@ def _verified(path: Path, file: BinaryIO) -> Tuple[Dict[str, str], Dict[str, np.
         header = read_header(file)
     except BadHeader as error:
         file.seek(0)
-        begin = file.read(4)
-        pickled = begin[:1] == b"\x80" or begin == b"PK\x03\x04"
-        raise CheckpointError(
-            f"{path} is damaged or no safetensors file: "
-            + ("it looks like a pickle, which is not opened, because it could run any code."
-               if pickled else f"{error}.")
-        ) from None  # fmt: skip
+        begin, reason = file.read(4), f"{error}."
+        if begin[:1] == b"\x80" or begin == b"PK\x03\x04":
+            reason = (
+                "it looks like a pickle, which is not opened, because it could run any code; of a "
+                ".pth file, load_weights(module, path) takes the weights without running it."
+            )
+        raise CheckpointError(f"{path} is damaged or no safetensors file: {reason}") from None
     version = str(header.metadata.get("format_version", ""))
     is_ours = b"ofengine" in header.raw or b"blake2b" in header.raw
     if is_ours:

@@ -278,6 +278,15 @@ class Metrics:
         if len(stage.pending) >= MOST_PENDING:
             self._fold_pending(stage)
 
+    def logged_so_far(self) -> int:
+        """How many ``log`` calls of the batch at hand were recorded."""
+        return len(self._stages[-1].current) if self._stages else 0
+
+    def forget_since(self, count: int) -> None:
+        """Forget the ``log`` calls behind the first ``count``."""
+        if self._stages:
+            del self._stages[-1].current[count:]
+
     # ------------------------------------------------------------------ reading
 
     def flush(self) -> Dict[str, float]:

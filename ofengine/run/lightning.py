@@ -27,8 +27,8 @@ _STEPS_ALONE = (
     "your own in TaskModule.build_graph"
 )
 _GRAD_NORM = (
-    "compute it from the parameters' .grad in on_before_optimizer_step (eager mode), and log it "
-    "there"
+    "list a ModelStatistics(activations=False) in callbacks, which logs gradients' norms in both "
+    "modes"
 )
 _ANEW_EACH_PASS = (
     "a dataloader is asked for its batches anew in each epoch: let its dataset, or its __iter__, "
@@ -67,10 +67,8 @@ TRAINER_ARGUMENTS: Mapping[str, str] = {
     "benchmark": "call oneflow.backends.cudnn.enable_conv_heuristic_search_algo(False) before fit: "
     "cuDNN then searches for the fastest kernels",
     "inference_mode": "validation, test and prediction always run without gradients: leave it out",
-    **_each(
-        "detect_anomaly terminate_on_nan",
-        "list a TerminateOnNaN in callbacks, which names the first step whose loss is not finite",
-    ),
+    "terminate_on_nan": "list a TerminateOnNaN in callbacks, which names the first step whose loss "
+    "is not finite",
     "automatic_optimization": _STEPS_ALONE,
     "enable_pl_optimizer": "the optimizer is OneFlow's own, without a wrapper: leave it out",
     "track_grad_norm": _GRAD_NORM,

@@ -17,6 +17,7 @@ from ofengine.metrics.base import evaluating
 from ofengine.modes.labels import LabelWatch, checking
 from ofengine.ranks.shares import ABSENT, ALONE
 from ofengine.run import course, report, together
+from ofengine.run.anomaly import train_step_of
 from ofengine.run.connect import STEP_OF_STAGE
 from ofengine.run.hooks import HookRunner
 from ofengine.run.losses import LossWatch, warn_of_metrics
@@ -50,7 +51,7 @@ def fit_loop(
     """Train the task of ``run``: epochs, batches, validation where it is due."""
     mode, progress, metrics = run.training_mode, run.progress, run.metrics
     validate = _Validation(run, hooks, eval_mode, validation)
-    labels = LabelWatch(run.task, run.settings.mode, mode.train_step)
+    labels = LabelWatch(run.task, run.settings.mode, train_step_of(run))
     losses = LossWatch(run, labels)
     note_start(run)
     if resumed is None:

@@ -108,6 +108,7 @@ CHECKS: Tuple[Tuple[str, Callable[[str, Any], Any]], ...] = (
     ("seed", _or_none(_whole(0, "a whole number from 0 to 2**63 - 1, or None", 2**63 - 1))),
     ("default_root_dir", _folder),
     ("restart_on_crash", _whole(0, "a whole number, 0 for never")),
+    ("detect_anomaly", check_flag),
     ("profiler", _or_none(_one_of("simple"))),
     ("overfit_batches", lambda name, value: check_limit(name, value) or None),
     ("enable_checkpointing", check_flag),
@@ -158,6 +159,7 @@ class Settings:
     seed: Optional[int]
     default_root_dir: str
     restart_on_crash: int
+    detect_anomaly: bool
     profiler: Optional[str]
     overfit_batches: Union[int, float, None]
     """None for not."""

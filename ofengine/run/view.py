@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Callable, ContextManager, Dict, List, Optional, Tuple, Union
 
 from oneflow import nn
 from oneflow.optim import Optimizer
@@ -23,6 +23,8 @@ from ofengine.tracing import forbid_in_trace
 
 Content = Tuple[Dict[str, Any], Optional[Dict[str, Any]], Dict[str, Any]]
 """Weights, state of the run, and metadata of a checkpoint."""
+Step = Callable[[Any, int], Any]
+"""Computes the loss of a batch, given its index."""
 
 
 class RunView(ToldView):
@@ -275,6 +277,26 @@ class RunView(ToldView):
         if content is None:
             return self._run.broken()
         return self._run.broken(content[0], content[1])
+
+    def leaving_no_trace(self) -> ContextManager[Step]:
+        """A block that may compute steps of the task; all that they do is undone at its end.
+
+        ::
+
+            with trainer.leaving_no_trace() as step:
+                loss = step(batch, batch_idx)  # that of training_step, computed eagerly
+                loss.backward()  # each .grad was None, and is this batch's alone
+                norm = task.head.weight.grad.norm()
+
+        In ``on_train_batch_start``, it is the step to come, in both modes to the bit: the same
+        weights, and the same random numbers. At the end of the block, put back are parameters,
+        buffers and gradients, the attributes of all modules (down to dicts and lists, and the
+        hooks among them), the sums of metrics, what was logged, and where all generators stand.
+        Takes a copy of the model, and the time of the steps; waits for the device.
+
+        Raises :class:`ConfigurationError` outside of training, and on several ranks.
+        """
+        raise ConfigurationError("this run cannot compute a step on the side.")
 
     @property
     def profile(self) -> Optional[Profile]:

@@ -15,7 +15,7 @@ from oneflow.optim import Optimizer
 from ofengine._oneflow.loaders import SHARED_GENERATOR, forget_workers
 from ofengine._oneflow.session import synchronize
 from ofengine.data.generator_state import set_state_of, state_of
-from ofengine.metrics.held import metrics_held
+from ofengine.run.undone import Kept
 
 _Generator = type(flow.default_generator)
 _DEPTH = 4
@@ -26,7 +26,7 @@ _PASSED_BY = (
 )  # fmt: skip
 
 
-class Restorer:
+class Restorer(Kept):
     """A context that undoes at its end what happened to a task and its data in between.
 
     OneFlow's generators do not tell how far they have been used, so they cannot be put back.
@@ -34,13 +34,12 @@ class Restorer:
     in between, and never drawn from.
 
     Args:
-        task: its parameters, buffers, gradients, ``requires_grad``, ``training`` and the
-            attributes of all its modules are put back, down to lists and dicts of them.
+        task: see :class:`Kept`.
         source: the dataloader; the attributes of it and of what it holds are put back.
     """
 
     def __init__(self, task: nn.Module, source: Any) -> None:
-        self._task = task
+        super().__init__(task)
         self._source = source
 
     def __enter__(self) -> Restorer:
@@ -49,39 +48,14 @@ class Restorer:
         self._default_seed = flow.default_generator.initial_seed()
         self._default_state = state_of(flow.default_generator)
         self._shared_state = state_of(SHARED_GENERATOR)
-        self._attributes: List[Tuple[Dict[str, Any], Dict[str, Any]]] = []
-        self._contents: List[Tuple[Any, Any]] = []
-        self._tensors: Dict[int, Tuple[Any, Any, bool, Any]] = {}
         self._states: List[Tuple[Any, Any]] = []
         self._substitutes: Dict[int, Any] = {}
-        for module in self._task.modules():
-            self._remember(vars(module))
-            for value in vars(module).values():
-                self._remember_contents(value)
-        for tensor in [*self._task.parameters(), *self._task.buffers()]:
-            self._remember_tensor(tensor)
-        metrics = metrics_held(self._task, ()).values()
-        self._metrics = [(metric, metric.all_sums()) for metric in metrics]
+        self.remember()
         self._walk(self._source, set(), _DEPTH)
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        synchronize()
-        for attributes, kept in self._attributes:
-            attributes.clear()
-            attributes.update(kept)
-        for container, kept in self._contents:
-            container.clear()
-            (container.extend if isinstance(container, list) else container.update)(kept)
-        with flow.no_grad():
-            for tensor, values, _, _ in self._tensors.values():
-                tensor.copy_(values)
-        for tensor, _, requires_grad, gradient in self._tensors.values():
-            if tensor.requires_grad != requires_grad:
-                tensor.requires_grad_(requires_grad)
-            tensor.grad = gradient
-        for metric, sums in self._metrics:
-            metric.put_back(sums)
+        self.put_back()
         for generator, state in self._states:
             _set_state(generator, state)
         flow.manual_seed(self._default_seed)  # on all devices
@@ -91,9 +65,9 @@ class Restorer:
         random.setstate(self._random)
         synchronize()
 
-    def _remember(self, attributes: Dict[str, Any]) -> None:
+    def remember_attributes(self, attributes: Dict[str, Any]) -> None:
         """Keep ``attributes``, and put other generators into it."""
-        self._attributes.append((attributes, dict(attributes)))
+        super().remember_attributes(attributes)
         for name, value in attributes.items():
             if isinstance(value, _Generator):
                 attributes[name] = self._substitute(value)
@@ -112,20 +86,6 @@ class Restorer:
             self._substitutes[id(generator)] = other
         return other
 
-    def _remember_contents(self, value: Any) -> None:
-        if isinstance(value, flow.Tensor):
-            self._remember_tensor(value)
-        elif isinstance(value, (dict, list, set)):
-            self._contents.append((value, copy.copy(value)))
-
-    def _remember_tensor(self, tensor: Any) -> None:
-        if id(tensor) not in self._tensors:
-            gradient = tensor.grad if tensor.is_leaf else None
-            kept = (tensor, tensor.detach().clone(), tensor.requires_grad, gradient)
-            self._tensors[id(tensor)] = kept
-            if gradient is not None:
-                tensor.grad = None
-
     def _walk(self, value: Any, seen: Set[int], depth: int) -> None:
         """Remember the attributes of ``value`` and of what it holds."""
         if id(value) in seen or isinstance(value, _PASSED_BY) or not hasattr(value, "__dict__"):
@@ -133,7 +93,7 @@ class Restorer:
         seen.add(id(value))
         attributes = vars(value)
         children = list(attributes.values())
-        self._remember(attributes)
+        self.remember_attributes(attributes)
         if isinstance(value, flow.utils.data.DataLoader):
             forget_workers(value)  # those kept alive have gone on by themselves
         for child in children if depth else []:

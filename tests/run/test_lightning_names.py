@@ -37,7 +37,7 @@ _ADVICE = re.compile(
 EXPECTED = {
     "TRAINER_ARGUMENTS": """
         accelerator amp_backend auto_lr_find auto_scale_batch_size barebones benchmark
-        checkpoint_callback detect_anomaly deterministic enable_autolog_hparams
+        checkpoint_callback deterministic enable_autolog_hparams
         gpus inference_mode model model_registry plugins precision
         progress_bar_refresh_rate reload_dataloaders_every_n_epochs resume_from_checkpoint
         tpu_cores track_grad_norm
