@@ -22,7 +22,7 @@ from ofengine._oneflow.global_tensors import Ranks, Twins, answering_as_local, l
 from ofengine.data.structure import Structure, flatten
 from ofengine.errors import RankError
 from ofengine.launch.heartbeat import exchange
-from ofengine.modes.batch_norms import BatchNorms
+from ofengine.modes.batch_norms import BatchNorms, BatchNormsOfAll
 from ofengine.modes.compiled import Compilations, Compiled
 from ofengine.modes.compiling import refuse_what_graphs_ignore
 from ofengine.modes.graph import GraphMode
@@ -34,6 +34,7 @@ from ofengine.ranks.meetings import Meetings, same_everywhere
 from ofengine.ranks.messages import pack, unpack
 from ofengine.ranks.shares import ABSENT
 from ofengine.ranks.statistics import refuse_averages
+from ofengine.ranks.synced_norms import norms_of
 from ofengine.run.mode import HookCalls
 from ofengine.run.state import Run
 from ofengine.task import TaskModule
@@ -57,6 +58,7 @@ class GlobalGraphMode(GraphMode):
         """All that were compiled, which are deleted together."""
         self._digests: Dict[Hashable, int] = {}
         self._scales: Dict[Tuple[int, int], Any] = {}
+        self._syncs_norms = run.settings.sync_batchnorm
         self._spread: Optional[Spread] = None
         """How the batch lies that a step is compiled for."""
 
@@ -66,6 +68,11 @@ class GlobalGraphMode(GraphMode):
         """See :class:`~ofengine.run.mode.Mode`."""
         super().start()
         refuse_averages(self.task)
+        if self._syncs_norms and norms_of(self.task) and has_own_graph(self.task):
+            raise RankError(
+                f"sync_batchnorm=True does not reach into {type(self.task).__name__}.build_graph(),"
+                " whose batch norms see the rows of their rank alone: leave out one of the two."
+            )
 
     def train_step(self, batch: Any, batch_idx: int, window: int, closes: bool) -> Dict[str, Any]:
         """See :class:`~ofengine.run.mode.Mode`."""
@@ -267,7 +274,7 @@ class GlobalGraphMode(GraphMode):
         return graph
 
     def _batch_norms(self) -> BatchNorms:
-        return BatchNorms(apart=True)
+        return BatchNormsOfAll(self._ranks) if self._syncs_norms else BatchNorms(apart=True)
 
     def _check(self, inputs: Any, what: str) -> None:
         """Nothing: they were made here."""

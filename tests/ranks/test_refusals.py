@@ -38,7 +38,6 @@ def second_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"num_nodes": 0}, "num_nodes=0"),
         ({"precision": "16-mixed"}, "dtype"),
         ({"sync_batchnorm": 1}, "sync_batchnorm=1"),
-        ({"sync_batchnorm": True, "mode": "graph", "devices": 2}, "leave out one of the two"),
     ],
 )
 def test_an_argument(arguments: Dict[str, Any], says: str) -> None:
