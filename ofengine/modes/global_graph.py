@@ -102,7 +102,7 @@ class GlobalGraphMode(GraphMode):
         self._tells = spread.round.teller == self._meetings.rank
         if isinstance(graph, StepGraph):
             outputs = graphs.run_compiled(graph, [*inputs, *compiled.draws.draw()])
-            result = self._take(graph, outputs, spread.round, accumulates)
+            result = self._take(graph, outputs, spread.round, share[0])
         else:
             result = {"loss": local(self._ranks.whole(loss_of(graph, graph(*inputs))))}
         if accumulates and closes:
@@ -112,17 +112,25 @@ class GlobalGraphMode(GraphMode):
         return result
 
     def _take(
-        self, graph: StepGraph, outputs: List[Any], round_: Round, accumulates: bool
+        self, graph: StepGraph, outputs: List[Any], round_: Round, batches: int
     ) -> Dict[str, Any]:
-        """What a step gave on this rank; gradients are added up."""
+        """What a step of so many batches gave on this rank; gradients are added up."""
         stop = 1
-        if accumulates and isinstance(graph, GradientGraph):
+        if isinstance(graph, GradientGraph):
             stop += len(graph.having)
             total = self._gradients
+            if graph.weighs:
+                self._run.weighing.add(local(outputs[stop]), batches)
             for index, gradient in zip(graph.having, outputs[1:stop]):
                 total[index] = total[index] + gradient if index in total else gradient
+            stop += graph.weighs
         rest = self._take_outputs(graph, _own(graph, outputs, round_)[stop:])
         return {**(rest or {}), "loss": local(outputs[0])}
+
+    def _apply(self, window: int) -> None:
+        if self._run.weighing.batches:
+            self._run.weighing.place(self._ranks.whole)
+        super()._apply(window)
 
     def _window_scale(self, window: int) -> Any:
         return self._scale(1, window)

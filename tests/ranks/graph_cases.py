@@ -268,6 +268,42 @@ def batch_norms_of_all_ranks_resumed_in_a_window(place: Place) -> Result:
     return whole
 
 
+class Weighed(Net):
+    """The mean loss of rows that count unequally, and what they count together."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        counts = x[:, 0].abs() + 0.1
+        losses = nn.functional.cross_entropy(self.scores(x), y, reduction="none")
+        return {"loss": (losses * counts).sum() / counts.sum(), "weight": counts.sum()}
+
+
+def weighed(place: Place, *callbacks: Callback, path: Optional[Path] = None) -> Result:
+    """In windows of two rounds; alone, eagerly, of as many batches. One is left in the end."""
+    place.together = False
+    accumulate, mode = (2 * place.size, "eager") if place.alone else (2, "graph")
+    given = {"mode": mode, "callbacks": list(callbacks), "gradient_clip_val": 0.5}
+    loader = place.loader(4 * 6 * place.size + 3, 4)
+    result = fitted(Weighed("adamw"), place.trainer(accumulate, **given), loader, ckpt_path=path)
+    return {key: result[key] for key in ("weights", "steps")}
+
+
+@case
+def rounds_of_unequal_weight(place: Place) -> Result:
+    return weighed(place)
+
+
+@slow_case
+def rounds_of_unequal_weight_resumed_in_a_window(place: Place) -> Result:
+    path = place.folder / "own.safetensors"
+    whole = weighed(place)
+    weighed(place, SavesAt(3 * place.size, path))
+    resumed = weighed(place, path=path)
+    for name, each in whole["weights"].items():
+        assert np.array_equal(each, resumed["weights"][name]), name
+    return whole
+
+
 @slow_case
 def batch_norms_in_eager_mode_and_graphs_that_evaluate(place: Place) -> Result:
     place.together = False
