@@ -23,6 +23,7 @@ from rank_cases import (
     Synced,
     dataset,
     ended_by_a_signal,
+    rates_found,
     weights,
 )
 
@@ -302,6 +303,11 @@ def rounds_of_unequal_weight_resumed_in_a_window(place: Place) -> Result:
     for name, each in whole["weights"].items():
         assert np.array_equal(each, resumed["weights"][name]), name
     return whole
+
+
+@slow_case
+def rates_that_are_found(place: Place) -> Result:
+    return rates_found(place, Net(), place.loader(4 * 5 * place.size, 4), max_lr=1.0)
 
 
 @slow_case

@@ -749,6 +749,27 @@ def the_proof_of_a_task_that_cheats(place: Place) -> Result:
     return {"first": {name: step for name, step in row.first.items() if step is not None}}
 
 
+def rates_found(place: Place, task: TaskModule, loader: Any, max_lr: float = 30.0) -> Result:
+    """What the finder finds up to the last step and where it stops before, and a fit after it."""
+    found = []
+    trainer = place.trainer(2)
+    for threshold in (None, 1.1):
+        each = trainer.lr_find(
+            task, loader, num_steps=9, min_lr=0.1, max_lr=max_lr, early_stop_threshold=threshold
+        )
+        found.append([each.rates, each.losses, each.suggestion(1), each.stopped_early])
+    trainer.fit(task, loader)
+    return {"found": found, "weights": weights(task)}
+
+
+@case
+def rates_that_are_found(place: Place) -> Result:
+    """Epochs of an odd number of rounds, the last of which not all ranks have a batch for."""
+    result = rates_found(place, Net(dropout=0.2), DataLoader(dataset(50), 4, shuffle=True))
+    assert [each[3] for each in result["found"]] == [False, True]
+    return result
+
+
 def run_case(name: str, place: Place) -> Result:
     place.folder.mkdir(parents=True, exist_ok=True)
     flow.manual_seed(0)

@@ -46,12 +46,6 @@ def test_an_argument(arguments: Dict[str, Any], says: str) -> None:
     assert says in str(error.value)
 
 
-def test_a_verb() -> None:
-    told = r"lr_find runs in one process, and there are 2 ranks: .*accumulate_grad_batches=6\)"
-    with pytest.raises(ConfigurationError, match=told):
-        quiet_trainer(devices=2, accumulate_grad_batches=3).lr_find(Line(), [flow.ones(1, 1)])
-
-
 def test_a_proof_of_synchronized_batch_norms(second_of_two: None) -> None:
     with pytest.raises(ConfigurationError, match="leave out sync_batchnorm"):
         quiet_trainer(sync_batchnorm=True).prove(Line(), [flow.ones(1, 1)])
