@@ -20,6 +20,7 @@ from rank_cases import (
     Place as EagerPlace,
     Result,
     SavesAt,
+    Skips,
     Synced,
     dataset,
     ended_by_a_signal,
@@ -303,6 +304,14 @@ def rounds_of_unequal_weight_resumed_in_a_window(place: Place) -> Result:
     for name, each in whole["weights"].items():
         assert np.array_equal(each, resumed["weights"][name]), name
     return whole
+
+
+@slow_case
+def epochs_that_are_left(place: Place) -> Result:
+    """In a window, in a round that one rank has a batch for, and at once."""
+    skips = Skips(int, 3, 5, 0)
+    trainer = place.trainer(2, callbacks=[skips], max_epochs=3)
+    return fitted(Net(), trainer, place.loader(4 * (5 * place.size + 1), 4))
 
 
 @slow_case

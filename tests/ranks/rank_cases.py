@@ -376,11 +376,6 @@ def a_sampler_that_nobody_seeds(place: Place) -> Result:
 
 @case
 def batches_of_unequal_weight(place: Place) -> Result:
-    class Weighed(Net):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            loss = super().training_step(batch, batch_idx)
-            return {"loss": loss, "weight": batch[0].abs().sum() * len(batch[0])}
-
     train = DataLoader(dataset(), batch_size=4, shuffle=True)
     return fitted(Weighed(), place.trainer(2), train)
 
@@ -583,6 +578,49 @@ def steps_are_limited(place: Place) -> Result:
     return fitted(Net(), place.trainer(max_epochs=-1, max_steps=9), loader)
 
 
+class Skips(Callback):
+    """Leaves out the rest of each epoch from another round on; ``of_each`` counts batches of it."""
+
+    def __init__(self, of_each: Callable[[int], int], *at: int) -> None:
+        self.at = [of_each(each) for each in at]
+
+    def on_train_batch_start(
+        self, trainer: Any, task: Any, batch: Any, batch_idx: int
+    ) -> Optional[int]:
+        epoch = trainer.current_epoch
+        return -1 if epoch < len(self.at) and batch_idx == self.at[epoch] else None
+
+
+class Weighed(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return {"loss": loss, "weight": batch[0].abs().sum() * len(batch[0])}
+
+
+@case
+def epochs_that_are_left(place: Place) -> Result:
+    """In a window, in a round that not all ranks have a batch for, and at once."""
+    loader = DataLoader(dataset(4 * (5 * place.size + 1)), batch_size=4, shuffle=True)
+    skips = Skips(place.each, 3, 5, 0)
+    return fitted(Weighed(), place.trainer(2, callbacks=[skips], max_epochs=4), loader)
+
+
+@slow_case
+def a_stop_that_one_asks_for_where_all_leave_the_rest_out(place: Place) -> Result:
+    class Stops(Callback):
+        def on_train_batch_end(
+            self, trainer: Any, task: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            is_last = trainer.global_rank == trainer.world_size - 1
+            trainer.should_stop = is_last and batch_idx == place.each(2) - 1
+
+    loader = DataLoader(dataset(), batch_size=4)
+    callbacks = [Stops(), Skips(place.each, 2)]
+    result = fitted(Net(), place.trainer(callbacks=callbacks), loader)
+    assert result["steps"] == 2
+    return {key: result[key] for key in ("weights", "steps", "seen")}
+
+
 class Signals(Callback):
     """SIGTERM to the last rank, in its second step."""
 
@@ -611,15 +649,17 @@ def a_signal_to_one_rank(place: Place) -> Result:
 def ranks_that_do_different_things(place: Place) -> Result:
     """All raise; a process that is alone cannot be at odds with itself."""
     if place.alone:
-        return {"verbs": "RankError", "data": "RankError"}
+        return {"verbs": "RankError", "data": "RankError", "skips": "RankError"}
     trainer, raised = place.trainer(), {}
     verb = trainer.validate if trainer.global_rank else trainer.test
     loader = DataLoader(dataset(), batch_size=4)
     samples = 46 if trainer.global_rank else 30
     other = DataLoader(dataset(samples), batch_size=4)
+    skips = [] if trainer.global_rank else [Skips(place.each, 1)]
     for name, call in (
         ("verbs", lambda: verb(Net(), loader)),
         ("data", lambda: place.trainer().fit(Net(), other)),
+        ("skips", lambda: place.trainer(callbacks=skips).fit(Net(), loader)),
     ):
         try:
             call()
