@@ -29,7 +29,7 @@ from rank_cases import (
 )
 
 from ofengine import Callback, OFEngineError, TaskModule, Trainer
-from ofengine.callbacks import EMAWeightAveraging, LRDecayCallback
+from ofengine.callbacks import EMAWeightAveraging, LRDecayCallback, PredictionWriter
 from ofengine.metrics import Accuracy, ConfusionMatrix
 
 CASES: Dict[str, Callable[[Place], Result]] = {}
@@ -339,11 +339,15 @@ def batch_norms_in_eager_mode_and_graphs_that_evaluate(place: Place) -> Result:
 
 @case
 def evaluations(place: Place) -> Result:
-    trainer, task = place.trainer(), Net()
+    writer = PredictionWriter(place.folder)
+    trainer, task = place.trainer(callbacks=[writer]), Net()
     loaders = [place.loader(11, 4, shuffle=False), place.loader(3, 4, shuffle=False)]
     results = [trainer.validate(task, loaders), trainer.test(task, loaders[1])]
     predicted = trainer.predict(task, loaders[0])
-    return {"results": results, "predicted": np.concatenate([each.numpy() for each in predicted])}
+    rows = np.concatenate([each.numpy() for each in predicted])
+    with np.load(place.folder / "version_0" / "loader_0.npz") as arrays:
+        assert np.array_equal(arrays["predictions"], rows)
+    return {"results": results, "predicted": rows}
 
 
 # ---------------------------------------------------------------------- ends and refusals

@@ -18,8 +18,21 @@ import oneflow as flow
 from oneflow import nn
 from oneflow.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, TensorDataset
 
-from ofengine import Callback, RankError, TaskModule, Trainer, in_memory_loader
-from ofengine.callbacks import EarlyStopping, EMAWeightAveraging, LRDecayCallback, ModelCheckpoint
+from ofengine import (
+    Callback,
+    ConfigurationError,
+    RankError,
+    TaskModule,
+    Trainer,
+    in_memory_loader,
+)
+from ofengine.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    LRDecayCallback,
+    ModelCheckpoint,
+    PredictionWriter,
+)
 from ofengine.metrics import AUROC, Accuracy, ConfusionMatrix, F1Score, Mean, MeanSquaredError
 
 Result = Dict[str, Any]
@@ -422,6 +435,49 @@ def predictions_of_two_loaders(place: Place) -> Result:
             for every in predicted
         ]
     }
+
+
+class Predicts(Net):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        return {"scores": self.scores(x), "of": [y, "odd" if len(x) % 2 else "even"]}
+
+
+@case
+def predictions_in_files(place: Place) -> Result:
+    """Each that one process writes, of its contents; of the last batches nothing is predicted."""
+
+    class Little(Predicts):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().predict_step(batch, batch_idx) if len(batch[0]) == 4 else None
+
+    loaders = [DataLoader(dataset(11), batch_size=2), DataLoader(dataset(6), batch_size=4)]
+    for interval, task in (("epoch", Predicts()), ("batch", Predicts()), ("epoch", Little())):
+        writer = PredictionWriter(place.folder, interval)
+        trainer = place.trainer(callbacks=[writer])
+        trainer.predict(task, loaders, return_predictions=False)
+    files = {}
+    for path in sorted(place.folder.rglob("*.npz")):
+        with np.load(path) as arrays:
+            files[str(path.relative_to(place.folder))] = dict(arrays)
+    assert len(files) == 2 + 6 + 2 + 1 and writer.folder == place.folder / "version_2"
+    return files
+
+
+@case
+def what_each_rank_gives(place: Place) -> Result:
+    """And what a folder that nobody can write to does to all."""
+    trainer, file = place.trainer(), place.folder / "file"
+    file.write_text("")
+    given = trainer.gather({"rank": trainer.global_rank, "of": (flow.ones(2), "x", None)})
+    assert [each["rank"] for each in given] == list(range(trainer.world_size))
+    trainer = place.trainer(callbacks=[PredictionWriter(file / "folder")])
+    try:
+        trainer.predict(Predicts(), DataLoader(dataset(11), batch_size=2))
+    except ConfigurationError as error:
+        assert "cannot write" in str(error)
+        return {"of": given[-1]["of"][0].numpy(), "rest": list(given[-1]["of"][1:])}
+    return {}
 
 
 @slow_case
