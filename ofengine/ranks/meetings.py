@@ -53,6 +53,8 @@ class Purpose(enum.IntEnum):
     """The round of a compiled step."""
     SKIP = 8
     """It was told to leave out the rest of the epoch."""
+    GATHER = 9
+    """What each has to say in a hook of the user's."""
 
 
 class RestLeftOut(Exception):
@@ -163,10 +165,10 @@ class Meetings:
         if not self.over:
             self._meet(Purpose.METRICS)
 
-    def talk(self, message: Any) -> List[Any]:
+    def talk(self, message: Any, purpose: Purpose = Purpose.TALK) -> List[Any]:
         """What each rank says, in the order of ranks: plain values, see :mod:`.messages`."""
         said = encode(message)
-        rows = self._meet(Purpose.TALK, message=said)
+        rows = self._meet(purpose, message=said)
         return self._gather_messages(said, rows)
 
     def broadcast(self, data: bytes) -> bytes:
@@ -327,6 +329,7 @@ _WORDS = {
     Purpose.METRICS: "is at the end of its batches, or logs",
     Purpose.STATISTICS: "normalizes a batch by those of all",
     Purpose.TALK: "is between two parts of the run",
+    Purpose.GATHER: "calls trainer.gather()",
     Purpose.SKIP: "leaves out the rest of the epoch",
     Purpose.LINE_UP: "goes through a batch without training",
 }

@@ -13,6 +13,7 @@ from ofengine.errors import ConfigurationError, RankError, UnknownAttributeError
 from ofengine.loggers.base import Logger
 from ofengine.metrics.history import History
 from ofengine.metrics.log import Metrics
+from ofengine.ranks.meetings import Purpose
 from ofengine.ranks.messages import pack, unpack
 from ofengine.rates.plan import RatePlan
 from ofengine.run import report
@@ -247,7 +248,8 @@ class RunView(ToldView):
             return [value]
         if ranks.over:
             raise RankError("trainer.gather() was called after an error, when no rank waits.")
-        return [unpack(each, self.device) for each in ranks.talk(pack(value))]
+        said = ranks.talk(pack(value), Purpose.GATHER)
+        return [unpack(each, self.device) for each in said]
 
     def log_metrics(self, metrics: Dict[str, float]) -> None:
         """Send numbers to the loggers and to ``callback_metrics``, with step and epoch."""

@@ -701,21 +701,28 @@ def a_signal_to_one_rank(place: Place) -> Result:
     return ended_by_a_signal(place, Net(), DataLoader(dataset(), batch_size=4))
 
 
+class Gathers(Callback):
+    def on_predict_batch_end(self, trainer: Any, *_: Any) -> None:
+        trainer.gather(0)
+
+
 @case
 def ranks_that_do_different_things(place: Place) -> Result:
     """All raise; a process that is alone cannot be at odds with itself."""
     if place.alone:
-        return {"verbs": "RankError", "data": "RankError", "skips": "RankError"}
+        return dict.fromkeys(("verbs", "data", "skips", "gather"), "RankError")
     trainer, raised = place.trainer(), {}
     verb = trainer.validate if trainer.global_rank else trainer.test
     loader = DataLoader(dataset(), batch_size=4)
     samples = 46 if trainer.global_rank else 30
     other = DataLoader(dataset(samples), batch_size=4)
     skips = [] if trainer.global_rank else [Skips(place.each, 1)]
+    odd = DataLoader(dataset(4 * (place.size + 1)), batch_size=4)
     for name, call in (
         ("verbs", lambda: verb(Net(), loader)),
         ("data", lambda: place.trainer().fit(Net(), other)),
         ("skips", lambda: place.trainer(callbacks=skips).fit(Net(), loader)),
+        ("gather", lambda: place.trainer(callbacks=[Gathers()]).predict(Predicts(), odd)),
     ):
         try:
             call()
