@@ -156,7 +156,7 @@ class ModelStatistics(Callback):
     def _owners(self, trainer: RunView, task: TaskModule) -> List[Tuple[str, List[Any]]]:
         """Whose gradients are taken together."""
         if self.by == "group":
-            groups = zip(trainer.rates.names, trainer.optimizer.param_groups)
+            groups = zip(trainer.rates.names, trainer.param_groups)
             return [(name, list(group.parameters)) for name, group in groups]
         return [
             (name or "task", list(module.parameters(recurse=False)))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import numpy as np
 import oneflow as flow
@@ -15,6 +16,10 @@ from ofengine.run.arguments import check_choice
 from ofengine.run.view import RunView
 from ofengine.task import TaskModule
 
+_Batches = List[Tuple[int, Dict[str, np.ndarray]]]
+"""The number and the arrays of each."""
+_AT_ONCE = 64
+"""So many batches a rank gives at once."""
 _ALONE = "predictions"
 """What the array is called where a prediction is a single one."""
 
@@ -30,6 +35,9 @@ class PredictionWriter(Callback):
     then. A file is there whole or not at all, and no file of another run is written over. With
     ``predict(..., return_predictions=False)`` no prediction stays in memory.
 
+    On several ranks the files are those of one process: rank 0 writes those of dataloaders, and
+    each rank those of its own batches, which on several hosts lie on the disk of each.
+
     Args:
         output_dir: the folder of all predictions. Default: ``predictions`` in the Trainer's
             ``default_root_dir``.
@@ -39,7 +47,7 @@ class PredictionWriter(Callback):
 
     Raises:
         ConfigurationError: an argument is wrong; in ``predict``, where a prediction holds something
-            else, a file cannot be written, or there are several ranks.
+            else or a file cannot be written.
     """
 
     def __init__(
@@ -54,24 +62,22 @@ class PredictionWriter(Callback):
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.folder: Optional[Path] = None
         """Where the last ``predict`` has written."""
-        self._kept: Dict[int, List[Dict[str, np.ndarray]]] = {}
-
-    def setup(self, trainer: RunView, task: TaskModule, stage: str) -> None:
-        """Refuse what is not possible, before a batch is read."""
-        if stage == "predict" and trainer.world_size > 1:
-            raise ConfigurationError(
-                f"PredictionWriter writes on one rank, and there are {trainer.world_size}: predict "
-                "with Trainer(devices=1)."
-            )
+        self._kept: Dict[int, _Batches] = {}
 
     def on_predict_start(self, trainer: RunView, task: TaskModule) -> None:
-        """Claim a folder."""
+        """Claim a folder, the same for all ranks."""
         self._kept = {}
         root = self.output_dir or Path(trainer.default_root_dir) / "predictions"
-        try:
-            self.folder = claim_version(root)
-        except OSError as error:
-            raise _unwritable(root, error) from error
+        claimed, problem = "", ""
+        if trainer.is_global_zero:
+            try:
+                claimed = str(claim_version(root))
+            except OSError as error:
+                problem = str(_unwritable(root, error))
+        claimed, problem = trainer.gather([claimed, problem])[0]
+        if problem:
+            raise ConfigurationError(problem)
+        self.folder = Path(claimed)
 
     def on_predict_batch_end(
         self,
@@ -87,14 +93,19 @@ class PredictionWriter(Callback):
         _collect(outputs, "", arrays)
         if not arrays:
             return
+        number = batch_idx * trainer.world_size + trainer.global_rank  # among those of all ranks
         if self.write_interval == "batch":
-            self._write(f"loader_{dataloader_idx}/batch_{batch_idx:06d}.npz", arrays)
+            self._write(f"loader_{dataloader_idx}/batch_{number:06d}.npz", arrays)
         else:
-            self._kept.setdefault(dataloader_idx, []).append(arrays)
+            self._kept.setdefault(dataloader_idx, []).append((number, arrays))
 
     def on_predict_epoch_end(self, trainer: RunView, task: TaskModule) -> None:
         """Write what was kept."""
-        for number, batches in self._kept.items():
+        for number in sorted(set().union(*trainer.gather(list(self._kept)))):
+            kept = _of_all(trainer, self._kept.get(number, []))
+            if not trainer.is_global_zero:
+                continue
+            batches = [arrays for _, arrays in kept]
             names = list(batches[0])
             if any(list(each) != names for each in batches):
                 raise ConfigurationError(
@@ -114,6 +125,16 @@ class PredictionWriter(Callback):
                 give_name(temporary, path)
         except OSError as error:
             raise _unwritable(path, error) from error
+
+
+def _of_all(trainer: RunView, own: _Batches) -> _Batches:
+    """The batches of all ranks in their order, on rank 0."""
+    kept: _Batches = []
+    for start in range(0, max(trainer.gather(len(own))), _AT_ONCE):
+        said = trainer.gather(own[start : start + _AT_ONCE])
+        if trainer.is_global_zero:
+            kept += itertools.chain.from_iterable(said)
+    return sorted(kept, key=lambda each: each[0])
 
 
 def _unwritable(path: Path, error: OSError) -> ConfigurationError:

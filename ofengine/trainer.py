@@ -278,7 +278,7 @@ class Trainer(KnowsCallbacks):
 
         See :func:`ofengine.trials.lr_find.lr_find`, which takes the same ``options``.
         """
-        starting.refuse_on_ranks(self.settings, "lr_find")
+        starting.start_missing_ranks(self.settings)
 
         def plan(batches: Optional[int]) -> Tuple[Optional[Optimization], RatePlan]:
             with self._imagining(task, batches):

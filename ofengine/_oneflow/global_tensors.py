@@ -114,9 +114,11 @@ def answering_as_local(ranks: Ranks) -> Iterator[None]:
     """While tracing over global tensors, let what a step does with local ones go on working.
 
     What it makes of numbers alone is global too, ``tensor.device`` is this rank's device, and
-    ``tensor.to(device)`` leaves a tensor on it where it is.
+    ``tensor.to(device)`` leaves a tensor on it where it is. A batch norm may have neither a
+    weight nor running statistics, which OneFlow would end the process over.
     """
     own_device, own_to = flow.Tensor.device, flow.Tensor.to
+    own_normalization = flow._C.normalization
     made: List[Tuple[str, Any]] = [(name, getattr(flow, name)) for name in _FACTORIES]
 
     def device(tensor: Any) -> Any:
@@ -137,13 +139,32 @@ def answering_as_local(ranks: Ranks) -> Iterator[None]:
         kwargs.pop("device", None)
         return original(*args, placement=ranks.placement, sbp=flow.sbp.broadcast, **kwargs)
 
+    def normalization(
+        x: Any,
+        mean: Any,
+        variance: Any,
+        weight: Any,
+        bias: Any,
+        axis: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if x.is_global:
+            spec = {"placement": ranks.placement, "sbp": flow.sbp.broadcast}
+            zeros, ones = (each(x.shape[axis], **spec) for each in (x.new_zeros, x.new_ones))
+            mean, variance = (zeros, ones) if mean is None else (mean, variance)
+            weight, bias = (ones, zeros) if weight is None else (weight, bias)
+        return own_normalization(x, mean, variance, weight, bias, axis, *args, **kwargs)
+
     flow.Tensor.device, flow.Tensor.to = property(device), to
+    flow._C.normalization = normalization
     for name, original in made:
         setattr(flow, name, partial(make, original))
     try:
         yield
     finally:
         flow.Tensor.device, flow.Tensor.to = own_device, own_to
+        flow._C.normalization = own_normalization
         for name, original in made:
             setattr(flow, name, original)
 

@@ -11,12 +11,12 @@ import numpy as np
 import oneflow as flow
 from oneflow import nn
 
-from ofengine._oneflow.global_tensors import local
+from ofengine._oneflow.global_tensors import Ranks, local
 from ofengine._oneflow.tracing import module_of, outside_the_trace
 from ofengine.errors import GraphModeError
 from ofengine.modes.in_place import Written
 from ofengine.ranks.meetings import Meetings
-from ofengine.ranks.statistics import update_by_calls
+from ofengine.ranks.statistics import KINDS, update_by_calls
 
 _UNCOUNTED = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 """They have the counter of batch norm, and leave it alone."""
@@ -103,30 +103,14 @@ class BatchNorms:
     @contextlib.contextmanager
     def counting(self, task: nn.Module) -> Iterator[None]:
         """While tracing, note the calls of each batch norm that counts its batches."""
-        layers = [
-            module
-            for module in task.modules()
-            if getattr(module, "num_batches_tracked", None) is not None
-            and not isinstance(module, _UNCOUNTED)
-        ]
+        layers = [module for module in task.modules() if self._replaces(module)]
 
         def handle(layer: Any, x: Any, *addend: Any) -> Any:
             origin = module_of(layer)
             forward = getattr(own.get(origin), "__func__", type(origin).forward)
             if not layer.training:  # a step may have called eval() of it
                 return forward(layer, x, *addend)
-            calls = self._calls[origin] = self._calls.get(origin, 0) + 1
-            if calls == 1 and not self._apart:
-                return forward(layer, x, *addend)
-            with outside_the_trace():
-                added = {name: flow.zeros_like(getattr(origin, name)) for name in _RUNNING}
-            self.again.append(_Again(origin, added))
-            vars(layer).update(added)  # found before the layer's own
-            try:
-                return forward(layer, x, *addend)
-            finally:
-                for name in added:
-                    del vars(layer)[name]
+            return self._call(layer, origin, forward, x, *addend)
 
         own = {layer: vars(layer)["forward"] for layer in layers if "forward" in vars(layer)}
         for layer in layers:
@@ -138,3 +122,64 @@ class BatchNorms:
                 del vars(layer)["forward"]
                 if layer in own:
                     vars(layer)["forward"] = own[layer]
+
+    def _replaces(self, module: nn.Module) -> bool:
+        """True for a layer whose calls are noted."""
+        counts = getattr(module, "num_batches_tracked", None) is not None
+        return counts and not isinstance(module, _UNCOUNTED)
+
+    def _call(self, layer: Any, origin: Any, forward: Any, x: Any, *addend: Any) -> Any:
+        """A call of ``origin`` in training mode, for which ``layer`` stands in the trace."""
+        calls = self._calls[origin] = self._calls.get(origin, 0) + 1
+        if calls == 1 and not self._apart:
+            return forward(layer, x, *addend)
+        with outside_the_trace():
+            added = {name: flow.zeros_like(getattr(origin, name)) for name in _RUNNING}
+        self.again.append(_Again(origin, added))
+        vars(layer).update(added)  # found before the layer's own
+        try:
+            return forward(layer, x, *addend)
+        finally:
+            for name in added:
+                del vars(layer)[name]
+
+
+class BatchNormsOfAll(BatchNorms):
+    """Batch norms of one compiled step that normalize by the rows of all ranks.
+
+    OneFlow's own takes a rank's rows for all. Means over global tensors are those of all rows, so
+    here a call is made of simple operations; what it writes into the running statistics is written
+    back as what a step writes elsewhere.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        super().__init__()
+        self._ranks = ranks
+
+    def exchange(self, ranks: Meetings, each_its_own: bool) -> None:
+        """Nothing needs to be exchanged: all rows were one batch."""
+        self.runs += 1
+
+    def refuse(self, written: Sequence[Written]) -> None:
+        """Nothing: what a step writes into running statistics comes in its order."""
+
+    def _replaces(self, module: nn.Module) -> bool:
+        return isinstance(module, KINDS)
+
+    def _call(self, layer: Any, origin: Any, forward: Any, x: Any, *addend: Any) -> Any:
+        layer._check_input_dim(x)
+        others, shape = [0, *range(2, x.ndim)], (1, x.shape[1], *[1] * (x.ndim - 2))
+        mean = self._ranks.whole(x.mean(dim=others))
+        centred = x - mean.reshape(shape)
+        variance = self._ranks.whole((centred * centred).mean(dim=others))
+        if layer.running_mean is not None:
+            self._calls[origin] = self._calls.get(origin, 0) + 1
+            count = x.numel() // x.shape[1]
+            unbiased = variance * (count / max(count - 1, 1))
+            for name, value in zip(_RUNNING, (mean, unbiased)):
+                kept = getattr(layer, name) * (1.0 - layer.momentum)
+                getattr(layer, name).copy_(kept + value.detach() * layer.momentum)
+        scale = 1.0 / (variance + layer.eps).sqrt()
+        if layer.weight is None:
+            return centred * scale.reshape(shape)
+        return centred * (scale * layer.weight).reshape(shape) + layer.bias.reshape(shape)

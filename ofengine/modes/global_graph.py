@@ -22,7 +22,7 @@ from ofengine._oneflow.global_tensors import Ranks, Twins, answering_as_local, l
 from ofengine.data.structure import Structure, flatten
 from ofengine.errors import RankError
 from ofengine.launch.heartbeat import exchange
-from ofengine.modes.batch_norms import BatchNorms
+from ofengine.modes.batch_norms import BatchNorms, BatchNormsOfAll
 from ofengine.modes.compiled import Compilations, Compiled
 from ofengine.modes.compiling import refuse_what_graphs_ignore
 from ofengine.modes.graph import GraphMode
@@ -34,6 +34,7 @@ from ofengine.ranks.meetings import Meetings, same_everywhere
 from ofengine.ranks.messages import pack, unpack
 from ofengine.ranks.shares import ABSENT
 from ofengine.ranks.statistics import refuse_averages
+from ofengine.ranks.synced_norms import norms_of
 from ofengine.run.mode import HookCalls
 from ofengine.run.state import Run
 from ofengine.task import TaskModule
@@ -57,6 +58,7 @@ class GlobalGraphMode(GraphMode):
         """All that were compiled, which are deleted together."""
         self._digests: Dict[Hashable, int] = {}
         self._scales: Dict[Tuple[int, int], Any] = {}
+        self._syncs_norms = run.settings.sync_batchnorm
         self._spread: Optional[Spread] = None
         """How the batch lies that a step is compiled for."""
 
@@ -66,6 +68,11 @@ class GlobalGraphMode(GraphMode):
         """See :class:`~ofengine.run.mode.Mode`."""
         super().start()
         refuse_averages(self.task)
+        if self._syncs_norms and norms_of(self.task) and has_own_graph(self.task):
+            raise RankError(
+                f"sync_batchnorm=True does not reach into {type(self.task).__name__}.build_graph(),"
+                " whose batch norms see the rows of their rank alone: leave out one of the two."
+            )
 
     def train_step(self, batch: Any, batch_idx: int, window: int, closes: bool) -> Dict[str, Any]:
         """See :class:`~ofengine.run.mode.Mode`."""
@@ -95,7 +102,7 @@ class GlobalGraphMode(GraphMode):
         self._tells = spread.round.teller == self._meetings.rank
         if isinstance(graph, StepGraph):
             outputs = graphs.run_compiled(graph, [*inputs, *compiled.draws.draw()])
-            result = self._take(graph, outputs, spread.round, accumulates)
+            result = self._take(graph, outputs, spread.round, share[0])
         else:
             result = {"loss": local(self._ranks.whole(loss_of(graph, graph(*inputs))))}
         if accumulates and closes:
@@ -105,17 +112,25 @@ class GlobalGraphMode(GraphMode):
         return result
 
     def _take(
-        self, graph: StepGraph, outputs: List[Any], round_: Round, accumulates: bool
+        self, graph: StepGraph, outputs: List[Any], round_: Round, batches: int
     ) -> Dict[str, Any]:
-        """What a step gave on this rank; gradients are added up."""
+        """What a step of so many batches gave on this rank; gradients are added up."""
         stop = 1
-        if accumulates and isinstance(graph, GradientGraph):
+        if isinstance(graph, GradientGraph):
             stop += len(graph.having)
             total = self._gradients
+            if graph.weighs:
+                self._run.weighing.add(local(outputs[stop]), batches)
             for index, gradient in zip(graph.having, outputs[1:stop]):
                 total[index] = total[index] + gradient if index in total else gradient
+            stop += graph.weighs
         rest = self._take_outputs(graph, _own(graph, outputs, round_)[stop:])
         return {**(rest or {}), "loss": local(outputs[0])}
+
+    def _apply(self, window: int) -> None:
+        if self._run.weighing.batches:
+            self._run.weighing.place(self._ranks.whole)
+        super()._apply(window)
 
     def _window_scale(self, window: int) -> Any:
         return self._scale(1, window)
@@ -267,7 +282,7 @@ class GlobalGraphMode(GraphMode):
         return graph
 
     def _batch_norms(self) -> BatchNorms:
-        return BatchNorms(apart=True)
+        return BatchNormsOfAll(self._ranks) if self._syncs_norms else BatchNorms(apart=True)
 
     def _check(self, inputs: Any, what: str) -> None:
         """Nothing: they were made here."""

@@ -27,7 +27,7 @@ from ofengine.modes.in_place import InPlace, Written
 from ofengine.modes.spread import Spread
 from ofengine.modes.steps import clip, split_outputs, step_arity
 from ofengine.run.state import Run
-from ofengine.run.weighing import weight_of, weights_of_ranks
+from ofengine.run.weighing import weight_of
 from ofengine.task import TaskModule
 from ofengine.tracing import Trace, TracedIndex, warn_of_assignments
 
@@ -146,8 +146,6 @@ class _TrainStepGraph(StepGraph):
         name = type(self.origin[0]).__name__
         loss, rest = split_outputs(outputs, name)
         weights: List[Any] = []
-        if "weight" in rest and self.spread is not None:
-            raise weights_of_ranks(name)
         if scale is not None and "weight" in rest:
             scale = weight_of(loss, rest["weight"], name)
             weights.append(scale)

@@ -24,7 +24,7 @@ from ofengine.launch.environment import World
 from ofengine.launch.heartbeat import exchange
 from ofengine.ranks.messages import decode, encode
 
-_CONTROL = 8
+_CONTROL = 9
 _LEAST = 4
 """So many numbers a meeting carries at least."""
 _MOST_IN_MEETING = 512 * 1024
@@ -51,6 +51,14 @@ class Purpose(enum.IntEnum):
     """Those of a batch norm, in a step."""
     LINE_UP = 7
     """The round of a compiled step."""
+    SKIP = 8
+    """It was told to leave out the rest of the epoch."""
+    GATHER = 9
+    """What each has to say in a hook of the user's."""
+
+
+class RestLeftOut(Exception):
+    """Raised where this rank has no batch in a round that all others leave out."""
 
 
 @attrs.define
@@ -74,6 +82,8 @@ class Meetings:
         self.device = flow.device("cpu", world.local_rank)
         self.over = False
         """True once this rank has met an error: whatever needs the others is left alone."""
+        self.absent = False
+        """True in a round in which this rank has no batch."""
         self.wishes: Callable[[], Wishes] = Wishes
         """What this rank would have all do, asked at each meeting."""
         self.agreed = Wishes()
@@ -131,6 +141,13 @@ class Meetings:
         rows = self._meet(purpose, np.array(numbers, np.float32), check)
         return rows[:, _CONTROL : _CONTROL + len(numbers)].astype(np.int64)
 
+    def skip(self) -> None:
+        """Leave out this round and the rest of the epoch, as all do that have a batch.
+
+        Those that have none raise :class:`RestLeftOut`.
+        """
+        self._meet(Purpose.SKIP)
+
     def all_stop(self) -> bool:
         """True where all ranks were told to end training after this batch.
 
@@ -148,10 +165,10 @@ class Meetings:
         if not self.over:
             self._meet(Purpose.METRICS)
 
-    def talk(self, message: Any) -> List[Any]:
+    def talk(self, message: Any, purpose: Purpose = Purpose.TALK) -> List[Any]:
         """What each rank says, in the order of ranks: plain values, see :mod:`.messages`."""
         said = encode(message)
-        rows = self._meet(Purpose.TALK, message=said)
+        rows = self._meet(purpose, message=said)
         return self._gather_messages(said, rows)
 
     def broadcast(self, data: bytes) -> bytes:
@@ -200,6 +217,7 @@ class Meetings:
             high, low = divmod(len(metrics), 2**20)
             buffer[:_CONTROL] = (
                 purpose, wishes.stop, wishes.signal, wishes.out_of_time, check, high, low, note,
+                self.absent,
             )  # fmt: skip
             if body is not None:
                 buffer[_CONTROL : _CONTROL + body.size] = body
@@ -231,17 +249,27 @@ class Meetings:
             if purposes == [purpose] * self.size:
                 self._check_same(rows[:, 4], purpose)
                 return rows
-            if Purpose.STOP in purposes and set(purposes) == {Purpose.STOP, Purpose.STEP}:
+            if Purpose.STOP in purposes and set(purposes) <= _AFTER_A_STOP:
                 if mixed:
                     return None
                 continue  # the batch of this rank is trained on; then all stop
+            if Purpose.SKIP in purposes and set(purposes) <= _IN_A_ROUND:
+                self._leave_out(purposes, rows)
+                return rows
+            self.over = True
+            raise _at_odds(purposes)
+
+    def _leave_out(self, purposes: List[Purpose], rows: np.ndarray) -> None:
+        """Some leave a round out: raise where others do not, and where this rank has no batch."""
+        if any(each is not Purpose.SKIP and not row[8] for each, row in zip(purposes, rows)):
             self.over = True
             raise RankError(
-                "the ranks of this run do different things: "
-                + ", ".join(f"rank {i} {_WORDS[each]}" for i, each in enumerate(purposes))
-                + ". What a hook or a step does must not depend on the rank, unless it is about "
-                "files and printing alone."
+                "on_train_batch_start returned -1 on some ranks alone, and all end an epoch "
+                "together: let it depend on the epoch, batch_idx or metrics, and not on the rank "
+                "or its batch."
             )
+        if self.absent:
+            raise RestLeftOut
 
     def _norm_that_is_served(self, purposes: List[Purpose], rows: np.ndarray) -> int:
         """Of what some bring statistics, where the others have no batch or will have one; or 0."""
@@ -292,6 +320,8 @@ def _statistics_in(rows: np.ndarray) -> np.ndarray:
 
 
 _OF_METRICS = (Purpose.PEEK, Purpose.METRICS)
+_AFTER_A_STOP = {Purpose.STOP, Purpose.STEP, Purpose.SKIP}
+_IN_A_ROUND = {Purpose.STEP, Purpose.SKIP, Purpose.STATISTICS}
 _WORDS = {
     Purpose.STEP: "trains on a batch",
     Purpose.STOP: "ends training",
@@ -299,8 +329,19 @@ _WORDS = {
     Purpose.METRICS: "is at the end of its batches, or logs",
     Purpose.STATISTICS: "normalizes a batch by those of all",
     Purpose.TALK: "is between two parts of the run",
+    Purpose.GATHER: "calls trainer.gather()",
+    Purpose.SKIP: "leaves out the rest of the epoch",
     Purpose.LINE_UP: "goes through a batch without training",
 }
+
+
+def _at_odds(purposes: Sequence[Purpose]) -> RankError:
+    return RankError(
+        "the ranks of this run do different things: "
+        + ", ".join(f"rank {i} {_WORDS[each]}" for i, each in enumerate(purposes))
+        + ". What a hook or a step does must not depend on the rank, unless it is about files and "
+        "printing alone."
+    )
 
 
 def same_everywhere(messages: Sequence[Any]) -> bool:

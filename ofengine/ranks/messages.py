@@ -13,6 +13,9 @@ from ofengine.errors import RankError
 
 _ARRAY, _TENSOR, _TUPLE, _DICT = "__array__", "__tensor__", "__tuple__", "__dict__"
 
+_KINDS = "biufcSU"
+"""Arrays of booleans, numbers and texts, as numpy calls them."""
+
 
 def encode(value: Any) -> bytes:
     """None, booleans, numbers, texts, arrays, and lists and dicts (with texts as keys) of these."""
@@ -25,7 +28,7 @@ def decode(message: bytes) -> Any:
 
 
 def _as_text(value: Any) -> Any:
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+    if isinstance(value, np.ndarray) and value.dtype.kind in _KINDS:
         kept = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()
         return {_ARRAY: kept, "dtype": value.dtype.str, "shape": list(value.shape)}
     if isinstance(value, np.generic):
@@ -57,7 +60,7 @@ def pack(value: Any) -> Any:
         return {_DICT: [[pack(key), pack(each)] for key, each in value.items()]}
     if isinstance(value, flow.Tensor):
         return {_TENSOR: value.numpy()}
-    if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biufc":
+    if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in _KINDS:
         return value
     raise RankError(
         f"several ranks exchange tensors, arrays, numbers, texts, and lists, tuples and dicts of "

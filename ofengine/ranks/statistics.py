@@ -8,8 +8,8 @@ all ranks then update theirs by what every rank has, one after the other.
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, Dict, List, Sequence, Tuple
+import types
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import numpy as np
 import oneflow as flow
@@ -51,7 +51,7 @@ class RunningStatistics:
             refuse_average(task, name, module)
             self._layers.append(module)
             self._own.append((module, vars(module).get("forward")))
-            vars(module)["forward"] = partial(self._call, module, module.forward)
+            replace_forward(module, self._call)
         self.room = 0
         """So many numbers each meeting has to carry for it: they come once a round, apart."""
         self._size = sum(int(layer.running_mean.numel()) for layer in self._layers)
@@ -129,6 +129,18 @@ class RunningStatistics:
                 layer.num_batches_tracked.add_(others)
         self._before.clear()
         self._added.clear()
+
+
+def replace_forward(layer: Any, call: Callable[..., Any]) -> None:
+    """Let ``layer(x)`` be ``call(layer, forward, x)``; a trace calls ``forward`` all the same."""
+    forward = layer.forward
+
+    def replaced(called: Any, *inputs: Any) -> Any:
+        if called is layer:
+            return call(layer, forward, *inputs)
+        return forward.__func__(called, *inputs)  # by a proxy, for an evaluation in graph mode
+
+    vars(layer)["forward"] = types.MethodType(replaced, layer)
 
 
 def update_by_calls(layers: Sequence[Any], rows: np.ndarray) -> None:

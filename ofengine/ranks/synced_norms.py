@@ -17,7 +17,14 @@ from oneflow.autograd import Function
 
 from ofengine.errors import RankError
 from ofengine.ranks.meetings import Meetings
-from ofengine.ranks.statistics import KINDS, refuse_average, running_of, updated, write
+from ofengine.ranks.statistics import (
+    KINDS,
+    refuse_average,
+    replace_forward,
+    running_of,
+    updated,
+    write,
+)
 
 _batch_norm = nn.functional.batch_norm
 _OTHERS = (nn.SyncBatchNorm, nn.FusedBatchNorm1d, nn.FusedBatchNorm2d, nn.FusedBatchNorm3d)
@@ -36,22 +43,11 @@ class SyncedNorms:
 
     def __init__(self, meetings: Meetings, task: nn.Module) -> None:
         self._meetings = meetings
-        self._layers: List[Any] = []
+        self._layers = norms_of(task)
         self._in_step = False
-        for name, module in task.named_modules():
-            if not isinstance(module, (*KINDS, *_OTHERS)):
-                continue
-            where = f"{type(task).__name__}.{name}"
-            if type(module).forward is not nn.BatchNorm2d.forward or "forward" in vars(module):
-                raise RankError(
-                    f"sync_batchnorm computes nn.BatchNorm1d, 2d and 3d, and {where} is a "
-                    f"{type(module).__name__} with a forward of its own: use one of these."
-                )
-            refuse_average(task, name, module)
-            self._layers.append(module)
         for number, layer in enumerate(self._layers):
             of_all = _function(self, number, layer)
-            vars(layer)["forward"] = partial(self._call, layer, layer.forward, of_all)
+            replace_forward(layer, partial(self._call, of_all))
         meetings.serve_statistics = self._update
         most = max((int(layer.num_features) for layer in self._layers), default=0)
         self.room = 2 * (1 + 2 * most)  # numbers of float64, in the place of two of float32
@@ -75,7 +71,7 @@ class SyncedNorms:
         """The step is over on all ranks."""
         self._in_step = False
 
-    def _call(self, layer: Any, forward: Any, of_all: Any, x: Any) -> Any:
+    def _call(self, of_all: Any, layer: Any, forward: Any, x: Any) -> Any:
         if not self._in_step or not layer.training:
             return forward(x)
         layer._check_input_dim(x)
@@ -115,6 +111,26 @@ class SyncedNorms:
         write(layer, updated(now, (added[0], added[1]), momentum))
         if layer.num_batches_tracked is not None:
             layer.num_batches_tracked.add_(1)
+
+
+def norms_of(task: nn.Module) -> List[Any]:
+    """The batch norms of ``task``.
+
+    Raises :class:`RankError` for one that is not synchronized.
+    """
+    layers = []
+    for name, module in task.named_modules():
+        if not isinstance(module, (*KINDS, *_OTHERS)):
+            continue
+        where = f"{type(task).__name__}.{name}"
+        if type(module).forward is not nn.BatchNorm2d.forward or "forward" in vars(module):
+            raise RankError(
+                f"sync_batchnorm computes nn.BatchNorm1d, 2d and 3d, and {where} is a "
+                f"{type(module).__name__} with a forward of its own: use one of these."
+            )
+        refuse_average(task, name, module)
+        layers.append(module)
+    return layers
 
 
 def _together(rows: np.ndarray, channels: int) -> Tuple[np.ndarray, np.ndarray, float]:

@@ -16,7 +16,7 @@ from ofengine.data.generators import states_in
 from ofengine.data.seeding import BatchSeeds, seed_epoch
 from ofengine.data.sources import describe_once
 from ofengine.data.structure import describe_shapes, is_empty, size_of
-from ofengine.errors import ConfigurationError, DataError, RateError, quoted
+from ofengine.errors import DataError, RateError, quoted
 from ofengine.rates.counted import is_counted
 from ofengine.run.progress import Point
 from ofengine.run.state import Run
@@ -56,28 +56,31 @@ def epoch_outgrew(run: Run) -> None:
 def skips_the_rest(run: Run, answers: List[Any]) -> bool:
     """True where an ``on_train_batch_start`` answered -1: the epoch ends before this batch.
 
-    What an accumulation window has so far is let go, for no step is made of it.
-
-    Raises :class:`ConfigurationError` on several ranks, each of which could answer otherwise.
+    Of several ranks, all that have a batch must have answered so.
     """
     skips = any(isinstance(each, int) and each == -1 for each in answers)
     answers.clear()
     if not skips:
         return False
     if run.ranks is not None:
-        raise ConfigurationError(
-            "on_train_batch_start returned -1, which ends an epoch on one rank alone: set "
-            "trainer.should_stop, or use Trainer(devices=1)."
-        )
+        run.ranks.skip()
+    leave_rest_out(run)
+    return True
+
+
+def leave_rest_out(run: Run) -> None:
+    """End the epoch before this batch.
+
+    What an accumulation window has so far is let go, for no step is made of it.
+    """
     progress = run.progress
     progress.batch_idx -= 1
     progress.point = Point.READY
     if run.training_mode.gradients():
         log.info("the window of batch %d, that is not full, is left out.", progress.batch_idx)
+        run.weighing.load(None, None)  # first: ranks keep it with the gradients
         run.training_mode.load_gradients({})
-        run.weighing.load(None, None)
     _note_length(run)
-    return True
 
 
 def epoch_ended(run: Run, train: Batches) -> None:

@@ -121,11 +121,6 @@ def check_ranks(values: Dict[str, Any], world: Optional[World]) -> None:
         )
     if asked == 1:
         return
-    if values["sync_batchnorm"] and values["mode"] == "graph":
-        raise ConfigurationError(
-            'sync_batchnorm=True synchronizes steps of mode="eager", and in a graph each rank has '
-            "its own statistics: leave out one of the two."
-        )
     if world is not None and values["device"].type == "cuda":
         if world.local_rank >= flow.cuda.device_count():
             raise DeviceError(

@@ -263,7 +263,7 @@ TASK_ATTRIBUTES: Mapping[str, str] = {
     "prepare_data_per_node": _LEAVE_OUT,
     "allow_zero_length_dataloader_with_multiple_devices": "a dataloader without a batch is an "
     "error here: leave it out",
-    "all_gather": "log the value, and that of all ranks counts; or call oneflow.comm yourself",
+    "all_gather": "log the value, and that of all ranks counts; or write self.trainer.gather(...)",
     **_each("global_rank local_rank", "write self.trainer.global_rank or self.trainer.local_rank"),
     "on_gpu": 'write self.device.type == "cuda"',
     **_each("device_mesh fabric", _LEAVE_OUT),

@@ -142,8 +142,10 @@ def _train_epoch(
         interrupts.waiting = False
         progress.batch_idx, progress.is_last_batch = batch_idx, is_last
         beat()
-        if batch is ABSENT:
-            together.take_part(run, batch_idx, window, closes)
+        if batch is ABSENT and ranks is not None:
+            if not together.take_part(run, ranks, batch_idx, window, closes):
+                course.leave_rest_out(run)
+                break
             if closes:
                 for call in after_update:
                     call()

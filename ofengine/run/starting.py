@@ -1,4 +1,4 @@
-"""Before a verb begins: missing ranks are started, what several cannot do is refused."""
+"""Before a verb begins: missing ranks are started, the checkpoint is found."""
 
 from __future__ import annotations
 
@@ -13,21 +13,8 @@ from ofengine.launch import launch_self
 from ofengine.run.settings import Settings
 from ofengine.run.state import Run
 from ofengine.run.together import of_rank_zero
-from ofengine.run.windows import times
 
 log = logging.getLogger("ofengine")
-
-
-def refuse_on_ranks(settings: Settings, verb: str) -> None:
-    """Raise :class:`ConfigurationError` for a verb that several ranks do not carry out."""
-    ranks = settings.world_size
-    if ranks > 1:
-        batches = times(settings.accumulate_grad_batches, ranks)
-        raise ConfigurationError(
-            f"{verb} runs in one process, and there are {ranks} ranks: call it in a script of its "
-            f"own with Trainer(devices=1, accumulate_grad_batches={batches}), which computes what "
-            "the ranks would, bit for bit."
-        )
 
 
 def start_missing_ranks(settings: Settings) -> None:

@@ -22,7 +22,7 @@ from ofengine.data.generators import (
 )
 from ofengine.errors import RankError
 from ofengine.loggers.silent import SilentLogger
-from ofengine.ranks.meetings import Meetings, Wishes, same_everywhere
+from ofengine.ranks.meetings import Meetings, RestLeftOut, Wishes, same_everywhere
 from ofengine.ranks.messages import pack, unpack
 from ofengine.ranks.shares import ABSENT
 from ofengine.run.progress import Point
@@ -239,16 +239,23 @@ def check_equal(run: Run, when: str) -> None:
 # ---------------------------------------------------------------------- in the loops
 
 
-def take_part(run: Run, batch_idx: int, window: int, closes: bool) -> None:
-    """A round in which this rank has no batch: the others have."""
+def take_part(run: Run, ranks: Meetings, batch_idx: int, window: int, closes: bool) -> bool:
+    """A round in which this rank has no batch; False where the others leave theirs out."""
     progress = run.progress
     progress.point = Point.STEP
-    run.training_mode.train_step(ABSENT, batch_idx, window, closes)
+    ranks.absent = True
+    try:
+        run.training_mode.train_step(ABSENT, batch_idx, window, closes)
+    except RestLeftOut:
+        return False
+    finally:
+        ranks.absent = False
     progress.global_step += closes
     if run.train is not None:
         progress.batches_done += run.train.in_round
         progress.batches_seen += run.train.in_round
     progress.point = Point.STEPPED
+    return True
 
 
 def check_interrupts(run: Run) -> None:

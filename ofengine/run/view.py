@@ -9,10 +9,12 @@ from typing import Any, Callable, ContextManager, Dict, List, Optional, Tuple, U
 from oneflow import nn
 from oneflow.optim import Optimizer
 
-from ofengine.errors import ConfigurationError, UnknownAttributeError
+from ofengine.errors import ConfigurationError, RankError, UnknownAttributeError
 from ofengine.loggers.base import Logger
 from ofengine.metrics.history import History
 from ofengine.metrics.log import Metrics
+from ofengine.ranks.meetings import Purpose
+from ofengine.ranks.messages import pack, unpack
 from ofengine.rates.plan import RatePlan
 from ofengine.run import report
 from ofengine.run.lightning import TRAINER_ATTRIBUTES, mend_for
@@ -244,6 +246,22 @@ class RunView(ToldView):
         """Python's ``print``, on rank 0 alone."""
         if self.is_global_zero:
             print(*values, **options)
+
+    def gather(self, value: Any) -> List[Any]:
+        """What each rank gives, in the order of ranks, on all of them; one process gets its own.
+
+        Tensors, arrays, numbers, texts, and lists, tuples and dicts of these. All ranks call it at
+        the same point of the run, or all raise :class:`RankError`; a rank that has no batch comes
+        to no hook of a batch. Not to be called inside a compiled step.
+        """
+        forbid_in_trace("trainer.gather")
+        ranks = self._run.ranks
+        if ranks is None:
+            return [value]
+        if ranks.over:
+            raise RankError("trainer.gather() was called after an error, when no rank waits.")
+        said = ranks.talk(pack(value), Purpose.GATHER)
+        return [unpack(each, self.device) for each in said]
 
     def log_metrics(self, metrics: Dict[str, float]) -> None:
         """Send numbers to the loggers and to ``callback_metrics``, with step and epoch."""

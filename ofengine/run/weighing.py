@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 import oneflow as flow
 
@@ -44,14 +44,6 @@ def _number(value: float, like: Any) -> Any:
     return flow.ones(1, dtype=like.dtype, device=like.device).reshape(()) * value
 
 
-def weights_of_ranks(task_name: str) -> ConfigurationError:
-    """What is said where a graph of several ranks would have to weigh their batches."""
-    return ConfigurationError(
-        f"{task_name}.training_step returned a weight, which a graph of several ranks does not "
-        'take: leave it out, or use Trainer(mode="eager") or Trainer(devices=1).'
-    )
-
-
 class Weighing:
     """What the batches of the open window weigh."""
 
@@ -60,10 +52,14 @@ class Weighing:
         """How many of them have said so."""
         self._total: Any = None
 
-    def add(self, weight: Any) -> None:
-        """A batch of the window weighs so much."""
+    def add(self, weight: Any, batches: int = 1) -> None:
+        """A batch of the window, or so many together, weighs so much."""
         self._total = weight if self._total is None else self._total + weight
-        self.batches += 1
+        self.batches += batches
+
+    def place(self, place: Callable[[Any], Any]) -> None:
+        """Let the sum lie where the gradients do."""
+        self._total = place(self._total)
 
     def close(self, gradients: List[Any], window: int, task_name: str) -> List[Any]:
         """The weighted mean of the window from its sums; a new one begins.

@@ -42,7 +42,11 @@ class _Sweep(LRScheduler):
 
 
 class _Recorder(Callback):
-    """Reads the loss at every step, and stops where it grows too large."""
+    """Reads the loss at every step, and stops where it grows too large.
+
+    Several ranks tell each other the losses of a step when the next one is made, for a rank without
+    a batch comes to no hook of its own. What a step too many does is put back with the rest.
+    """
 
     watches_losses = True
 
@@ -51,24 +55,50 @@ class _Recorder(Callback):
         self.losses: List[float] = []
         self.stopped = False
         self._threshold = threshold
-        self._window: List[float] = []
+        self._step = 0
+        self._of_step: Dict[int, List[float]] = {}
+        """This rank's losses, by the number of the step, from 0, that their batches are part of."""
         self._average = 0.0
         self._best = math.inf
+
+    def on_train_batch_start(
+        self, trainer: RunView, task: TaskModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note which step the batch is part of."""
+        self._step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: RunView, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Record the loss; see whether to go on."""
-        self._window.append(float(outputs["loss"].numpy().reshape(-1)[0]))
-        if trainer.global_step == len(self.losses):
-            return  # the batch was only accumulated
-        self.losses.append(sum(self._window) / len(self._window))
-        self._window = []
-        self.rates.append(max(trainer.rates.rates(trainer.global_step - 1)))
+        """Note the loss; one process that has made a step sees whether to go on."""
+        loss = float(outputs["loss"].numpy().reshape(-1)[0])
+        self._of_step.setdefault(self._step, []).append(loss)
+        if trainer.world_size == 1 and trainer.global_step > self._step:
+            self._record(trainer, self._step, self._of_step.pop(self._step))
+
+    def on_after_optimizer_step(self, trainer: RunView, task: TaskModule) -> None:
+        """All ranks come here: see whether they should have gone on after the step before."""
+        self._record_of_all(trainer, trainer.global_step - 2)
+
+    def on_train_end(self, trainer: RunView, task: TaskModule) -> None:
+        """No further step comes."""
+        self._record_of_all(trainer, trainer.global_step - 1)
+
+    def _record_of_all(self, trainer: RunView, step: int) -> None:
+        ranks = trainer._run.ranks
+        if ranks is not None and step >= 0 and not self.stopped:
+            said = ranks.talk(self._of_step.pop(step, []))
+            rounds = range(max(map(len, said)))
+            in_order = [each[i] for i in rounds for each in said if i < len(each)]
+            self._record(trainer, step, in_order)
+
+    def _record(self, trainer: RunView, step: int, losses: Sequence[float]) -> None:
+        self.losses.append(sum(losses) / len(losses))
+        self.rates.append(max(trainer.rates.rates(step)))
         self._average = SMOOTHING * self._average + (1 - SMOOTHING) * self.losses[-1]
         smoothed = self._average / (1 - SMOOTHING ** len(self.losses))
         self._best = min(self._best, smoothed)
-        if self._threshold is None or trainer.max_steps == trainer.global_step:
+        if self._threshold is None or trainer.max_steps == step + 1:
             too_large = False
         else:  # for a positive best: smoothed > threshold * best
             too_large = smoothed > self._best + (self._threshold - 1) * abs(self._best)
@@ -103,6 +133,9 @@ def lr_find(
     with ``Trainer(seed=...)`` a ``fit`` gives bit for bit the weights that it would have given.
     Not put back: what lies deeper in a dataset or in a list of the task; a OneFlow dataloader's
     workers that were kept alive start anew.
+
+    On several ranks all of them call it, and all find the same: what one process does that takes
+    their batches.
 
     Args:
         settings: the Trainer's.
@@ -177,7 +210,7 @@ class _Optimizers:
     def configure(self) -> Dict[str, Any]:
         """What ``configure_optimizers`` returns in the sweep."""
         del self._task.__dict__["configure_optimizers"]
-        made, plan = self._plan(self._task.trainer.num_training_batches)
+        made, plan = self._plan(self._task.trainer._run.epoch_length)
         if made is None:
             raise ConfigurationError(
                 "lr_find raises the rates of one optimizer, and configure_optimizers() returned "

@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Iterator, List
+from typing import Dict, Iterator, List
 
+import numpy as np
 import pytest
 from launching import end, launch, program, start, wait_for_files
 
@@ -86,6 +87,44 @@ trainer = Trainer(mode="eager", device="cpu", max_epochs=1, logger=False, callba
                   enable_checkpointing=False, enable_progress_bar=False,
                   enable_model_summary=False)
 trainer.fit(Line(), [flow.ones(2, 2)] * 100_000)
+"""
+
+TRAIN = """
+import os, sys
+import numpy as np
+import oneflow as flow
+from oneflow import nn
+from oneflow.utils.data import DataLoader, TensorDataset
+from ofengine import TaskModule, Trainer
+
+mode, batch_size, accumulate = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+rng = np.random.default_rng(0)
+x, y = rng.standard_normal((46, 6)).astype(np.float32), rng.integers(0, 3, 46)
+
+class Net(TaskModule):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+    def training_step(self, batch, batch_idx):
+        hidden = self.first(batch[0])
+        if mode == "eager":
+            hidden = self.norm(hidden)
+        loss = nn.functional.cross_entropy(self.last(hidden.relu()), batch[1])
+        self.log("loss", loss, on_step=False, on_epoch=True)
+        return loss
+    def configure_optimizers(self):
+        return flow.optim.AdamW(self.parameters(), lr=0.02)
+
+flow.manual_seed(0)
+task, data = Net(), TensorDataset(flow.tensor(x), flow.tensor(y))
+trainer = Trainer(mode=mode, device="cpu", seed=5, max_epochs=2, gradient_clip_val=0.5,
+                  accumulate_grad_batches=accumulate, enable_progress_bar=False,
+                  enable_model_summary=False, default_root_dir=os.environ["FOLDER"])
+trainer.fit(task, DataLoader(data, batch_size=batch_size, shuffle=True))
+name = f"{trainer.global_rank}-of-{trainer.world_size}.npz"
+np.savez(os.path.join(os.environ["FOLDER"], name), steps=trainer.global_step,
+         loss=trainer.callback_metrics["loss"],
+         **{name: each.numpy() for name, each in task.state_dict().items()})
 """
 
 
@@ -207,3 +246,38 @@ def test_two_hosts(tmp_path: Path, hosts: List[str], how: str, code: int) -> Non
             first[1].splitlines()[-1].split(" rank ")[1]
             == (second[1].splitlines()[-1].split(" rank ")[1])
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_a_fit_on_two_hosts_is_that_of_one_process(
+    tmp_path: Path, hosts: List[str], mode: str
+) -> None:
+    script = program(tmp_path, TRAIN, prelude="")
+    of_all = ["--nproc", 1, "--nnodes", 2, "--master-addr", "10.99.0.1"]
+    processes = [
+        start(
+            tmp_path, *of_all, "--node-rank", node, script, mode, 4, 1,
+            within=["ip", "netns", "exec", hosts[node]],
+        )
+        for node in (1, 0)
+    ]  # fmt: skip
+    said = [each.communicate(timeout=120) for each in processes]
+    assert [each.returncode for each in processes] == [0, 0], said
+    alone = ["graph", "8", "1"] if mode == "graph" else ["eager", "4", "2"]
+    root = str(Path(__file__).resolve().parents[2])
+    subprocess.run(
+        [sys.executable, str(script), *alone],
+        env={**os.environ, "FOLDER": str(tmp_path), "PYTHONPATH": root}, check=True,
+    )  # fmt: skip
+
+    def found(name: str) -> Dict[str, np.ndarray]:
+        return dict(np.load(tmp_path / f"{name}.npz"))
+
+    first, second, one = map(found, ("0-of-2", "1-of-2", "0-of-1"))
+    assert first["steps"] == 12
+    for name, each in one.items():
+        assert np.array_equal(first[name], second[name]), name
+        np.testing.assert_allclose(first[name], each, rtol=0, atol=1e-6 * (mode == "graph"))
+    saved = [path.parent.name for path in tmp_path.rglob("*.safetensors")]
+    assert len(saved) == 2  # of both runs, and of one rank each

@@ -16,10 +16,20 @@ import numpy as np
 import oneflow as flow
 from oneflow import nn
 from oneflow.utils.data import DataLoader
-from rank_cases import Place as EagerPlace, Result, SavesAt, dataset, ended_by_a_signal, weights
+from rank_cases import (
+    Place as EagerPlace,
+    Result,
+    SavesAt,
+    Skips,
+    Synced,
+    dataset,
+    ended_by_a_signal,
+    rates_found,
+    weights,
+)
 
 from ofengine import Callback, OFEngineError, TaskModule, Trainer
-from ofengine.callbacks import EMAWeightAveraging, LRDecayCallback
+from ofengine.callbacks import EMAWeightAveraging, LRDecayCallback, PredictionWriter
 from ofengine.metrics import Accuracy, ConfusionMatrix
 
 CASES: Dict[str, Callable[[Place], Result]] = {}
@@ -231,13 +241,113 @@ def batch_norms_and_dropout(place: Place) -> Result:
     return result
 
 
+def synced(place: Place, rows: int, accumulate: int, **options: Any) -> Result:
+    """Each rank has ``rows`` in all, and rank 0 four more where nothing accumulates."""
+    callbacks, path = options.get("callbacks", []), options.get("ckpt_path")
+    trainer = place.trainer(accumulate, sync_batchnorm=True, callbacks=callbacks)
+    loader = place.loader(rows * place.size + 4 * (accumulate == 1), 4)
+    task = Synced()
+    result = fitted(task, trainer, loader, ckpt_path=path)
+    assert type(task.images) is nn.BatchNorm2d and "forward" not in vars(task.images)
+    return result
+
+
+@case
+def batch_norms_of_all_ranks(place: Place) -> Result:
+    """By all rows of a round; in the last round one rank has some."""
+    return synced(place, 12, 1)
+
+
+@slow_case
+def batch_norms_of_all_ranks_resumed_in_a_window(place: Place) -> Result:
+    path = place.folder / "own.safetensors"
+    done = 3 if place.alone else 3 * place.size
+    whole = synced(place, 16, 2)
+    synced(place, 16, 2, callbacks=[SavesAt(done, path)])
+    resumed = synced(place, 16, 2, ckpt_path=path)
+    for name, each in whole["weights"].items():
+        assert np.array_equal(each, resumed["weights"][name]), name
+    return whole
+
+
+class Weighed(Net):
+    """The mean loss of rows that count unequally, and what they count together."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        counts = x[:, 0].abs() + 0.1
+        losses = nn.functional.cross_entropy(self.scores(x), y, reduction="none")
+        return {"loss": (losses * counts).sum() / counts.sum(), "weight": counts.sum()}
+
+
+def weighed(place: Place, *callbacks: Callback, path: Optional[Path] = None) -> Result:
+    """In windows of two rounds; alone, eagerly, of as many batches. One is left in the end."""
+    place.together = False
+    accumulate, mode = (2 * place.size, "eager") if place.alone else (2, "graph")
+    given = {"mode": mode, "callbacks": list(callbacks), "gradient_clip_val": 0.5}
+    loader = place.loader(4 * 6 * place.size + 3, 4)
+    result = fitted(Weighed("adamw"), place.trainer(accumulate, **given), loader, ckpt_path=path)
+    return {key: result[key] for key in ("weights", "steps")}
+
+
+@case
+def rounds_of_unequal_weight(place: Place) -> Result:
+    return weighed(place)
+
+
+@slow_case
+def rounds_of_unequal_weight_resumed_in_a_window(place: Place) -> Result:
+    path = place.folder / "own.safetensors"
+    whole = weighed(place)
+    weighed(place, SavesAt(3 * place.size, path))
+    resumed = weighed(place, path=path)
+    for name, each in whole["weights"].items():
+        assert np.array_equal(each, resumed["weights"][name]), name
+    return whole
+
+
+@slow_case
+def epochs_that_are_left(place: Place) -> Result:
+    """In a window, in a round that one rank has a batch for, and at once."""
+    skips = Skips(int, 3, 5, 0)
+    trainer = place.trainer(2, callbacks=[skips], max_epochs=3)
+    return fitted(Net(), trainer, place.loader(4 * (5 * place.size + 1), 4))
+
+
+@slow_case
+def rates_that_are_found(place: Place) -> Result:
+    return rates_found(place, Net(), place.loader(4 * 5 * place.size, 4), max_lr=1.0)
+
+
+@slow_case
+def batch_norms_in_eager_mode_and_graphs_that_evaluate(place: Place) -> Result:
+    place.together = False
+    accumulate = place.size if place.alone else 1
+    options = {"mode": "eager", "eval_mode": "graph", "num_sanity_val_steps": 0}
+    results = []
+    for sync in (False, True):
+        if sync and place.alone:  # as one process with larger batches
+            place.together, accumulate = True, 1
+        trainer = place.trainer(accumulate, sync_batchnorm=sync, **options)
+        loader = place.loader(12 * place.size, 4)
+        place.together = False
+        val = place.loader(9 * place.size, 3, shuffle=False)
+        results.append(fitted(Synced() if sync else Normed(), trainer, loader, val))
+        del results[-1]["metrics"]["loss"]
+    return {"of each": results[0], "of all": results[1]}
+
+
 @case
 def evaluations(place: Place) -> Result:
-    trainer, task = place.trainer(), Net()
+    writer = PredictionWriter(place.folder)
+    trainer, task = place.trainer(callbacks=[writer]), Net()
     loaders = [place.loader(11, 4, shuffle=False), place.loader(3, 4, shuffle=False)]
     results = [trainer.validate(task, loaders), trainer.test(task, loaders[1])]
     predicted = trainer.predict(task, loaders[0])
-    return {"results": results, "predicted": np.concatenate([each.numpy() for each in predicted])}
+    rows = np.concatenate([each.numpy() for each in predicted])
+    with np.load(place.folder / "version_0" / "loader_0.npz") as arrays:
+        assert np.array_equal(arrays["predictions"], rows)
+    return {"results": results, "predicted": rows}
 
 
 # ---------------------------------------------------------------------- ends and refusals
@@ -264,6 +374,23 @@ class OfAList(Net):
         return super().training_step(batch[:2], batch_idx)
 
 
+class OfItsOwnGraph(Net):
+    """With a batch norm, which its graph does not synchronize."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+
+    def build_graph(self) -> Any:
+        graph = super().build_graph()
+
+        class Own(type(graph)):  # type: ignore[misc]
+            pass
+
+        graph.__class__ = Own
+        return graph
+
+
 @case
 def what_is_refused(place: Place) -> Result:
     """On all ranks, which go on afterwards; alone nothing needs to be."""
@@ -280,9 +407,10 @@ def what_is_refused(place: Place) -> Result:
         (Net(), uneven, "batches of other shapes"),
         (Net(), [(x, y), (x, y + 7), (x, y)][: place.size], "4 of "),
         (averages, [(x, y)] * place.size, "momentum=None"),
+        (OfItsOwnGraph(), [(x, y)] * place.size, "not reach into OfItsOwnGraph.build_graph()"),
     ):
         try:
-            trainer = place.trainer()
+            trainer = place.trainer(sync_batchnorm=True)
             trainer.fit(task, batches)
         except OFEngineError as error:
             raised = raised and says in str(error)

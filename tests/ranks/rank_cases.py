@@ -18,8 +18,21 @@ import oneflow as flow
 from oneflow import nn
 from oneflow.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, TensorDataset
 
-from ofengine import Callback, RankError, TaskModule, Trainer, in_memory_loader
-from ofengine.callbacks import EarlyStopping, EMAWeightAveraging, LRDecayCallback, ModelCheckpoint
+from ofengine import (
+    Callback,
+    ConfigurationError,
+    RankError,
+    TaskModule,
+    Trainer,
+    in_memory_loader,
+)
+from ofengine.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    LRDecayCallback,
+    ModelCheckpoint,
+    PredictionWriter,
+)
 from ofengine.metrics import AUROC, Accuracy, ConfusionMatrix, F1Score, Mean, MeanSquaredError
 
 Result = Dict[str, Any]
@@ -376,11 +389,6 @@ def a_sampler_that_nobody_seeds(place: Place) -> Result:
 
 @case
 def batches_of_unequal_weight(place: Place) -> Result:
-    class Weighed(Net):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            loss = super().training_step(batch, batch_idx)
-            return {"loss": loss, "weight": batch[0].abs().sum() * len(batch[0])}
-
     train = DataLoader(dataset(), batch_size=4, shuffle=True)
     return fitted(Weighed(), place.trainer(2), train)
 
@@ -427,6 +435,49 @@ def predictions_of_two_loaders(place: Place) -> Result:
             for every in predicted
         ]
     }
+
+
+class Predicts(Net):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        return {"scores": self.scores(x), "of": [y, "odd" if len(x) % 2 else "even"]}
+
+
+@case
+def predictions_in_files(place: Place) -> Result:
+    """Each that one process writes, of its contents; of the last batches nothing is predicted."""
+
+    class Little(Predicts):
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().predict_step(batch, batch_idx) if len(batch[0]) == 4 else None
+
+    loaders = [DataLoader(dataset(11), batch_size=2), DataLoader(dataset(6), batch_size=4)]
+    for interval, task in (("epoch", Predicts()), ("batch", Predicts()), ("epoch", Little())):
+        writer = PredictionWriter(place.folder, interval)
+        trainer = place.trainer(callbacks=[writer])
+        trainer.predict(task, loaders, return_predictions=False)
+    files = {}
+    for path in sorted(place.folder.rglob("*.npz")):
+        with np.load(path) as arrays:
+            files[str(path.relative_to(place.folder))] = dict(arrays)
+    assert len(files) == 2 + 6 + 2 + 1 and writer.folder == place.folder / "version_2"
+    return files
+
+
+@case
+def what_each_rank_gives(place: Place) -> Result:
+    """And what a folder that nobody can write to does to all."""
+    trainer, file = place.trainer(), place.folder / "file"
+    file.write_text("")
+    given = trainer.gather({"rank": trainer.global_rank, "of": (flow.ones(2), "x", None)})
+    assert [each["rank"] for each in given] == list(range(trainer.world_size))
+    trainer = place.trainer(callbacks=[PredictionWriter(file / "folder")])
+    try:
+        trainer.predict(Predicts(), DataLoader(dataset(11), batch_size=2))
+    except ConfigurationError as error:
+        assert "cannot write" in str(error)
+        return {"of": given[-1]["of"][0].numpy(), "rest": list(given[-1]["of"][1:])}
+    return {}
 
 
 @slow_case
@@ -583,6 +634,49 @@ def steps_are_limited(place: Place) -> Result:
     return fitted(Net(), place.trainer(max_epochs=-1, max_steps=9), loader)
 
 
+class Skips(Callback):
+    """Leaves out the rest of each epoch from another round on; ``of_each`` counts batches of it."""
+
+    def __init__(self, of_each: Callable[[int], int], *at: int) -> None:
+        self.at = [of_each(each) for each in at]
+
+    def on_train_batch_start(
+        self, trainer: Any, task: Any, batch: Any, batch_idx: int
+    ) -> Optional[int]:
+        epoch = trainer.current_epoch
+        return -1 if epoch < len(self.at) and batch_idx == self.at[epoch] else None
+
+
+class Weighed(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return {"loss": loss, "weight": batch[0].abs().sum() * len(batch[0])}
+
+
+@case
+def epochs_that_are_left(place: Place) -> Result:
+    """In a window, in a round that not all ranks have a batch for, and at once."""
+    loader = DataLoader(dataset(4 * (5 * place.size + 1)), batch_size=4, shuffle=True)
+    skips = Skips(place.each, 3, 5, 0)
+    return fitted(Weighed(), place.trainer(2, callbacks=[skips], max_epochs=4), loader)
+
+
+@slow_case
+def a_stop_that_one_asks_for_where_all_leave_the_rest_out(place: Place) -> Result:
+    class Stops(Callback):
+        def on_train_batch_end(
+            self, trainer: Any, task: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            is_last = trainer.global_rank == trainer.world_size - 1
+            trainer.should_stop = is_last and batch_idx == place.each(2) - 1
+
+    loader = DataLoader(dataset(), batch_size=4)
+    callbacks = [Stops(), Skips(place.each, 2)]
+    result = fitted(Net(), place.trainer(callbacks=callbacks), loader)
+    assert result["steps"] == 2
+    return {key: result[key] for key in ("weights", "steps", "seen")}
+
+
 class Signals(Callback):
     """SIGTERM to the last rank, in its second step."""
 
@@ -607,19 +701,28 @@ def a_signal_to_one_rank(place: Place) -> Result:
     return ended_by_a_signal(place, Net(), DataLoader(dataset(), batch_size=4))
 
 
+class Gathers(Callback):
+    def on_predict_batch_end(self, trainer: Any, *_: Any) -> None:
+        trainer.gather(0)
+
+
 @case
 def ranks_that_do_different_things(place: Place) -> Result:
     """All raise; a process that is alone cannot be at odds with itself."""
     if place.alone:
-        return {"verbs": "RankError", "data": "RankError"}
+        return dict.fromkeys(("verbs", "data", "skips", "gather"), "RankError")
     trainer, raised = place.trainer(), {}
     verb = trainer.validate if trainer.global_rank else trainer.test
     loader = DataLoader(dataset(), batch_size=4)
     samples = 46 if trainer.global_rank else 30
     other = DataLoader(dataset(samples), batch_size=4)
+    skips = [] if trainer.global_rank else [Skips(place.each, 1)]
+    odd = DataLoader(dataset(4 * (place.size + 1)), batch_size=4)
     for name, call in (
         ("verbs", lambda: verb(Net(), loader)),
         ("data", lambda: place.trainer().fit(Net(), other)),
+        ("skips", lambda: place.trainer(callbacks=skips).fit(Net(), loader)),
+        ("gather", lambda: place.trainer(callbacks=[Gathers()]).predict(Predicts(), odd)),
     ):
         try:
             call()
@@ -747,6 +850,27 @@ def the_proof_of_a_task_that_cheats(place: Place) -> Result:
     assert row.difference.parameter is not None and row.difference.distance > 0.0
     assert f"The loss of batch {place.size - 1} in that round" in row.difference.origin
     return {"first": {name: step for name, step in row.first.items() if step is not None}}
+
+
+def rates_found(place: Place, task: TaskModule, loader: Any, max_lr: float = 30.0) -> Result:
+    """What the finder finds up to the last step and where it stops before, and a fit after it."""
+    found = []
+    trainer = place.trainer(2)
+    for threshold in (None, 1.1):
+        each = trainer.lr_find(
+            task, loader, num_steps=9, min_lr=0.1, max_lr=max_lr, early_stop_threshold=threshold
+        )
+        found.append([each.rates, each.losses, each.suggestion(1), each.stopped_early])
+    trainer.fit(task, loader)
+    return {"found": found, "weights": weights(task)}
+
+
+@case
+def rates_that_are_found(place: Place) -> Result:
+    """Epochs of an odd number of rounds, the last of which not all ranks have a batch for."""
+    result = rates_found(place, Net(dropout=0.2), DataLoader(dataset(50), 4, shuffle=True))
+    assert [each[3] for each in result["found"]] == [False, True]
+    return result
 
 
 def run_case(name: str, place: Place) -> Result:

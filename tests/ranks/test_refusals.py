@@ -38,19 +38,12 @@ def second_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"num_nodes": 0}, "num_nodes=0"),
         ({"precision": "16-mixed"}, "dtype"),
         ({"sync_batchnorm": 1}, "sync_batchnorm=1"),
-        ({"sync_batchnorm": True, "mode": "graph", "devices": 2}, "leave out one of the two"),
     ],
 )
 def test_an_argument(arguments: Dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigurationError) as error:
         Trainer(**arguments)
     assert says in str(error.value)
-
-
-def test_a_verb() -> None:
-    told = r"lr_find runs in one process, and there are 2 ranks: .*accumulate_grad_batches=6\)"
-    with pytest.raises(ConfigurationError, match=told):
-        quiet_trainer(devices=2, accumulate_grad_batches=3).lr_find(Line(), [flow.ones(1, 1)])
 
 
 def test_a_proof_of_synchronized_batch_norms(second_of_two: None) -> None:
