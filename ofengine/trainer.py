@@ -102,6 +102,8 @@ class Trainer(KnowsCallbacks):
             crash (by a signal, in native code): ``fit`` then goes on from the last checkpoint.
             What stands before ``fit`` in the script runs again each time.
         profiler: "simple" prints where the time of each verb went, and writes a trace for Chrome.
+        cpu_speedups: on a CPU, compute some layers by operators that are faster there, see
+            :class:`~ofengine.cpu_speedups`. Last bits differ from those without.
 
     Raises:
         ConfigurationError: an argument is wrong.
@@ -145,6 +147,7 @@ class Trainer(KnowsCallbacks):
         default_root_dir: Union[str, Path, None] = None,
         restart_on_crash: int = 0,
         profiler: Optional[str] = None,
+        cpu_speedups: bool = False,
         **_unknown: Any,
     ) -> None:
         configure_logging()

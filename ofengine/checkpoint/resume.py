@@ -189,6 +189,7 @@ class Resumed:
     def _tell_differences(self, run: Run) -> None:
         if run.settings.device.type == "cpu":
             self._tell_kernels()
+            self._tell_speedups(run)
         if run.seed is not None and run.seed != self.state["run"]["seed"]:
             warn(
                 f"the run was begun with seed={self.state['run']['seed']} and goes on with "
@@ -222,6 +223,15 @@ class Resumed:
                 "resume: OneFlow's BLAS computes with kernels for %s now, and did with those for "
                 "%s: last bits can differ from those of a run that never stopped%s.",
                 now.core, before, " (OFENGINE_BLAS=as-is takes the same)" if as_before else "",
+            )  # fmt: skip
+
+    def _tell_speedups(self, run: Run) -> None:
+        now = "on" if run.settings.cpu_speedups else "off"
+        before = self.state["versions"].get("cpu_speedups", "off")
+        if before != now:
+            log.warning(
+                "resume: cpu_speedups is %s now, and was %s: last bits can differ from those of a "
+                "run that never stopped.", now, before,
             )  # fmt: skip
 
     # -------------------------------------------------- after on_fit_start

@@ -196,6 +196,7 @@ def state_of_run(run: Run, copies: Mapping[int, Any]) -> State:
             "numpy": np.__version__,
             "python": ".".join(map(str, sys.version_info[:3])),
             "blas": kernels().core,
+            "cpu_speedups": "on" if run.settings.cpu_speedups else "off",
         },
     }
 

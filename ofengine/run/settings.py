@@ -109,6 +109,7 @@ CHECKS: Tuple[Tuple[str, Callable[[str, Any], Any]], ...] = (
     ("default_root_dir", _folder),
     ("restart_on_crash", _whole(0, "a whole number, 0 for never")),
     ("profiler", _or_none(_one_of("simple"))),
+    ("cpu_speedups", check_flag),
     ("overfit_batches", lambda name, value: check_limit(name, value) or None),
     ("enable_checkpointing", check_flag),
     ("enable_progress_bar", check_flag),
@@ -159,6 +160,7 @@ class Settings:
     default_root_dir: str
     restart_on_crash: int
     profiler: Optional[str]
+    cpu_speedups: bool
     overfit_batches: Union[int, float, None]
     """None for not."""
     enable_checkpointing: bool
