@@ -47,11 +47,9 @@ class Geometry(NamedTuple):
         """The images with their gaps, a matrix with a row for each image."""
         below, right = self.gaps
         images, channels, height, width = x.shape
-        zeros = flow.zeros(images, channels, height, right, dtype=x.dtype, device=x.device)
+        zeros = x.new_zeros((images, channels, height, right))
         wide = flow.cat([x, zeros], 3).reshape(images, channels, -1)
-        zeros = flow.zeros(
-            images, channels, below * (width + right), dtype=x.dtype, device=x.device
-        )
+        zeros = x.new_zeros((images, channels, below * (width + right)))
         return flow.cat([wide, zeros], 2).reshape(images, -1)
 
     def cropped(self, spread: Any) -> Any:
@@ -63,7 +61,7 @@ class Geometry(NamedTuple):
     def shifted(self, spread: Any, backwards: bool = False) -> Iterable[Any]:
         """``spread`` as each tap of the kernel sees it; or as seen from the tap, ``backwards``."""
         shifts = self.shifts
-        zeros = flow.zeros(shifts[-1] // 2, dtype=spread.dtype, device=spread.device)
+        zeros = spread.new_zeros((shifts[-1] // 2,))
         row = flow.cat([zeros, spread.reshape(-1), zeros])
         size = row.shape[0] - shifts[-1] // 2 * 2
         for shift in reversed(shifts) if backwards else shifts:

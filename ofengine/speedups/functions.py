@@ -11,7 +11,7 @@ from ofengine.errors import ConfigurationError
 
 def stretched(column: Any, width: int) -> Any:
     """The (n, 1) ``column``, ``width`` times beside itself: the same numbers, to the bit."""
-    return flow.matmul(column, flow.ones(1, width, dtype=column.dtype, device=column.device))
+    return flow.matmul(column, column.new_ones((1, width)))
 
 
 def refuse_second_derivatives() -> None:

@@ -22,7 +22,8 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Any) -> Any:
         """The normalized input, of its shape."""
         shape = tuple(self.normalized_shape)
-        if not _is_for_cpu(x) or tuple(x.shape[-len(shape) :]) != shape:
+        fits = x.ndim > len(shape) and tuple(x.shape[-len(shape) :]) == shape
+        if not fits or not _is_for_cpu(x):
             return super().forward(x)
         return norms.layer_norm(x, math.prod(shape), self.weight, self.bias, self.eps)
 
