@@ -31,6 +31,7 @@ SCRIPTS = (
     "endurance",
     "threads",
     "blas",
+    "cpu_speedups",
     "guards",
     "ranks_eager",
     "ranks_graph",

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from ofengine.ranks.zero import rank_zero_only
     from ofengine.rates.plan import RatePlan
+    from ofengine.speedups import cpu_speedups
     from ofengine.task import TaskModule
     from ofengine.trainer import Trainer
 
@@ -54,6 +55,7 @@ _HOMES = {
     "RatePlan": "ofengine.rates.plan",
     "TaskModule": "ofengine.task",
     "Trainer": "ofengine.trainer",
+    "cpu_speedups": "ofengine.speedups",
     "in_memory_loader": "ofengine.data.in_memory",
     "load_weights": "ofengine.checkpoint.weights",
     "rank_zero_only": "ofengine.ranks.zero",
@@ -79,6 +81,7 @@ __all__ = [
     "TaskModule",
     "Trainer",
     "__version__",
+    "cpu_speedups",
     "in_memory_loader",
     "load_weights",
     "rank_zero_only",

@@ -104,6 +104,8 @@ class Trainer(KnowsCallbacks):
         detect_anomaly: look at loss, gradients and weights after each step; where they are not
             finite, replay the step eagerly and say where that arose. Slow.
         profiler: "simple" prints where the time of each verb went, and writes a trace for Chrome.
+        cpu_speedups: on a CPU, compute some layers by operators that are faster there, see
+            :class:`~ofengine.cpu_speedups`. Last bits differ from those without.
 
     Raises:
         ConfigurationError: an argument is wrong.
@@ -148,6 +150,7 @@ class Trainer(KnowsCallbacks):
         restart_on_crash: int = 0,
         detect_anomaly: bool = False,
         profiler: Optional[str] = None,
+        cpu_speedups: bool = False,
         **_unknown: Any,
     ) -> None:
         configure_logging()

@@ -16,6 +16,7 @@ ROOMS: List[List[str]] = [
     ["ofengine"],  # the package itself: only names, looked up when they are first used
     ["errors", "tables", "lines", "disk"],
     ["_oneflow"],
+    ["speedups"],
     ["launch.environment", "launch.slot", "launch.heartbeat"],
     ["processes"],
     ["launch"],
@@ -44,6 +45,7 @@ ROOMS: List[List[str]] = [
             "run.hooks",
             "run.profiling",
             "run.culprit",
+            "run.faster_layers",
             "run.connect",
             "run.course",
             "run.losses",

@@ -11,11 +11,11 @@ import attrs
 import numpy as np
 import oneflow as flow
 
-from ofengine._oneflow.blas import kernels
 from ofengine._oneflow.optimizer_state import own_options
 from ofengine.checkpoint.beside import check_others, other_optimizers, put_others, put_tensors
 from ofengine.checkpoint.check import check_run
 from ofengine.checkpoint.file import Checkpoint
+from ofengine.checkpoint.kernels import tell_kernels
 from ofengine.checkpoint.owners import Matches, describe_owner, in_words, match
 from ofengine.checkpoint.schema import check_state, of_each
 from ofengine.checkpoint.seen import split_by_data, tell_of_readers, tell_of_what_is_missing
@@ -191,7 +191,7 @@ class Resumed:
 
     def _tell_differences(self, run: Run) -> None:
         if run.settings.device.type == "cpu":
-            self._tell_kernels()
+            tell_kernels(self.state["versions"], run.settings.cpu_speedups)
         if run.seed is not None and run.seed != self.state["run"]["seed"]:
             warn(
                 f"the run was begun with seed={self.state['run']['seed']} and goes on with "
@@ -217,17 +217,6 @@ class Resumed:
                         "resume: %s of group %r was %s in the checkpoint and is %s by the code, "
                         "which counts.", key, group, before, now,
                     )  # fmt: skip
-
-    def _tell_kernels(self) -> None:
-        now = kernels()
-        before = self.state["versions"].get("blas", now.by_oneflow)  # earlier versions took that
-        if before and now.core and before != now.core:
-            as_before = before == now.by_oneflow
-            log.warning(
-                "resume: OneFlow's BLAS computes with kernels for %s now, and did with those for "
-                "%s: last bits can differ from those of a run that never stopped%s.",
-                now.core, before, " (OFENGINE_BLAS=as-is takes the same)" if as_before else "",
-            )  # fmt: skip
 
     # -------------------------------------------------- after on_fit_start
 

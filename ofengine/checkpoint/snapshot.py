@@ -10,7 +10,6 @@ import numpy as np
 import oneflow as flow
 
 from ofengine import __version__
-from ofengine._oneflow.blas import kernels
 from ofengine._oneflow.optimizer_state import own_options
 from ofengine._oneflow.session import synchronize
 from ofengine.callback import overrides
@@ -23,6 +22,7 @@ from ofengine.checkpoint.beside import (
 from ofengine.checkpoint.file import array_of
 from ofengine.checkpoint.hparams import kept_hparams
 from ofengine.checkpoint.hparams_restored import defaults_of
+from ofengine.checkpoint.kernels import kernels_in_use
 from ofengine.checkpoint.owners import describe_owner
 from ofengine.checkpoint.seen import attributes_seen, changed_since_start
 from ofengine.checkpoint.weights import arrays_of
@@ -189,7 +189,7 @@ def state_of_run(run: Run, copies: Mapping[int, Any]) -> State:
             "oneflow": flow.__version__,
             "numpy": np.__version__,
             "python": ".".join(map(str, sys.version_info[:3])),
-            "blas": kernels().core,
+            **kernels_in_use(run.settings.cpu_speedups),
         },
     }
 

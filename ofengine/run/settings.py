@@ -110,6 +110,7 @@ CHECKS: Tuple[Tuple[str, Callable[[str, Any], Any]], ...] = (
     ("restart_on_crash", _whole(0, "a whole number, 0 for never")),
     ("detect_anomaly", check_flag),
     ("profiler", _or_none(_one_of("simple"))),
+    ("cpu_speedups", check_flag),
     ("overfit_batches", lambda name, value: check_limit(name, value) or None),
     ("enable_checkpointing", check_flag),
     ("enable_progress_bar", check_flag),
@@ -161,6 +162,7 @@ class Settings:
     restart_on_crash: int
     detect_anomaly: bool
     profiler: Optional[str]
+    cpu_speedups: bool
     overfit_batches: Union[int, float, None]
     """None for not."""
     enable_checkpointing: bool

@@ -17,6 +17,7 @@ from ofengine.processes.crash_report import CrashReport
 from ofengine.processes.interrupts import InterruptGuard
 from ofengine.run import together
 from ofengine.run.culprit import tell_culprit
+from ofengine.run.faster_layers import faster_layers
 from ofengine.run.hooks import HookRunner, tell_of_lightning_s_names, warn_of_misspelt_methods
 from ofengine.run.mode import Mode
 from ofengine.run.profiling import profiling
@@ -85,7 +86,8 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
         place_before, run.place = run.place, report.place
         try:
             _set_up(run, hooks, verb)
-            result = body(hooks, modes[settings.eval_mode])
+            with faster_layers(run):
+                result = body(hooks, modes[settings.eval_mode])
             if run.ranks is None:
                 run.interrupts.check()  # one may have come in the last hooks
             status = "success"

@@ -10,7 +10,7 @@ import pytest
 from helpers import Line, quiet_trainer, random_rows
 
 from ofengine._oneflow.blas import Kernels, kernels
-from ofengine.checkpoint import resume, snapshot
+from ofengine.checkpoint import kernels as noting, snapshot
 from ofengine.checkpoint.file import read
 
 TOLD = (
@@ -67,7 +67,7 @@ def test_a_resumed_run_tells_where_they_differ(
 
     monkeypatch.setattr(snapshot, "state_of_run", of_kept)
     path = trainer.save_checkpoint(tmp_path / "saved.safetensors")
-    monkeypatch.setattr(resume, "kernels", now)
+    monkeypatch.setattr(noting, "kernels", now)
     with caplog.at_level(logging.WARNING, logger="ofengine"):
         quiet_trainer(max_epochs=2).fit(Line(), batches, ckpt_path=path)
     assert [line for line in caplog.messages if "BLAS" in line] == ([told] if told else [])

@@ -1,0 +1,77 @@
+"""Subclasses of OneFlow's layers, by the same names, that compute in faster operators."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import oneflow as flow
+from oneflow import nn
+
+from ofengine.speedups import activations, convolutions, norms
+
+
+def _is_for_cpu(x: Any) -> bool:
+    """True for what the faster operators are for: float32 on this process's CPU."""
+    return x.dtype == flow.float32 and x.is_local and x.device.type == "cpu" and x.numel() > 0
+
+
+class LayerNorm(nn.LayerNorm):
+    """See :func:`ofengine.speedups.norms.layer_norm`."""
+
+    def forward(self, x: Any) -> Any:
+        """The normalized input, of its shape."""
+        shape = tuple(self.normalized_shape)
+        fits = x.ndim > len(shape) and tuple(x.shape[-len(shape) :]) == shape
+        if not fits or not _is_for_cpu(x):
+            return super().forward(x)
+        return norms.layer_norm(x, math.prod(shape), self.weight, self.bias, self.eps)
+
+
+class GELU(nn.GELU):
+    """See :func:`ofengine.speedups.activations.gelu`."""
+
+    def forward(self, input: Any) -> Any:
+        """GELU of each element."""
+        return activations.gelu(input) if _is_for_cpu(input) else super().forward(input)
+
+
+class SiLU(nn.SiLU):
+    """See :func:`ofengine.speedups.activations.silu`."""
+
+    def forward(self, x: Any) -> Any:
+        """SiLU of each element."""
+        return activations.silu(x) if _is_for_cpu(x) else super().forward(x)
+
+
+class Conv2d(nn.Conv2d):
+    """See :mod:`ofengine.speedups.convolutions`."""
+
+    def forward(self, x: Any) -> Any:
+        """The convolution of a batch of images."""
+        if not _is_for_cpu(x) or x.ndim != 4 or x.shape[1] != self.in_channels:
+            return super().forward(x)
+        convolve = convolutions.pointwise if self.groups == 1 else convolutions.depthwise
+        y = convolve(x, self.weight)
+        return y if self.bias is None else convolutions.with_bias(y, self.bias)
+
+
+def has_faster(layer: nn.Module) -> bool:
+    """True where ``layer``, with the options it has, can compute in faster operators."""
+    if isinstance(layer, nn.LayerNorm):
+        return layer.weight is not None and layer.bias is not None
+    if isinstance(layer, nn.GELU):
+        return layer.approximate == "none"
+    if not isinstance(layer, nn.Conv2d):
+        return True
+    kernel = tuple(layer.kernel_size)
+    keeps_size = (
+        tuple(layer.stride) == (1, 1)
+        and tuple(layer.dilation) == (1, 1)
+        and all(k % 2 for k in kernel)
+        and tuple(layer.padding) == tuple(k // 2 for k in kernel)
+        and layer.padding_mode == "zeros"
+    )
+    if layer.groups == 1:
+        return keeps_size and kernel == (1, 1)
+    return keeps_size and layer.groups == layer.in_channels == layer.out_channels

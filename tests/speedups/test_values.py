@@ -1,0 +1,112 @@
+"""Faster operators compute what OneFlow's own layers do, as near to float64 as those are."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Callable, Dict, List, Tuple
+
+import numpy as np
+import oneflow as flow
+import pytest
+from oneflow import nn
+
+from ofengine import ConfigurationError, cpu_speedups
+
+# Of the largest number of its kind: eight units in the last place of float32.
+TOLERANCE = 8 * 2.0**-23
+
+CASES: Dict[str, Tuple[Callable[[], nn.Module], Tuple[int, ...]]] = {
+    "layer norm": (lambda: nn.LayerNorm(24, eps=1e-6), (3, 5, 24)),
+    "layer norm of two dimensions": (lambda: nn.LayerNorm((4, 6)), (5, 4, 6)),
+    "layer norm of one row": (lambda: nn.LayerNorm(7), (1, 7)),
+    "gelu": (nn.GELU, (4, 50)),
+    "silu": (nn.SiLU, (4, 50)),
+    "pointwise": (lambda: nn.Conv2d(6, 4, 1), (3, 6, 5, 7)),
+    "pointwise without bias": (lambda: nn.Conv2d(3, 8, 1, bias=False), (2, 3, 1, 1)),
+    "depthwise": (lambda: nn.Conv2d(6, 6, 3, padding=1, groups=6), (3, 6, 5, 7)),
+    "depthwise of 7": (lambda: nn.Conv2d(2, 2, 7, padding=3, groups=2, bias=False), (2, 2, 4, 9)),
+    "depthwise, 5 by 1": (lambda: nn.Conv2d(3, 3, (5, 1), padding=(2, 0), groups=3), (2, 3, 6, 2)),
+}  # fmt: skip
+
+
+def filled(layer: nn.Module) -> nn.Module:
+    generator = np.random.RandomState(1)
+    for parameter in layer.parameters():
+        parameter.data = flow.tensor(generator.randn(*parameter.shape).astype(np.float32))
+    return layer
+
+
+def results(layer: nn.Module, x: np.ndarray) -> List[np.ndarray]:
+    """What comes out, and the gradients of the input and of each parameter."""
+    given = flow.tensor(x, requires_grad=True)
+    y = layer(given)
+    weights = np.random.RandomState(2).randn(*y.shape).astype(x.dtype)
+    (y * flow.tensor(weights)).sum().backward()
+    gradients = [given.grad, *(each.grad for each in layer.parameters())]
+    return [y.detach().numpy(), *(each.numpy() for each in gradients)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_are_those_of_float64(case: str) -> None:
+    make, shape = CASES[case]
+    layer = filled(make())
+    x = (np.random.RandomState(3).randn(*shape) * 2).astype(np.float32)
+    exact = results(copy.deepcopy(layer).double(), x.astype(np.float64))
+    assert sum(cpu_speedups(layer).layers.values()) == 1
+    for ours, true in zip(results(layer, x), exact):
+        assert ours.dtype == np.float32
+        assert ours.shape == true.shape
+        assert np.abs(ours - true).max() <= TOLERANCE * np.abs(true).max()
+
+
+@pytest.mark.parametrize("kind", [nn.GELU, nn.SiLU])
+def test_activations_of_unusual_numbers(kind: Any) -> None:
+    x = [0.0, -0.0, 1e-39, 1e-3, -1e-3, 30.0, -30.0, 200.0, -200.0, float("inf"), float("nan")]
+    given = flow.tensor(x, requires_grad=True)
+    layer = kind()
+    cpu_speedups(layer)
+    y = layer(given)
+    y.sum().backward()
+    own = kind()(flow.tensor(x)).numpy()
+    np.testing.assert_allclose(y.detach().numpy(), own, rtol=1e-6, atol=1e-12)
+    slopes = given.grad.numpy()
+    assert slopes[0] == slopes[1] == 0.5
+    np.testing.assert_allclose(slopes[5:9], [1, 0, 1, 0], atol=1e-10)
+    assert np.isnan(slopes[10])
+
+
+def test_gelu_is_exact_far_out_where_oneflow_s_own_cancels() -> None:
+    x = np.linspace(-12, 0, 2401).astype(np.float32)
+    layer = nn.GELU()
+    cpu_speedups(layer)
+    exact = _gelu_of_float64(x.astype(np.float64))
+    ours = layer(flow.tensor(x)).numpy()
+    assert np.abs(ours / np.where(exact, exact, 1.0) - 1.0)[exact != 0].max() < 1e-5
+
+
+def _gelu_of_float64(x: np.ndarray) -> np.ndarray:
+    from math import erfc, sqrt
+
+    return np.array([each * 0.5 * erfc(-each / sqrt(2)) for each in x])
+
+
+def test_a_frozen_layer_passes_gradients_through() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 3, padding=1, groups=2), nn.LayerNorm((3, 3))
+    )
+    cpu_speedups(model)
+    for layer in (model[1], model[2]):
+        layer.requires_grad_(False)
+    model(flow.randn(2, 2, 3, 3)).sum().backward()
+    assert model[0].weight.grad is not None
+    assert all(each.grad is None for each in model[1].parameters())
+
+
+@pytest.mark.parametrize("kind", ["gelu", "silu", "layer norm", "depthwise"])
+def test_a_second_derivative_is_refused(kind: str) -> None:
+    make, shape = CASES[kind]
+    layer = make()
+    cpu_speedups(layer)
+    x = flow.randn(*shape).requires_grad_(True)
+    with pytest.raises(ConfigurationError, match=r"no second derivatives.*create_graph=True"):
+        flow.autograd.grad(flow.square(layer(x)).sum(), x, create_graph=True)
