@@ -28,8 +28,11 @@ class TensorBoardLogger(AppendLogger):
     :class:`~ofengine.loggers.CSVLogger`. So no other file of events is made in a run's folder.
 
     Args:
-        save_dir, name, version, flush_logs_every_n_steps: as of
-            :class:`~ofengine.loggers.CSVLogger`.
+        save_dir: the folder of all logs.
+        name: a folder in it; "" or None for none.
+        version: a number for ``version_<number>``, or the folder's own name. Default: the
+            number after the highest there is.
+        flush_logs_every_n_steps: how often points are written, in optimizer steps.
 
     Raises:
         ConfigurationError: tensorboardX is missing, or an argument is wrong.
