@@ -16,7 +16,6 @@ import json
 import logging
 import multiprocessing
 import re
-import shutil
 import socket
 import sys
 from html.parser import HTMLParser

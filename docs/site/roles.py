@@ -21,7 +21,7 @@ class Roles(griffe.Extension):
             obj.docstring.value = _LITERAL.sub(":", text)
 
 
-def _code(role: "re.Match[str]") -> str:
+def _code(role: re.Match[str]) -> str:
     name = role[3].rpartition(".")[2] if role[2] else role[3]
     call = "()" if role[1] in ("func", "meth") else ""
     return f"`{name}{call}`"
