@@ -38,5 +38,18 @@ def navigation(language: str) -> List[Any]:
 
 
 def _api(module: str) -> str:
-    names = "".join(f"\n::: {module}.{name}\n" for name in public_names(module))
+    """A page with every public name; what a callback overrides is told at ``Callback``."""
+    options = ""
+    if module == "ofengine.callbacks":
+        told = "|".join(sorted(_methods("ofengine/callback.py", "Callback")))
+        options = f'    options:\n      filters: ["!^_", "!^({told})$"]\n'
+    names = "".join(f"\n::: {module}.{name}\n{options}" for name in public_names(module))
     return f"# {module}\n{names}"
+
+
+def _methods(path: str, name: str) -> List[str]:
+    """What the class ``name`` in the file has: methods, properties and attributes."""
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
+    methods = [node.name for node in body if isinstance(node, ast.FunctionDef)]
+    return methods + [n.target.id for n in body if isinstance(n, ast.AnnAssign)]  # type: ignore[union-attr]

@@ -73,6 +73,11 @@ def on_page_context(context: Dict[str, Any], page: Page, config: MkDocsConfig, *
     ]
 
 
+def on_post_page(output: str, **_: Any) -> str:
+    """Take out what the theme would follow to guess the same page in the other language."""
+    return re.sub(r'\s*<link rel="alternate"[^>]*>', "", output)
+
+
 def _language(config: MkDocsConfig) -> str:
     return str(config.theme["language"])
 
