@@ -53,11 +53,11 @@ class Callback:
     but for -1 of ``on_train_batch_start``.
 
     The arguments of hooks are: ``trainer``, which tells all of the run
-    (:class:`~ofengine.run.view.RunView`); ``task``, the task; ``stage``, "fit", "validate", "test"
-    or "predict"; ``batch``, as the dataloader gave it, on the device; ``batch_idx``, its number in the
-    epoch, from 0; ``dataloader_idx``, the number of its dataloader, from 0; ``outputs``, what the
-    step returned; ``loss``, a tensor; ``optimizer``, OneFlow's; ``graph``, an ``nn.Graph``;
-    ``exception``, which ends the run.
+    (:class:`~ofengine.run.view.RunView`); ``task``, the task; ``stage``, "fit", "validate",
+    "test" or "predict"; ``batch``, as the dataloader gave it, on the device; ``batch_idx``, its
+    number in the epoch, from 0; ``dataloader_idx``, the number of its dataloader, from 0;
+    ``outputs``, what the step returned; ``loss``, a tensor; ``optimizer``, OneFlow's;
+    ``graph``, an ``nn.Graph``; ``exception``, which ends the run.
     """
 
     fires_last: bool = False
