@@ -20,11 +20,13 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 sys.path.insert(0, str(Path(__file__).parent))  # MkDocs loads this file by its path
+import drawn
 import made
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSION = re.findall(r'__version__ = "(.+)"', (ROOT / "ofengine/__init__.py").read_text())[0]
 PROJECT = ["CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/RESULTS.md"]
+PICTURES = (".svg", ".png")
 CODE = {".py": "python", ".sh": "sh", ".cff": "yaml", "": "text"}
 
 TITLES = {
@@ -57,7 +59,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     language = _language(config)
     for path, address in _addresses(language).items():
         files.append(_page(config, path, address, _read(path, language)))
-    for path in _code(language):
+    for path in _linked(language, pictures=True):
+        address = f"images/{Path(path).name}"
+        files.append(File(path, str(ROOT), config.site_dir, True, dest_uri=address))
+    for path in _linked(language):
         files.append(_page(config, f"{path}.md", f"code/{path}/index.html", _as_page(path)))
     for name, text in made.pages().items():
         files.append(_page(config, name, f"{name[:-3]}/index.html", text))
@@ -106,6 +111,9 @@ def _read(path: str, language: str) -> str:
     text = _LANGUAGES_LINE.sub("", (ROOT / path).read_text(encoding="utf-8"), count=1)
     fences = _FENCE.findall(text)
     prose = _LINK.sub(lambda link: link[1] + _target(path, link[2], language) + link[3], text)
+    if path.endswith("/hooks.md"):  # ahead of the order as a text
+        picture = drawn.picture(language, "../api/ofengine/")
+        prose = re.sub(r"\n\n(?=    setup\(stage\)\n)", f"\n\n{picture}\n\n", prose, count=1)
     # Links are prose's: what stands in a block stays as it is.
     for before, after in zip(_FENCE.findall(prose), fences):
         prose = prose.replace(before, after, 1)
@@ -124,13 +132,13 @@ def _target(page: str, link: str, language: str) -> str:
             up = "../" * _addresses(language)[page].count("/")
             address = posixpath.dirname(_addresses(other)[path])
             return f"{up}../../{other}/{VERSION}/{address}/".replace("//", "/")
-    if (ROOT / path).is_file() and not path.endswith(".md"):
+    if (ROOT / path).is_file() and not path.endswith((".md", *PICTURES)):
         path += ".md"
     return posixpath.relpath(path, posixpath.dirname(page) or ".")
 
 
-def _code(language: str) -> List[str]:
-    """The files that a page links to and that are no pages."""
+def _linked(language: str, pictures: bool = False) -> List[str]:
+    """The files that a page links to and that are no pages: programs and texts, or pictures."""
     found = {path for path in ("LICENSE", "CITATION.cff") if (ROOT / path).is_file()}
     for page in _addresses(language):
         text = _FENCE.sub("", (ROOT / page).read_text(encoding="utf-8"))
@@ -138,7 +146,7 @@ def _code(language: str) -> List[str]:
             path = posixpath.normpath(posixpath.join(posixpath.dirname(page), link[2]))
             if (ROOT / path).is_file() and not path.endswith(".md"):
                 found.add(path)
-    return sorted(found)
+    return sorted(path for path in found if path.endswith(PICTURES) == pictures)
 
 
 def _as_page(path: str) -> str:
@@ -160,7 +168,7 @@ def _navigation(language: str) -> List[Any]:
         pages = [{name: f"docs/{language}/{file}"} for name, file in entries]
         navigation += [{title: pages}] if title else pages
     navigation += made.navigation(language)
-    code = _code(language)
+    code = _linked(language)
     project = [{LABELS[path][language]: path} for path in PROJECT]
     project += [{LABELS[path][language]: f"{path}.md"} for path in code if path in LABELS]
     project.append({titles["contents"]: f"docs/{language}/index.md"})
