@@ -90,8 +90,7 @@ def page() -> str:
         parts.append(f"## {kind}\n\n{told[kind]}\n")
         for path, texts in by_class[kind].items():
             items = "\n".join(f"<li>{_as_html(text)}</li>" for text in texts)
-            about = _about(ROOT / path)
-            parts.append(f"### {kind}: {path}\n\n{about}\n\n<ul>\n{items}\n</ul>\n")
+            parts.append(f"### {_about(ROOT / path)}\n\n`{path}`\n\n<ul>\n{items}\n</ul>\n")
     return "\n".join(parts)
 
 
@@ -110,11 +109,13 @@ def _public(told: Mapping[str, str]) -> List[str]:
 
 def _about(path: Path) -> str:
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return html.escape(" ".join(text.split("\n\n")[0].split())).replace("``", "`")
+    first = " ".join(text.split("\n\n")[0].split()).rstrip(".").replace("``", "`")
+    return html.escape(re.sub(r":\w+:`~?([^`]+)`", r"`\1`", first), quote=False)
 
 
 def _as_html(text: str) -> str:
     escaped = html.escape(" ".join(text.split()), quote=False)
+    escaped = re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped)
     return re.sub(r"‹([^›]*)›", r"<var>‹\1›</var>", escaped)
 
 
