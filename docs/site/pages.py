@@ -30,8 +30,13 @@ PICTURES = (".svg", ".png")
 CODE = {".py": "python", ".sh": "sh", ".cff": "yaml", "": "text"}
 
 TITLES = {
-    "en": {"home": "ofengine", "contents": "All pages", "project": "Project", "examples": "Code"},
-    "zh": {"home": "ofengine", "contents": "全部页面", "project": "项目", "examples": "代码"},
+    "en": {
+        "home": "ofengine",
+        "contents": "All pages",
+        "project": "Project",
+        "examples": "Programs",
+    },
+    "zh": {"home": "ofengine", "contents": "全部页面", "project": "项目", "examples": "程序"},
 }
 LABELS = {
     "CHANGELOG.md": {"en": "Changelog", "zh": "更新日志（英文）"},
