@@ -24,4 +24,6 @@ class Roles(griffe.Extension):
 def _code(role: re.Match[str]) -> str:
     name = role[3].rpartition(".")[2] if role[2] else role[3]
     call = "()" if role[1] in ("func", "meth") else ""
-    return f"`{name}{call}`"
+    path = role[3] if role[3].startswith("ofengine") else f"ofengine.{role[3]}"
+    # Optional: what is not public has no place to lead to.
+    return f'<autoref identifier="{path}" optional><code>{name}{call}</code></autoref>'
