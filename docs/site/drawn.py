@@ -76,7 +76,7 @@ WORDS: Dict[str, Dict[str, str]] = {
         "validation": "验证的各个钩子，几个 batch",
         "epoch": "每个 epoch",
         "batch": "每个 batch",
-        "eager": "step；这四个钩子只在 eager 模式触发",
+        "eager": "步骤；这四个钩子只在 eager 模式触发",
         "backward": "backward",
         "window": "在梯度累积窗口结束时：",
         "update": "裁剪、更新",
