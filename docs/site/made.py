@@ -34,7 +34,7 @@ def public_names(module: str) -> List[str]:
 
 def pages() -> Dict[str, str]:
     """The text of each page that is made, by its name."""
-    api = {f"api/{module}.md": _api(module) for module in MODULES}
+    api = {f"api/{module}.md": api_page(module) for module in MODULES}
     return {**api, "errors.md": messages.page(), "lightning-names.md": _lightning_names()}
 
 
@@ -51,7 +51,7 @@ def navigation(language: str) -> List[Any]:
     return [{"Reference": [{"API": api}, *made]}]
 
 
-def _api(module: str) -> str:
+def api_page(module: str) -> str:
     """A page with every public name; what a callback overrides is told at ``Callback``."""
     options = ""
     if module == "ofengine.callbacks":

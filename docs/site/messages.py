@@ -8,6 +8,7 @@ all mistakes and their mends. What is put in when the message is made stands in 
 from __future__ import annotations
 
 import ast
+import functools
 import html
 import itertools
 import re
@@ -35,6 +36,11 @@ def sources() -> List[Path]:
     return sorted([*own, *(ROOT / "callbacks").glob("*.py")])
 
 
+@functools.lru_cache(maxsize=None)
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def kinds() -> Dict[str, str]:
     """The classes that carry a message to the user, with what they are for.
 
@@ -43,7 +49,7 @@ def kinds() -> Dict[str, str]:
     """
     found: Dict[str, str] = {}
     for path in sources():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in _tree(path).body:
             if isinstance(node, ast.ClassDef) and any(_is_error(base) for base in node.bases):
                 found[node.name] = (ast.get_docstring(node) or "").split("\n\n")[0]
     return found
@@ -59,7 +65,7 @@ def messages() -> List[Message]:
     carried = set(kinds()) | {"warn", "misfit"}
     found: List[Message] = []
     for path in sources():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = _tree(path)
         where = path.relative_to(ROOT).as_posix()
         constants = _assigned(tree.body)
         for call, function in _calls(tree, None):
@@ -108,7 +114,7 @@ def _public(told: Mapping[str, str]) -> List[str]:
 
 
 def _about(path: Path) -> str:
-    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    text = ast.get_docstring(_tree(path)) or ""
     first = " ".join(text.split("\n\n")[0].split()).rstrip(".").replace("``", "`")
     return html.escape(re.sub(r":\w+:`~?([^`]+)`", r"`\1`", first), quote=False)
 

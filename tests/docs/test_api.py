@@ -38,7 +38,7 @@ PUBLIC = {getattr(importlib.import_module(module), name) for module, name in NAM
 @pytest.mark.parametrize("module", MADE.MODULES)
 def test_the_pages_of_the_api_have_every_public_name(module: str) -> None:
     names = [name for name in importlib.import_module(module).__all__ if name[0] != "_"]
-    page = MADE.pages()[f"api/{module}.md"]
+    page = MADE.api_page(module)
     assert re.findall(r"^::: (\S+)$", page, re.MULTILINE) == [f"{module}.{name}" for name in names]
 
 
