@@ -11,11 +11,13 @@ APART := tests/rates tests/modes
 RESUMED := tests/checkpoint/test_resume.py tests/checkpoint/test_resume_optimizers.py
 PYTEST = $(PYTHON) -m pytest -n $(PYTEST_WORKERS)
 READY := .venv/.ready
+DOCS_PYTHON := .venv-docs/bin/python
+DOCS_READY := .venv-docs/.ready
 
 # The tests start many processes, each of which would compile all it imports anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-slow bench lint types wheel doctor clean
+.PHONY: help demo test test-slow bench lint types wheel docs docs-serve doctor clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -49,11 +51,17 @@ wheel: $(READY)  ## build dist/ofengine-*.whl
 	@$(PYTHON) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	@ls dist/*.whl
 
+docs: $(DOCS_READY)  ## build the documentation's site, in two languages, into site/
+	@$(DOCS_PYTHON) docs/site/build.py
+
+docs-serve: $(DOCS_READY)  ## build it and show it at http://127.0.0.1:8000
+	@$(DOCS_PYTHON) docs/site/build.py --serve
+
 doctor: $(READY)  ## say whether training can run here
 	@$(PYTHON) -m ofengine doctor
 
 clean:  ## remove .venv and everything that was built
-	@rm -rf .venv build dist ./*.egg-info .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf .venv .venv-docs build dist site ./*.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # .venv holds this folder's path: one that came along with a copied or moved folder is not
 # ready. One of a fitting Python is kept, and only brought up to date. flowvision comes as
@@ -67,4 +75,18 @@ $(READY): setup.cfg setup.py pyproject.toml
 		"$$python" -m venv --clear .venv; }
 	@$(PYTHON) -m pip install --quiet 'setuptools>=64,<81' wheel
 	@$(PYTHON) -m pip install --quiet --no-build-isolation --editable '.[test,examples]'
+	@pwd -P >$@
+
+# The site's builder reads the package and does not import it: it needs no OneFlow, and a newer
+# Python than OneFlow may have.
+ifneq "$(shell cat $(DOCS_READY) 2>/dev/null)" "$(CURDIR)"
+.PHONY: $(DOCS_READY)
+endif
+$(DOCS_READY): docs/site/requirements.txt
+	@for python in python3 "$$(.ci/find-python 2>/dev/null)" ''; do \
+		"$$python" -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && break; \
+	done; \
+	if [ -z "$$python" ]; then echo "The site needs CPython 3.10 or newer with its venv package." >&2; exit 1; fi; \
+	"$$python" -m venv --clear .venv-docs
+	@$(DOCS_PYTHON) -m pip install --quiet -r docs/site/requirements.txt
 	@pwd -P >$@

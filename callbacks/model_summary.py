@@ -69,7 +69,7 @@ class ModelSummary(Callback):
         return "\n\n".join(parts)[1:] + "\n"
 
     def html(self, trainer: RunView, task: TaskModule) -> str:
-        """The same for a notebook, which shows it by itself where ``fit`` runs in one."""
+        """The same of ``trainer`` and ``task`` for a notebook, where ``fit`` shows it by itself."""
         header, rows, decay = _groups(trainer)
         seen = _tried(trainer, task)
         note = " ".join(_totals(task, seen)) + "."

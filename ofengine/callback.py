@@ -51,6 +51,13 @@ class Callback:
     Every hook takes the trainer and the task first; the same hooks exist on
     :class:`~ofengine.TaskModule` without those two. A hook's return value is ignored,
     but for -1 of ``on_train_batch_start``.
+
+    The arguments of hooks are: ``trainer``, which tells all of the run
+    (:class:`~ofengine.run.view.RunView`); ``task``, the task; ``stage``, "fit", "validate",
+    "test" or "predict"; ``batch``, as the dataloader gave it, on the device; ``batch_idx``, its
+    number in the epoch, from 0; ``dataloader_idx``, the number of its dataloader, from 0;
+    ``outputs``, what the step returned; ``loss``, a tensor; ``optimizer``, OneFlow's;
+    ``graph``, an ``nn.Graph``; ``exception``, which ends the run.
     """
 
     fires_last: bool = False
@@ -100,7 +107,7 @@ class Callback:
         return {}
 
     def check_state_dict(self, state: Dict[str, Any], task: TaskModule) -> None:
-        """Raise where :meth:`load_state_dict` could not take ``state``; change nothing.
+        """Raise where :meth:`load_state_dict` cannot take ``state`` for ``task``; change nothing.
 
         Called before anything of a checkpoint is taken up. ``state`` comes from a file, which may
         hold anything. Default: content with all.

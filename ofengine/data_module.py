@@ -46,7 +46,7 @@ class DataModule:
         """Make datasets, on every rank; ``stage`` is "fit", "validate", "test" or "predict"."""
 
     def teardown(self, stage: str) -> None:
-        """Last of all, after an exception too."""
+        """Last of all, after an exception too. ``stage`` is as of :meth:`setup`."""
 
     def train_dataloader(self) -> Any:
         """The training data: a loader, or a dict or list of several."""

@@ -67,8 +67,10 @@ def _error_within(own: Any, task: Any) -> Optional[AttributeError]:
 class TaskModule(TaskHooks, nn.Module):
     """A model together with how it is trained: steps, parameter groups, optimizer, hooks.
 
-    Write ``training_step`` and, as a rule, ``param_groups``; the rest has defaults.
-    The same task runs unchanged in eager and in graph mode.
+    Write ``training_step`` and, as a rule, ``param_groups``; the rest has defaults. The same task
+    runs unchanged in both modes. A step takes ``batch``, as the dataloader gave it, on the device,
+    and ``batch_idx``, its number in the epoch, from 0. A step that a verb needs and that is not
+    there is a ``ConfigurationError``, an argument that ``log`` has not an ``UnknownArgumentError``.
 
     Example::
 
@@ -220,7 +222,7 @@ class TaskModule(TaskHooks, nn.Module):
         """
 
     def on_load_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
-        """Take back what ``on_save_checkpoint`` put in, where a run is resumed."""
+        """Take back what ``on_save_checkpoint`` put into ``checkpoint``; a run is resumed."""
 
     # ------------------------------------------------------------------ what the user calls
 
@@ -265,7 +267,7 @@ class TaskModule(TaskHooks, nn.Module):
 
     @classmethod
     def load_from_checkpoint(cls: Type[T], path: Union[str, Path], **arguments: Any) -> T:
-        """A task of this class with the weights of a checkpoint.
+        """A task of this class with the weights of the checkpoint at ``path``.
 
         It is made with the hyper-parameters that ``save_hyperparameters`` kept, and with
         ``arguments``, which count first. An object comes back where its class is in the module
@@ -334,7 +336,7 @@ class TaskModule(TaskHooks, nn.Module):
             self.log(name, value, **options)
 
     def print(self, *values: Any, **options: Any) -> None:
-        """Python's ``print``, on rank 0 alone."""
+        """Python's ``print(*values, **options)``, on rank 0 alone."""
         self.trainer.print(*values, **options)
 
     def freeze(self) -> None:

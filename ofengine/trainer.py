@@ -228,9 +228,10 @@ class Trainer(KnowsCallbacks):
         datamodule: Optional[DataModule] = None,
         **_unknown: Any,
     ) -> List[Dict[str, float]]:
-        """Run ``validation_step`` over the data; return its metrics, a dict for each dataloader.
+        """Run ``validation_step`` of ``task``; return its metrics, a dict for each dataloader.
 
-        ``ckpt_path`` names saved weights to load first; "best" and "last" are as in ``fit``.
+        ``dataloaders`` is one or several, or ``datamodule`` has them; else the task's own method is
+        asked. ``ckpt_path`` names saved weights to load first; "best", "last" are as in ``fit``.
         """
         return self._evaluate("validation", task, dataloaders, ckpt_path, datamodule, _unknown)[0]
 
@@ -242,7 +243,7 @@ class Trainer(KnowsCallbacks):
         datamodule: Optional[DataModule] = None,
         **_unknown: Any,
     ) -> List[Dict[str, float]]:
-        """As :meth:`validate`, with ``test_step``."""
+        """As :meth:`validate` with ``task, dataloaders, ckpt_path, datamodule``: ``test_step``."""
         return self._evaluate("test", task, dataloaders, ckpt_path, datamodule, _unknown)[0]
 
     def predict(
@@ -256,6 +257,7 @@ class Trainer(KnowsCallbacks):
     ) -> List[Any]:
         """What ``predict_step`` returned for each batch; with several dataloaders, a list each.
 
+        ``task, dataloaders, ckpt_path, datamodule`` are as of :meth:`validate`;
         ``return_predictions=False`` keeps none of it, as where a ``PredictionWriter`` writes it.
         """
         given = (dataloaders, ckpt_path, datamodule, _unknown, return_predictions)
@@ -265,7 +267,7 @@ class Trainer(KnowsCallbacks):
     def preview(
         self, task: TaskModule, train_dataloaders: Any = None, steps_per_epoch: Optional[int] = None
     ) -> Preview:
-        """Every group's rate over the run that ``fit`` would make, without making it.
+        """Every group's rate over the run that ``fit`` of ``task`` would make, without making it.
 
         ``train_dataloaders`` are as in ``fit``, and only their length is asked for;
         ``steps_per_epoch`` are optimizer steps, instead of that length. See
@@ -279,7 +281,8 @@ class Trainer(KnowsCallbacks):
     def lr_find(self, task: TaskModule, train_dataloaders: Any = None, **options: Any) -> LRFinder:
         """Try rising rates on ``task`` and put everything back.
 
-        See :func:`ofengine.trials.lr_find.lr_find`, which takes the same ``options``.
+        ``train_dataloaders`` are as in ``fit``, ``options`` those of
+        :func:`ofengine.trials.lr_find.lr_find`.
         """
         starting.start_missing_ranks(self.settings)
 
@@ -296,7 +299,8 @@ class Trainer(KnowsCallbacks):
     def prove(self, task: TaskModule, train_dataloaders: Any = None, steps: int = 20) -> Report:
         """Run ``task`` in both modes, whole and resumed, compare all bits, put everything back.
 
-        On several ranks: on all of them and in one process that accumulates, whole and resumed.
+        ``steps`` optimizer steps of ``train_dataloaders``. On several ranks: on all of them and in
+        one process that accumulates.
         See :func:`ofengine.trials.prove.prove`, :func:`ofengine.trials.prove_ranks.prove_ranks`.
         """
         starting.start_missing_ranks(self.settings)

@@ -81,7 +81,7 @@ class CombinedLoader:
         return min(getattr(each, "num_workers", 0) for each in self.loaders)
 
     def pack(self, batches: Sequence[Any]) -> Any:
-        """A batch of each loader as one batch."""
+        """``batches``, one of each loader in order, as one batch."""
         if isinstance(self.iterables, dict):
             return dict(zip(self.iterables, batches))
         return tuple(batches) if isinstance(self.iterables, tuple) else list(batches)

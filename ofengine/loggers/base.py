@@ -27,7 +27,7 @@ class Logger:
         raise NotImplementedError
 
     def log_hyperparams(self, hparams: Mapping[str, Any]) -> None:
-        """Take what ``save_hyperparameters`` of the task was told, when ``fit`` begins.
+        """Take ``hparams``, what the task's ``save_hyperparameters`` was told, when ``fit`` begins.
 
         A resumed run gives them again. Default: nothing.
         """
@@ -57,7 +57,7 @@ class Logger:
         """
 
     def load_state_dict(self, state: Dict[str, Any], continue_files: bool) -> None:
-        """Go on from :meth:`state_dict`, where a run is resumed.
+        """Go on from ``state``, which :meth:`state_dict` gave, where a run is resumed.
 
         ``continue_files`` says to go on in the files of that run, and to take out of them what
         came after the checkpoint; otherwise to begin files of this run with what came before.

@@ -20,8 +20,11 @@ class JSONLinesLogger(AppendLogger):
     A resumed run goes on in its file as described in :class:`~ofengine.loggers.CSVLogger`.
 
     Args:
-        save_dir, name, version, flush_logs_every_n_steps: as of
-            :class:`~ofengine.loggers.CSVLogger`.
+        save_dir: the folder of all logs.
+        name: a folder in it; "" or None for none.
+        version: a number for ``version_<number>``, or the folder's own name. Default: the
+            number after the highest there is.
+        flush_logs_every_n_steps: how often lines are written, in optimizer steps.
     """
 
     file_name = "metrics.jsonl"

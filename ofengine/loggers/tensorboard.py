@@ -28,8 +28,13 @@ class TensorBoardLogger(AppendLogger):
     :class:`~ofengine.loggers.CSVLogger`. So no other file of events is made in a run's folder.
 
     Args:
-        save_dir, name, version, flush_logs_every_n_steps: as of
-            :class:`~ofengine.loggers.CSVLogger`.
+        save_dir: the folder of all logs.
+        name: a folder in it; "" or None for none.
+        version: a number for ``version_<number>``, or the folder's own name. Default: the
+            number after the highest there is.
+        flush_logs_every_n_steps: how often points are written, in optimizer steps.
+
+    ``log_image`` and its like show a value under ``name`` at optimizer step ``step``.
 
     Raises:
         ConfigurationError: tensorboardX is missing, or an argument is wrong.
@@ -82,7 +87,7 @@ class TensorBoardLogger(AppendLogger):
                 self._put_summary(summary, None)
 
     def log_image(self, name: str, image: Any, step: int) -> None:
-        """Show a picture: a tensor or array of shape (3, H, W), (1, H, W) or (H, W).
+        """Show ``image``: a tensor or array of shape (3, H, W), (1, H, W) or (H, W).
 
         uint8 from 0 to 255, or floating-point numbers from 0 to 1.
         """
@@ -95,7 +100,7 @@ class TensorBoardLogger(AppendLogger):
         self.experiment.add_image(name, values, step, dataformats="CHW"[-values.ndim :])
 
     def log_histogram(self, name: str, values: Any, step: int) -> None:
-        """Show how the numbers of a tensor or array are distributed, such as weights."""
+        """Show how ``values``, a tensor or array such as weights, are distributed."""
         numbers = _array("log_histogram", values).astype(np.float64).reshape(-1)
         if not numbers.size or not np.isfinite(numbers).all():
             raise ConfigurationError(
@@ -124,7 +129,7 @@ class TensorBoardLogger(AppendLogger):
         return self._record(event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def put_event(self, event: Any) -> None:
-        """Add a record of this ``Event``."""
+        """Add a record of ``event``, an ``Event`` of tensorboardX."""
         self.put(self._record(event))
 
     def _put_summary(self, summary: Any, step: Optional[int]) -> None:

@@ -28,6 +28,7 @@ class AUROC(_OfClasses):
     checkpoint. NaN where a class has no sample, or no other class has.
 
     Raises:
+        ConfigurationError: an argument is wrong, or what ``update`` is given does not fit.
         DataError: in ``compute``, where a target is no class or a score is NaN.
     """
 

@@ -153,7 +153,8 @@ class Metric:
     module in it or of a callback, or in a list or dict that is one.
 
     A metric of your own writes :meth:`sums` and :meth:`value`, and, where it keeps rows and no
-    sums, names these in ``rows``.
+    sums, names these in ``rows``. ``batch`` and ``options`` are what :meth:`update` is called with,
+    ``sums`` what :meth:`sums` made of one batch, ``state`` all sums by name, as arrays of numpy.
     """
 
     rows: ClassVar[Tuple[str, ...]] = ()
@@ -274,7 +275,10 @@ class Metric:
     # ------------------------------------------------------------------ what the engine calls
 
     def add(self, sums: Mapping[str, Any]) -> None:
-        """Add what :meth:`sums` gave for one batch, which a compiled step may have put out."""
+        """Add what :meth:`sums` gave for one batch, which a compiled step may have put out.
+
+        Raises :class:`GraphModeError` in a graph of your own.
+        """
         for value in sums.values():
             if value.is_lazy:
                 raise GraphModeError(

@@ -105,6 +105,9 @@ class Accuracy(_OfClasses):
 
     ``predictions`` are scores of shape (N, C), or of more dimensions behind these, for targets of
     shape (N, ...); or class numbers, or single scores, of the targets' shape.
+
+    Raises:
+        ConfigurationError: an argument is wrong, or what ``update`` is given does not fit.
     """
 
     def __init__(
@@ -166,6 +169,7 @@ class ConfusionMatrix(_OfClasses):
     not to be logged as a number. ``update`` takes what :class:`Accuracy` does.
 
     Raises:
+        ConfigurationError: an argument is wrong, or what ``update`` is given does not fit.
         DataError: in ``compute``, where a label is no class.
     """
 
@@ -301,6 +305,7 @@ class Precision(_PrecisionRecall):
     ``update`` takes what :class:`Accuracy` does.
 
     Raises:
+        ConfigurationError: an argument is wrong, or what ``update`` is given does not fit.
         DataError: in ``compute``, where a label is no class.
     """
 

@@ -99,7 +99,7 @@ class RatePlan:
     # ------------------------------------------------------------------ setting up
 
     def set_decay(self, decay: DecayEvents, owner: str) -> None:
-        """Say when decay happens. Two callbacks that say different things are an error."""
+        """Say when ``owner`` decays rates; two owners that differ are a :class:`RateError`."""
         if self._decay_owner is not None and decay != self.decay:
             raise RateError(
                 f"{self._decay_owner} and {owner} disagree about decay: {self.decay} against "
@@ -150,11 +150,11 @@ class RatePlan:
         return rates
 
     def scale(self, index: int) -> float:
-        """The constant multiplier of a group."""
+        """The constant multiplier of the group number ``index``, from 0."""
         return 1.0 if self.decay.key == "lr_scale" else self.groups[index].lr_scale
 
     def decay_scale(self, index: int) -> float:
-        """The factor of a group at each decay event."""
+        """The factor of the group number ``index``, from 0, at each decay event."""
         group = self.groups[index]
         return group.lr_scale if self.decay.key == "lr_scale" else group.lr_decay_scale
 
@@ -247,7 +247,7 @@ class RatePlan:
     # ------------------------------------------------------------------ live groups
 
     def watch(self, *optimizers: Optimizer) -> None:
-        """Remember the rates and scales that stand in the groups now, of all that are planned."""
+        """Remember the rates and scales that stand in the groups of ``optimizers`` now, all planned."""
         (self._optimizer,) = optimizers
         self._find_options()
         self._standing = [*map(_lr_of, self._options)]

@@ -243,7 +243,7 @@ class RunView(ToldView):
     # ------------------------------------------------------------------ what may be asked for
 
     def print(self, *values: Any, **options: Any) -> None:
-        """Python's ``print``, on rank 0 alone."""
+        """Python's ``print(*values, **options)``, on rank 0 alone."""
         if self.is_global_zero:
             print(*values, **options)
 
@@ -264,11 +264,11 @@ class RunView(ToldView):
         return [unpack(each, self.device) for each in said]
 
     def log_metrics(self, metrics: Dict[str, float]) -> None:
-        """Send numbers to the loggers and to ``callback_metrics``, with step and epoch."""
+        """Send ``metrics`` to the loggers and to ``callback_metrics``, with step and epoch."""
         report.log_metrics(self._run, metrics)
 
     def set_lr(self, group: str, lr: float) -> None:
-        """Give the parameter group called ``group`` another base rate from the next step on.
+        """Give the parameter group called ``group`` the base rate ``lr`` from the next step on.
 
         A schedule goes on over the new rate; ``lr_scale`` and decay keep multiplying. In graph
         mode the graph is compiled anew. Raises :class:`RateError` for an unknown group or a
