@@ -143,6 +143,16 @@ def micro_batches(graph: nn.Graph) -> int:
     return int(graph.config.proto.num_gradient_accumulation_steps or 1)
 
 
+def splits_optimizer_state(graph: nn.Graph) -> bool:
+    """True where each rank is to keep a part of the optimizer's state (``enable_zero``)."""
+    return graph.config.proto.optimizer_placement_optimization_mode not in ("", "none")
+
+
+def mixes_precision(graph: nn.Graph) -> bool:
+    """True where ``graph`` is to compute in half precision what it can (``enable_amp``)."""
+    return bool(graph.config.proto.enable_auto_mixed_precision)
+
+
 def updates_many_tensors_at_once(graph: nn.Graph) -> bool:
     """True where ``graph`` is to use the multi-tensor update, which knows no ``lr_scale``."""
     switch = os.environ.get("ONEFLOW_ENABLE_MULTI_TENSOR_MODEL_UPDATE", "0").lower()

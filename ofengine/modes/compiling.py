@@ -20,6 +20,8 @@ from ofengine.modes.explain import explain
 from ofengine.modes.guards import Guards
 from ofengine.modes.labels import noting_labels
 from ofengine.modes.leftovers import nothing_left_behind
+from ofengine.modes.own_graphs import has_own_graph
+from ofengine.run.settings import Settings
 from ofengine.task import TaskModule
 
 
@@ -55,6 +57,32 @@ def check_inputs(inputs: Any, what: str) -> None:
             f"the batch of {what} holds an empty tensor, of shape {tuple(inputs.shape)}, which a "
             'static graph cannot take: leave it out of the batch, or use mode="eager" (for '
             'evaluation eval_mode="eager").'
+        )
+
+
+def check_switches(graph: nn.Graph, task: TaskModule, settings: Settings, is_ours: bool) -> None:
+    """Refuse, of OneFlow's switches that ``graph`` has on, what would compute something else."""
+    steps = graphs.micro_batches(graph)
+    if steps > 1 and is_ours:
+        mend = (
+            "call it on the config of the graph that build_graph() makes"
+            if has_own_graph(task)
+            else f"use Trainer(accumulate_grad_batches={steps}), which accumulates whole "
+            "batches in both modes"
+        )
+        raise ConfigurationError(
+            f"configure_graph called set_gradient_accumulation_steps({steps}), which would cut "
+            f"each batch into {steps}: {mend}."
+        )
+    if graphs.splits_optimizer_state(graph) and settings.world_size > 1:
+        raise ConfigurationError(
+            "enable_zero(True) leaves each rank a part of the optimizer's state, of which a "
+            "checkpoint has the whole, and ends the process on CPUs: leave it out."
+        )
+    if graphs.mixes_precision(graph) and settings.device.type == "cpu":
+        warn(
+            "enable_amp(True) changes nothing on a CPU, where OneFlow computes in float32 all the "
+            'same: leave it out, or use Trainer(device="cuda").'
         )
 
 

@@ -21,11 +21,12 @@ from ofengine._oneflow.launch_race import mend_or_tell
 from ofengine._oneflow.operators import random_operations
 from ofengine._oneflow.session import start_session
 from ofengine.data.structure import Structure, flatten, unflatten
-from ofengine.errors import ConfigurationError, GraphModeError
+from ofengine.errors import GraphModeError
 from ofengine.modes.batch_norms import BatchNorms
 from ofengine.modes.compiled import Changes, Compilations, Compiled, warn_of_many_graphs
 from ofengine.modes.compiling import (
     check_inputs,
+    check_switches,
     refuse_what_graphs_ignore,
     trace,
     warn_of_gradients,
@@ -33,7 +34,7 @@ from ofengine.modes.compiling import (
 from ofengine.modes.draws import Draws, warn_of_unfed
 from ofengine.modes.guards import Guards
 from ofengine.modes.in_place import Written, tell_what_is_forgotten, write_back
-from ofengine.modes.own_graphs import check_own_graph, has_own_graph, loss_of
+from ofengine.modes.own_graphs import check_own_graph, loss_of
 from ofengine.modes.shared_state import SharedState
 from ofengine.modes.step_graphs import (
     ApplyGraph,
@@ -357,18 +358,7 @@ class GraphMode:
             )
         is_ours = isinstance(graph, (StepGraph, ApplyGraph))
         self.task.configure_graph(graph.config)
-        steps = graphs.micro_batches(graph)
-        if steps > 1 and is_ours:
-            mend = (
-                "call it on the config of the graph that build_graph() makes"
-                if has_own_graph(self.task)
-                else f"use Trainer(accumulate_grad_batches={steps}), which accumulates whole "
-                "batches in both modes"
-            )
-            raise ConfigurationError(
-                f"configure_graph called set_gradient_accumulation_steps({steps}), which would cut "
-                f"each batch into {steps}: {mend}."
-            )
+        check_switches(graph, self.task, self._run.settings, is_ours)
         if updates:
             for call in self._before_compile:
                 call(graph)

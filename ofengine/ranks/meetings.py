@@ -320,7 +320,7 @@ def _statistics_in(rows: np.ndarray) -> np.ndarray:
 
 
 _OF_METRICS = (Purpose.PEEK, Purpose.METRICS)
-_AFTER_A_STOP = {Purpose.STOP, Purpose.STEP, Purpose.SKIP}
+_AFTER_A_STOP = {Purpose.STOP, Purpose.STEP, Purpose.SKIP, Purpose.GATHER}
 _IN_A_ROUND = {Purpose.STEP, Purpose.SKIP, Purpose.STATISTICS}
 _WORDS = {
     Purpose.STEP: "trains on a batch",

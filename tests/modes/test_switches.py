@@ -9,7 +9,7 @@ import pytest
 from helpers import assert_same_weights, fill_deterministically, image_batches, quiet_trainer
 from oneflow import nn
 
-from ofengine import ConfigurationError, TaskModule
+from ofengine import ConfigurationError, OFEngineWarning, TaskModule
 
 SWITCHES: Dict[str, Callable[[Any], None]] = {
     "allow_fuse_add_to_output": lambda config: config.allow_fuse_add_to_output(True),
@@ -18,6 +18,7 @@ SWITCHES: Dict[str, Callable[[Any], None]] = {
     "enable_multi_tensor_update": lambda config: config.enable_multi_tensor_update(True),
     "outputs_buffer_size": lambda config: config.set_outputs_buffer_size(1),
     "three outputs": lambda config: config.set_outputs_buffer_size(3),
+    "enable_zero": lambda config: config.enable_zero(True, stage=1, shard_min_size=1),
     "straighten": lambda config: config.enable_straighten_algorithm("MemoryFirst"),
     "straighten for speed": lambda config: config.enable_straighten_algorithm("SpeedFirst"),
 }
@@ -107,6 +108,15 @@ def test_a_switch_reaches_the_compiled_job() -> None:
         trained(task, mode="graph")
         fused.append(bool(task.compiled[0]._full_job_proto.job_conf.enable_fuse_add_to_output))
     assert fused == [False, True]
+
+
+def test_mixed_precision_reaches_the_job_and_a_cpu_knows_none() -> None:
+    task, plain = Noting(lambda config: config.enable_amp(True)), Small()
+    with pytest.warns(OFEngineWarning, match="changes nothing on a CPU"):
+        trained(task, mode="graph")
+    assert task.compiled[0]._full_job_proto.job_conf.enable_auto_mixed_precision
+    trained(plain, mode="graph")
+    assert_same_weights(task, plain)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

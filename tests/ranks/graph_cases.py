@@ -391,6 +391,11 @@ class OfItsOwnGraph(Net):
         return graph
 
 
+class Zero(Net):
+    def configure_graph(self, config: Any) -> None:
+        config.enable_zero(True, stage=2)
+
+
 @case
 def what_is_refused(place: Place) -> Result:
     """On all ranks, which go on afterwards; alone nothing needs to be."""
@@ -407,6 +412,7 @@ def what_is_refused(place: Place) -> Result:
         (Net(), uneven, "batches of other shapes"),
         (Net(), [(x, y), (x, y + 7), (x, y)][: place.size], "4 of "),
         (averages, [(x, y)] * place.size, "momentum=None"),
+        (Zero(), [(x, y)] * place.size, "enable_zero(True) leaves each rank a part"),
         (OfItsOwnGraph(), [(x, y)] * place.size, "not reach into OfItsOwnGraph.build_graph()"),
     ):
         try:

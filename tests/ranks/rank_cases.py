@@ -661,6 +661,14 @@ def epochs_that_are_left(place: Place) -> Result:
     return fitted(Weighed(), place.trainer(2, callbacks=[skips], max_epochs=4), loader)
 
 
+class Gathers(Callback):
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        trainer.gather(0)
+
+    def on_predict_batch_end(self, trainer: Any, *_: Any) -> None:
+        trainer.gather(0)
+
+
 @slow_case
 def a_stop_that_one_asks_for_where_all_leave_the_rest_out(place: Place) -> Result:
     class Stops(Callback):
@@ -671,7 +679,7 @@ def a_stop_that_one_asks_for_where_all_leave_the_rest_out(place: Place) -> Resul
             trainer.should_stop = is_last and batch_idx == place.each(2) - 1
 
     loader = DataLoader(dataset(), batch_size=4)
-    callbacks = [Stops(), Skips(place.each, 2)]
+    callbacks = [Stops(), Gathers(), Skips(place.each, 2)]
     result = fitted(Net(), place.trainer(callbacks=callbacks), loader)
     assert result["steps"] == 2
     return {key: result[key] for key in ("weights", "steps", "seen")}
@@ -699,11 +707,6 @@ def ended_by_a_signal(place: Place, task: TaskModule, loader: Any) -> Result:
 @case
 def a_signal_to_one_rank(place: Place) -> Result:
     return ended_by_a_signal(place, Net(), DataLoader(dataset(), batch_size=4))
-
-
-class Gathers(Callback):
-    def on_predict_batch_end(self, trainer: Any, *_: Any) -> None:
-        trainer.gather(0)
 
 
 @case
