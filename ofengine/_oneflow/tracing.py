@@ -79,8 +79,9 @@ def hold(proxy: Any, held: Iterable[Any]) -> None:
     """Let the graph being traced have no gradient of these parameters, as if they were frozen."""
     ids = {id(parameter) for parameter in held}
     for state in states_of(proxy) if ids else ():
-        if id(state.tensor) in ids:
-            state.lazy().requires_grad_(False)
+        for each in state.proxies if id(state.tensor) in ids else ():
+            each.try_build()
+            each.lazy_origin.requires_grad_(False)
 
 
 class _LazyStates(Dict[str, Any]):

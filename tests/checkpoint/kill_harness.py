@@ -218,15 +218,15 @@ def child(mode: str, root: str, scenario: Dict[str, Any], kill: Optional[str]) -
             ]
             kind = scenario.get("optimizer", "SGD")
             options = {"momentum": 0.9} if kind == "SGD" else {}
-            of_head = flow.optim.SGD(groups[1:], momentum=0.9)
-            groups = groups[:1] if scenario.get("several") else groups
-            optimizer = getattr(flow.optim, kind)(groups, lr=0.02, **options)
+            own = groups[:1] if scenario.get("several") else groups
+            optimizer = getattr(flow.optim, kind)(own, lr=0.02, **options)
             cosine = flow.optim.lr_scheduler.CosineDecayLR(optimizer, 40)
             warm = flow.optim.lr_scheduler.WarmUpLR(
                 cosine, warmup_iters=5, warmup_method="constant"
             )
             made = {"optimizer": optimizer, "lr_scheduler": warm}
             if scenario.get("several"):
+                of_head = flow.optim.SGD(groups[1:], momentum=0.9)
                 return {"body": made, "head": {"optimizer": of_head, "every_n_batches": 2}}
             return made
 

@@ -272,6 +272,45 @@ def test_both_modes_train_the_same_and_log_the_same() -> None:
     )
 
 
+def test_validation_may_be_in_the_other_mode() -> None:
+    (_, ours, _), (_, theirs, _) = duel("eager", eval_mode="graph"), duel("eager")
+    assert ours == theirs
+
+
+class Shared(Gan):
+    """Both nets begin with one layer, which the generator's optimizer has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nets.discriminator[0] = self.nets.generator[0]
+
+    def configure_optimizers(self) -> Any:
+        nets = self.nets
+        return {
+            "critic": flow.optim.SGD(nets.discriminator[1:].parameters(), lr=0.1, momentum=0.5),
+            "generator": flow.optim.SGD(nets.generator.parameters(), lr=0.1, weight_decay=0.1),
+        }
+
+
+def test_a_layer_of_both_nets_trains_with_the_optimizer_that_has_it(mode: str) -> None:
+    task = Shared()
+    holder = nn.Module()
+    holder.nets = nets = Nets()
+    nets.discriminator[0] = nets.generator[0]
+    holder.load_state_dict(task.state_dict())
+    critic = flow.optim.SGD(nets.discriminator[1:].parameters(), lr=0.1, momentum=0.5)
+    generator = flow.optim.SGD(nets.generator.parameters(), lr=0.1, weight_decay=0.1)
+    expected = []
+    for real in ROWS * EPOCHS:
+        for optimizer, loss in ((critic, nets.critic_loss), (generator, nets.generator_loss)):
+            loss(real).backward()
+            optimizer.step()
+            for parameter in nets.parameters():
+                parameter.grad = None
+        expected.append(bits(holder))
+    assert trained(task, mode) == expected
+
+
 def test_what_the_preview_shows_is_what_was_trained_with(mode: str) -> None:
     seen = Rates()
     _, _, task = duel(mode, seen)
