@@ -3,7 +3,8 @@
 The recipe is ULMFiT's. A small convolutional network learns to tell the handwritten digits 0
 to 4 apart (scikit-learn's, 8 x 8 pixels, no download). It gets a new head for 5 to 9, and
 while that is random, the layers below it stay frozen, so that its first gradients do not
-spoil what they know. They join from the top down, each at a lower rate than the one above.
+spoil what they know. They join from the top down, each at a lower rate than the one above
+(layer decay); a preview of these rates is printed before.
 In graph mode each joining compiles the graph anew, with the optimizer's state carried over.
 
     python examples/gradual_unfreezing.py                 # graph mode
@@ -142,9 +143,12 @@ def run(arguments: argparse.Namespace) -> Curves:
     # say the same by name.
     unfreezing = GradualUnfreezing(every_n_epochs=arguments.every_n_epochs)
     print("Fine-tuning on 5 to 9")
-    Trainer(max_epochs=4 * arguments.every_n_epochs, callbacks=[unfreezing, curves], **common).fit(
-        FineTune(net), *digits(5)
+    trainer = Trainer(
+        max_epochs=4 * arguments.every_n_epochs, callbacks=[unfreezing, curves], **common
     )
+    task, (train, held_out) = FineTune(net), digits(5)
+    print(trainer.preview(task, train), end="\n\n")  # what each layer will train at, once it does
+    trainer.fit(task, train, held_out)
     return curves
 
 

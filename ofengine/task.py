@@ -32,6 +32,7 @@ from ofengine.errors import (
     quoted,
     warn,
 )
+from ofengine.onnx_model import write_onnx
 from ofengine.run.lightning import LOG_ARGUMENTS, TASK_ATTRIBUTES, mend_for
 from ofengine.run.view import RunView
 from ofengine.task_hooks import TaskHooks
@@ -338,6 +339,10 @@ class TaskModule(TaskHooks, nn.Module):
     def print(self, *values: Any, **options: Any) -> None:
         """Python's ``print(*values, **options)``, on rank 0 alone."""
         self.trainer.print(*values, **options)
+
+    def to_onnx(self, path: Union[str, Path], input_sample: Any = None) -> Path:
+        """Write ``forward`` as an ONNX model: see :func:`ofengine.onnx_model.write_onnx`."""
+        return write_onnx(self, path, input_sample)
 
     def freeze(self) -> None:
         """Let no parameter of this task train, and put it into eval mode."""

@@ -242,9 +242,9 @@ TASK_ATTRIBUTES: Mapping[str, str] = {
     "strict_loading": "weights are loaded all or none: write "
     'load_weights(task.model, path, prefix="model.") for a part of them',
     **_each(
-        "to_onnx to_torchscript to_tensorrt",
-        "nothing here exports models: trainer.save_checkpoint(path) writes the weights as a "
-        "safetensors file, which other libraries read",
+        "to_torchscript to_tensorrt",
+        "write to_onnx(path), which other tools read, or ofengine.checkpoint.save_weights(task, "
+        "path), which writes the weights for PyTorch",
     ),
     "dtype": "write next(self.parameters()).dtype",
     "model_size": "write sum(p.numel() * p.element_size() for p in self.parameters())",

@@ -52,6 +52,8 @@ def test_gradual_unfreezing_trains_layer_after_layer(mode: str, tmp_path: Path) 
     printed = run_example(
         *("gradual_unfreezing.py", "--mode", mode, "--every-n-epochs", "1", "--plot", str(picture))
     )
+    scales = re.findall(r"^(\w+) +\d+ +\S+ +0\.05 +(\S+) ", printed, re.MULTILINE)  # the preview
+    assert scales == [("stem", "0.125"), ("layer_1", "0.25"), ("layer_2", "0.5"), ("head", "1")]
     rows = re.findall(r"^ +(\d+) +([\d.]+)%  (.*)$", printed, re.MULTILINE)
     assert [training for _, _, training in rows] == [
         "head",

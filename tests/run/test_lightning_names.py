@@ -53,7 +53,7 @@ EXPECTED = {
     "TASK_ATTRIBUTES": """
         all_gather automatic_optimization clip_gradients fabric
         global_rank hparams_initial local_rank logger loggers manual_backward on_gpu
-        strict_loading summarize to_onnx to_torchscript toggle_optimizer
+        strict_loading summarize to_torchscript toggle_optimizer
         untoggle_optimizer
         """,
     "DATA_MODULE_ATTRIBUTES": "save_hyperparameters hparams from_datasets",
