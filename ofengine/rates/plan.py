@@ -247,7 +247,7 @@ class RatePlan:
     # ------------------------------------------------------------------ live groups
 
     def watch(self, *optimizers: Optimizer) -> None:
-        """Remember the rates and scales that stand in the groups of ``optimizers`` now, all planned."""
+        """Remember the rates and scales that stand in the groups of ``optimizers`` now."""
         (self._optimizer,) = optimizers
         self._find_options()
         self._standing = [*map(_lr_of, self._options)]
