@@ -35,6 +35,7 @@ from ofengine.errors import (
 from ofengine.onnx_model import write_onnx
 from ofengine.run.lightning import LOG_ARGUMENTS, TASK_ATTRIBUTES, mend_for
 from ofengine.run.view import RunView
+from ofengine.task_attributes import Attached, error_within
 from ofengine.task_hooks import TaskHooks
 from ofengine.tracing import forbid_in_trace
 
@@ -44,25 +45,6 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T", bound="TaskModule")
-
-
-class _Attached:
-    """The Trainer that runs a task. A copy, or what is unpickled, belongs to no Trainer."""
-
-    def __init__(self, trainer: Optional[RunView]) -> None:
-        self.trainer = trainer
-
-    def __reduce__(self) -> Any:
-        return _Attached, (None,)
-
-
-def _error_within(own: Any, task: Any) -> Optional[AttributeError]:
-    """The AttributeError that a property raises, which sends Python to ``__getattr__``."""
-    try:
-        own.__get__(task, type(task))
-    except AttributeError as error:
-        return error
-    return None
 
 
 class TaskModule(TaskHooks, nn.Module):
@@ -104,7 +86,7 @@ class TaskModule(TaskHooks, nn.Module):
         except AttributeError:
             own = inspect.getattr_static(type(self), name, None)
             if isinstance(own, (property, functools.cached_property)):
-                own_error = _error_within(own, self)
+                own_error = error_within(own, self)
                 if own_error is not None:
                     raise own_error from None
             elif name in ("logger", "loggers") and self._trainer is not None:
@@ -361,7 +343,7 @@ class TaskModule(TaskHooks, nn.Module):
 
     @_trainer.setter
     def _trainer(self, trainer: Optional[RunView]) -> None:
-        self.__dict__["_trainer"] = _Attached(trainer)
+        self.__dict__["_trainer"] = Attached(trainer)
 
     @property
     def trainer(self) -> RunView:

@@ -391,13 +391,9 @@ class Trainer(KnowsCallbacks):
 
 
 def _fit_apart(
-    settings: Settings,
-    callbacks: List[Callback],
-    task: TaskModule,
-    source: Any,
-    ckpt_path: CheckpointPath,
+    settings: Settings, callbacks: List[Callback], task: TaskModule, source: Any, *ckpt_path: Any
 ) -> None:
     """A ``fit`` of a Trainer of its own, without loggers."""
     trainer = Trainer.__new__(Trainer)
     trainer._run = Run.new(attrs.evolve(settings, profiler=None), callbacks, [])
-    trainer.fit(task, source, ckpt_path=ckpt_path)
+    trainer.fit(task, source, None, *ckpt_path)

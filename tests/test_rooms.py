@@ -33,7 +33,7 @@ ROOMS: List[List[str]] = [
     ["run.state", "run.report"],
     ["run.told", "run.view"],
     ["checkpoint.file", "checkpoint.weights", "checkpoint"],
-    ["data_module", "onnx_model", "task_hooks", "task"],
+    ["data_module", "onnx_model", "task_hooks", "task_attributes", "task"],
     ["callback"],
     ["modes"],
     [

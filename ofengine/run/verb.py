@@ -70,9 +70,8 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
     warn_of_misspelt_methods(task, run.callbacks)
     tell_of_lightning_s_names(task, run.callbacks, run.datamodule)
     first = trainer.is_global_zero
-    hooks = HookRunner(
-        trainer, task, [each for each in run.callbacks if first or not each.rank_zero_only]
-    )
+    called = [each for each in run.callbacks if first or not each.rank_zero_only]
+    hooks = HookRunner(trainer, task, called)
     modes: Dict[str, Mode] = {
         name: _mode(name, run, hooks)
         for name in ({settings.mode, settings.eval_mode} if verb == "fit" else {settings.eval_mode})
