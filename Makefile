@@ -88,5 +88,5 @@ $(DOCS_READY): docs/site/requirements.txt
 	done; \
 	if [ -z "$$python" ]; then echo "The site needs CPython 3.10 or newer with its venv package." >&2; exit 1; fi; \
 	"$$python" -m venv --clear .venv-docs
-	@$(DOCS_PYTHON) -m pip install --quiet -r docs/site/requirements.txt
+	@$(DOCS_PYTHON) -m pip install --quiet --use-pep517 -r docs/site/requirements.txt
 	@pwd -P >$@

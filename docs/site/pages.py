@@ -157,7 +157,8 @@ def _linked(language: str, pictures: bool = False) -> List[str]:
 def _as_page(path: str) -> str:
     text = (ROOT / path).read_text(encoding="utf-8")
     language = CODE.get(Path(path).suffix, "text")
-    return f"# {path}\n\n````{language}\n{text.rstrip()}\n````\n"
+    # In the search it comes after the pages that explain.
+    return f"---\nsearch:\n  boost: 0.2\n---\n# {path}\n\n````{language}\n{text.rstrip()}\n````\n"
 
 
 def _page(config: MkDocsConfig, path: str, address: str, text: str) -> File:
