@@ -127,9 +127,11 @@ def test_a_message_keeps_all_bits_and_runs_nothing() -> None:
     import numpy as np
 
     value = {"a": [0.1, float("inf"), 2**70, None, "x"], "b": np.array([1.5, -0.0], np.float32)}
+    value["c"] = np.array(["x", "yz"])
     back = decode(encode(value))
     assert back["a"] == value["a"]
     assert back["b"].tobytes() == value["b"].tobytes()
+    assert back["c"].tolist() == ["x", "yz"]
     with pytest.raises(TypeError):
         encode({"function": print})
 
