@@ -46,7 +46,7 @@ EXPECTED = {
     "TRAINER_ATTRIBUTES": """
         ckpt_path fit_loop
         lightning_module lr_scheduler_configs model num_devices
-        num_test_batches num_val_batches optimizers predicting progress_bar_callback
+        num_test_batches num_val_batches predicting progress_bar_callback
         received_sigterm state strategy testing train_dataloader training val_dataloaders
         validating
         """,
