@@ -100,7 +100,7 @@ def _check_names(run: Run, checkpoint: Checkpoint) -> None:
         if every != own[name].every_n_batches:
             raise CheckpointError(
                 f"optimizer {name!r} has every_n_batches={own[name].every_n_batches}, and "
-                f"{every} in {checkpoint.path}: a run is resumed with those it was begun with."
+                f"{every} in {checkpoint.path}: a run is resumed with what it was begun with."
             )
 
 

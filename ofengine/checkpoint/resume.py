@@ -222,13 +222,13 @@ class Resumed:
 
     def restore_rates(self, run: Run, policy: str) -> None:
         """Let the plan go on; say where checkpoint and code disagree."""
-        for name, each in of_each(self.state).items():
-            part = run.each()[name]
+        kept = {name: each["rates"] for name, each in of_each(self.state).items()}
+        for name, part in run.each().items():
             of_whom = f"optimizer {name!r}: " if name else ""
-            for line in resume_plan(part.rates, part.made, each["rates"], policy):
+            for line in resume_plan(part.rates, part.made, kept[name], policy):
                 log.info("resume: %s%s", of_whom, line)
-        if isinstance(run.rates, JointPlan):
-            run.rates.resume(each["rates"]["calendar"], run.progress.global_step)
+        if isinstance(run.rates, JointPlan):  # all of them have known the same epochs
+            run.rates.resume(next(iter(kept.values()))["calendar"], run.progress.global_step)
 
     # -------------------------------------------------- in the loop
 

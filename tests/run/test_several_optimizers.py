@@ -31,6 +31,7 @@ from ofengine.callbacks import (
     ModelSummary,
 )
 from ofengine.cli import main
+from ofengine.modes import step_graphs
 from ofengine.rates.planning import plan_run
 
 EPOCHS, BATCHES = 2, 5
@@ -406,6 +407,30 @@ def test_only_its_own_parameters_have_gradients_in_a_step() -> None:
     assert list(trainer.optimizers) == both
     assert len(trainer.param_groups) == len(trainer.rates.names) == 3
     assert len(trainer.parameters) == 12
+
+
+class Graphs(Callback):
+    """The graphs that were compiled."""
+
+    def __init__(self) -> None:
+        self.seen: List[Any] = []
+
+    def on_before_graph_compile(self, trainer: Any, task: Any, graph: Any) -> None:
+        self.seen.append(graph)
+
+
+def test_no_graph_computes_a_gradient_of_another_one_s_parameters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes, weights = [], []
+    for hold in (step_graphs.hold, lambda *_: None):
+        monkeypatch.setattr(step_graphs, "hold", hold)
+        graphs = Graphs()
+        weights.append(trained(Gan(), "graph", graphs, max_steps=1))
+        sizes.append([len(each._full_job_proto.net.op) for each in graphs.seen])
+    assert [len(each) for each in sizes] == [2, 2]  # one for each optimizer
+    assert all(held < computed for held, computed in zip(*sizes))
+    assert weights[0] == weights[1]
 
 
 class Keeps(Callback):
