@@ -16,7 +16,7 @@ import ofengine.callbacks  # noqa: F401 so that its classes can be named without
 from ofengine.callback import Callback
 from ofengine.cli.described import why_not_described
 from ofengine.cli.given import SECTIONS, Given
-from ofengine.cli.hints import hint_of, in_words, missing_of, nearest
+from ofengine.cli.hints import hint_of, in_words, incomparable_of, missing_of, nearest
 from ofengine.cli.tasks import load_class, module_of
 from ofengine.data_module import DataModule
 from ofengine.errors import ConfigurationError, OFEngineError, said_by
@@ -90,12 +90,14 @@ def make_parser(verb: str, owners: Mapping[str, Owner]) -> jsonargparse.Argument
     if "rates_on_resume" in OWN[verb]:
         parser.add_argument("--rates_on_resume", type=str, default="checkpoint")
     for section, owner in owners.items():
+        options: Dict[str, Any] = {"instantiate": False, "fail_untyped": False}
+        options["skip"] = set(incomparable_of(owner.cls))
         try:
-            parser.add_class_arguments(owner.cls, section, instantiate=False, fail_untyped=False)
-        except ValueError as error:
+            parser.add_class_arguments(owner.cls, section, **options)
+        except Exception as error:  # whatever a default or a hint of the user's makes of it
             raise ConfigurationError(
                 f"{owner.path}: the arguments of {owner.cls.__name__} cannot be options: "
-                f"{_one_line(error)}"
+                f"{said_by(error)}."
             ) from error
     parser.set_defaults({"trainer.seed": SEED})
     return parser
