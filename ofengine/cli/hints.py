@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import enum
 import inspect
 import typing
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Container, Iterable, List, Type, Union
 
 _WORDS = {
@@ -47,7 +48,7 @@ def hint_of(cls: Type[Any], argument: str) -> Any:
 def incomparable_of(cls: Type[Any]) -> List[str]:
     """The arguments of ``cls``, or of what it hands them to, whose defaults are tensors or arrays.
 
-    These cannot be compared with anything, as jsonargparse does: they are no options.
+    These cannot be compared with anything, as jsonargparse does.
     """
     found = []
     for owner in cls.__mro__:
@@ -75,6 +76,16 @@ def default_of(cls: Type[Any], argument: str) -> Any:
         if parameter is not None:
             return parameter.default
     return inspect.Parameter.empty
+
+
+def can_be_written(value: Any) -> bool:
+    """True for what a config file can hold: plain values, and what jsonargparse makes of such."""
+    if isinstance(value, dict):
+        return all(can_be_written(each) for pair in value.items() for each in pair)
+    if isinstance(value, (list, tuple, set)):
+        return all(can_be_written(each) for each in value)
+    plain = type(value) in (bool, int, float, str, type(None))
+    return plain or isinstance(value, (enum.Enum, PurePath)) or dataclasses.is_dataclass(value)
 
 
 def missing_of(cls: Type[Any], given: Container[str]) -> List[str]:

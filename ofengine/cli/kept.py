@@ -17,7 +17,6 @@ import ofengine
 from ofengine.callback import Callback
 from ofengine.cli.checked import OWN, Checked, arguments_of
 from ofengine.cli.given import Given
-from ofengine.cli.hints import default_of
 from ofengine.disk import claim_version, give_name, temporary_file
 from ofengine.errors import ConfigurationError, said_by
 from ofengine.run.view import RunView
@@ -50,25 +49,15 @@ def _plain(checked: Checked) -> Dict[str, Any]:
             checked.parser.dump(checked.arguments, format="ofengine", skip_unset=False)
         except (TypeError, ValueError):  # before jsonargparse 4.50 it has another name
             checked.parser.dump(checked.arguments, format="ofengine", skip_none=False)
-    for section, owner in checked.owners.items():
+    for section in checked.owners:
         held = vars(checked.arguments.get(section) or argparse.Namespace())
         dumped = kept[0].get(section) or {}
         for name, value in list(dumped.items()):
-            if _is_object(held.get(name)) and held.get(name) is default_of(owner.cls, name):
-                del dumped[name]  # what no file can hold, and what is taken without it
-            else:
-                dumped[name] = _with_keys(value, held.get(name))
+            dumped[name] = _with_keys(value, held.get(name))
+        for name in checked.left_alone(section):
+            dumped.pop(name, None)
     _check_same(checked, kept[0])
     return kept[0]
-
-
-def _is_object(value: Any) -> bool:
-    """True for what YAML has no form for."""
-    try:
-        yaml.safe_dump(value)
-    except yaml.YAMLError:
-        return True
-    return False
 
 
 def _check_same(checked: Checked, dumped: Dict[str, Any]) -> None:

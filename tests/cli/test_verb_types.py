@@ -80,14 +80,17 @@ class Objects(Base):
         self,
         act: nn.Module = nn.Tanh(),
         call: Callable[[Any], Any] = lambda x: x,
-        tensor: Any = flow.ones(2),
-        array: Any = np.ones(2),
         scale: Any = np.float32(0.1),
         width: int = 2,
         nothing: Optional[Nothing] = None,
     ) -> None:
         super().__init__()
-        self.made.append((type(act), call(3), tensor.sum().item(), array.sum(), scale, width))
+        self.made.append((type(act), call(3), scale, width))
+
+
+class Tensors(Base):
+    def __init__(self, tensor: Any = flow.ones(2)) -> None:
+        super().__init__()
 
 
 class Rounded:
@@ -172,14 +175,24 @@ def test_defaults_that_no_file_can_hold_stay_what_they_are(types: Any, capsys: A
     text = config(capsys, "typed.py:Objects", "--task.width=3")
     init_args = yaml.safe_load(text)["task"]["init_args"]
     assert init_args["width"] == 3
-    assert not {"call", "tensor", "array", "scale"} & set(init_args)
+    assert not {"call", "scale"} & set(init_args)
     Path("objects.yaml").write_text(text)
     assert main(["fit", "--config", "objects.yaml", *QUIET, "--trainer.fast_dev_run=1"]) == 0
     (made,) = types().Base.made
     tanh, *rest = made
     assert tanh.__name__ == "Tanh"
-    assert rest[:3] == [3, 2.0, 2.0]
-    assert rest[4] == 3
+    assert rest[0] == 3
+    assert type(rest[1]).__name__ == "float32"
+    assert rest[2] == 3
+
+
+def test_a_tensor_is_no_default_of_an_option(types: Any, capsys: Any) -> None:
+    assert main(["fit", "typed.py:Tensors", "--help"]) == 2
+    said = capsys.readouterr().err
+    assert said.endswith(
+        "typed.py: the default of Tensors's argument tensor is a tensor or an array, which no "
+        "option can be: let it be None, and make it in __init__.\n"
+    )
 
 
 def test_a_value_that_the_file_would_change_is_refused(types: Any, capsys: Any) -> None:
