@@ -29,6 +29,8 @@ from ofengine.cli.tasks import load_class, module_of
 from ofengine.data_module import DataModule
 from ofengine.errors import ConfigurationError, OFEngineError, said_by
 from ofengine.loggers import Logger
+from ofengine.rates.resume import POLICIES
+from ofengine.run.arguments import check_choice
 from ofengine.run.lightning import TRAINER_ARGUMENTS, mend_for
 from ofengine.task import TaskModule
 from ofengine.trainer import Trainer
@@ -160,6 +162,8 @@ def check(verb: str, given: Given, owners: Dict[str, Owner]) -> Checked:
         )
     except (argparse.ArgumentError, ValueError) as error:
         raise _mended(error, given, owners) from None
+    if "rates_on_resume" in OWN[verb]:
+        check_choice("rates_on_resume", arguments.rates_on_resume, POLICIES)
     return Checked(owners, parser, arguments, files, names)
 
 
