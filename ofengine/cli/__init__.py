@@ -24,9 +24,15 @@ def main(argv: Optional[List[str]] = None) -> int:
         from ofengine.cli.verbs import run_verb
 
         return run_verb(words[0], VERBS[words[0]], words[1:])
-    parser = argparse.ArgumentParser(prog="ofengine", description="A trainer engine for OneFlow.")
+    parser = argparse.ArgumentParser(
+        prog="ofengine",
+        description="A trainer engine for OneFlow.",
+        epilog="ofengine COMMAND --help tells of a command's options.",
+    )
     parser.add_argument("--version", action="version", version=f"ofengine {ofengine.__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND [OPTIONS]", dest="command", required=True
+    )
     for verb, text in VERBS.items():
         commands.add_parser(verb, help=text)
     _add_doctor(commands)

@@ -16,11 +16,21 @@ import ofengine.callbacks  # noqa: F401 so that its classes can be named without
 from ofengine.callback import Callback
 from ofengine.cli.described import why_not_described
 from ofengine.cli.given import SECTIONS, Given
-from ofengine.cli.hints import hint_of, in_words, missing_of, nearest
+from ofengine.cli.hints import (
+    can_be_written,
+    default_of,
+    hint_of,
+    in_words,
+    incomparable_of,
+    missing_of,
+    nearest,
+)
 from ofengine.cli.tasks import load_class, module_of
 from ofengine.data_module import DataModule
 from ofengine.errors import ConfigurationError, OFEngineError, said_by
 from ofengine.loggers import Logger
+from ofengine.rates.resume import POLICIES
+from ofengine.run.arguments import check_choice
 from ofengine.run.lightning import TRAINER_ARGUMENTS, mend_for
 from ofengine.task import TaskModule
 from ofengine.trainer import Trainer
@@ -54,6 +64,21 @@ class Checked(NamedTuple):
     """jsonargparse's Namespace."""
     files: Dict[str, str]
     """The name of each module that a file was run as, and the file."""
+    given: List[str]
+    """The names of all that was given."""
+
+    def left_alone(self, section: str) -> List[str]:
+        """The arguments that were not given and whose defaults no file can hold, such as functions.
+
+        They stay what the code says.
+        """
+        cls = self.owners[section].cls
+        return [
+            name
+            for name in {each.dest.split(".")[1] for each in arguments_of(self.parser, section)}
+            if not any(f"{each}.".startswith(f"{section}.{name}.") for each in self.given)
+            and not can_be_written(default_of(cls, name))
+        ]
 
     def made(self) -> Dict[str, Dict[str, Any]]:
         """The arguments of each owner, by name, with the objects that config files describe."""
@@ -67,7 +92,12 @@ class Checked(NamedTuple):
             raise ConfigurationError(
                 f"what was asked for cannot be made: {said_by(error)}."
             ) from error
-        return {section: vars(made.get(section) or argparse.Namespace()) for section in self.owners}
+        arguments = {}
+        for section in self.owners:
+            arguments[section] = vars(made.get(section) or argparse.Namespace())
+            for name in self.left_alone(section):
+                arguments[section].pop(name, None)
+        return arguments
 
 
 def find_owners(given: Given) -> Dict[str, Owner]:
@@ -90,12 +120,17 @@ def make_parser(verb: str, owners: Mapping[str, Owner]) -> jsonargparse.Argument
     if "rates_on_resume" in OWN[verb]:
         parser.add_argument("--rates_on_resume", type=str, default="checkpoint")
     for section, owner in owners.items():
+        for name in incomparable_of(owner.cls):
+            raise ConfigurationError(
+                f"{owner.path}: the default of {owner.cls.__name__}'s argument {name} is a tensor "
+                "or an array, which no option can be: let it be None, and make it in __init__."
+            )
         try:
             parser.add_class_arguments(owner.cls, section, instantiate=False, fail_untyped=False)
-        except ValueError as error:
+        except Exception as error:  # whatever a default or a hint of the user's makes of it
             raise ConfigurationError(
                 f"{owner.path}: the arguments of {owner.cls.__name__} cannot be options: "
-                f"{_one_line(error)}"
+                f"{said_by(error)}."
             ) from error
     parser.set_defaults({"trainer.seed": SEED})
     return parser
@@ -127,7 +162,9 @@ def check(verb: str, given: Given, owners: Dict[str, Owner]) -> Checked:
         )
     except (argparse.ArgumentError, ValueError) as error:
         raise _mended(error, given, owners) from None
-    return Checked(owners, parser, arguments, files)
+    if "rates_on_resume" in OWN[verb]:
+        check_choice("rates_on_resume", arguments.rates_on_resume, POLICIES)
+    return Checked(owners, parser, arguments, files, names)
 
 
 def _put(config: Dict[str, Any], way: List[str], value: Any) -> None:
@@ -217,7 +254,7 @@ def _mended(error: Exception, given: Given, owners: Mapping[str, Owner]) -> Conf
     """What jsonargparse says over several lines, as one sentence about what the user wrote."""
     text = str(error)
     found = re.search(r'arser key "([\w.]+)"', text)
-    unknown = re.search(r"unrecognized arguments: --([^\s=]+)", text)
+    unknown = re.search(r"[Uu]nrecognized arguments: --([^\s=]+)", text)
     if unknown is not None:
         return ConfigurationError(f"{given.where(unknown.group(1))}: there is no such argument.")
     if found is None or found.group(1) == "config":

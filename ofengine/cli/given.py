@@ -153,6 +153,10 @@ def read_config(file: str) -> Config:
     for name, value in _located(_load(file), Path(file).parent).items():
         if name in SECTIONS:
             _read_section(config, name, value)
+        elif name == "config":
+            raise ConfigurationError(
+                f"{file}: config: a config file names no other: give --config several times."
+            )
         elif name == "trainer":
             for argument, each in _names(file, name, value).items():
                 config.values[f"trainer.{argument}"] = each

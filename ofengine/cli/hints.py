@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import enum
 import inspect
 import typing
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Container, Iterable, List, Type, Union
 
 _WORDS = {
@@ -44,11 +45,47 @@ def hint_of(cls: Type[Any], argument: str) -> Any:
     return Any
 
 
+def incomparable_of(cls: Type[Any]) -> List[str]:
+    """The arguments of ``cls``, or of what it hands them to, whose defaults are tensors or arrays.
+
+    These cannot be compared with anything, as jsonargparse does.
+    """
+    found = []
+    for owner in cls.__mro__:
+        method = owner.__dict__.get("__init__")
+        for name, parameter in inspect.signature(method).parameters.items() if method else ():
+            try:
+                bool(parameter.default == parameter.empty)
+            except Exception:
+                found.append(name)
+    return found
+
+
 class _Alone:
     """Something with a single annotation, which others that cannot be resolved do not disturb."""
 
     def __init__(self, name: str, annotation: str) -> None:
         self.__annotations__ = {name: annotation}
+
+
+def default_of(cls: Type[Any], argument: str) -> Any:
+    """The default of an argument of ``cls``, which may be one that a base takes."""
+    for owner in cls.__mro__:
+        method = owner.__dict__.get("__init__")
+        parameter = inspect.signature(method).parameters.get(argument) if method else None
+        if parameter is not None:
+            return parameter.default
+    return inspect.Parameter.empty
+
+
+def can_be_written(value: Any) -> bool:
+    """True for what a config file can hold: plain values, and what jsonargparse makes of such."""
+    if isinstance(value, dict):
+        return all(can_be_written(each) for pair in value.items() for each in pair)
+    if isinstance(value, (list, tuple, set)):
+        return all(can_be_written(each) for each in value)
+    plain = type(value) in (bool, int, float, str, type(None))
+    return plain or isinstance(value, (enum.Enum, PurePath)) or dataclasses.is_dataclass(value)
 
 
 def missing_of(cls: Type[Any], given: Container[str]) -> List[str]:
@@ -106,4 +143,6 @@ def _each(hint: Any, short: int) -> List[str]:
     if issubclass(kind, (list, tuple, set)) or kind.__name__ in ("Sequence", "Iterable"):
         inside = in_words(arguments[0]) if arguments else "a value"
         return ["LIST" if short else f"a list of which each is {inside}"]
+    if kind.__module__ in ("builtins", "datetime", "decimal", "uuid"):
+        return [kind.__name__.upper() if short else f"a {kind.__name__}"]
     return [kind.__name__.upper() if short else f"class_path and init_args of a {kind.__name__}"]

@@ -6,6 +6,7 @@ import argparse
 import itertools
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -14,10 +15,10 @@ from jsonargparse import get_loader, set_dumper
 
 import ofengine
 from ofengine.callback import Callback
-from ofengine.cli.checked import OWN, Checked
+from ofengine.cli.checked import OWN, Checked, arguments_of
 from ofengine.cli.given import Given
 from ofengine.disk import claim_version, give_name, temporary_file
-from ofengine.errors import ConfigurationError
+from ofengine.errors import ConfigurationError, said_by
 from ofengine.run.view import RunView
 from ofengine.task import TaskModule
 
@@ -42,15 +43,40 @@ def _plain(checked: Checked) -> Dict[str, Any]:
         return ""
 
     set_dumper("ofengine", keep)
-    try:
-        checked.parser.dump(checked.arguments, format="ofengine", skip_unset=False)
-    except (TypeError, ValueError):  # before jsonargparse 4.50 it has another name
-        checked.parser.dump(checked.arguments, format="ofengine", skip_none=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of defaults that no file can hold
+        try:
+            checked.parser.dump(checked.arguments, format="ofengine", skip_unset=False)
+        except (TypeError, ValueError):  # before jsonargparse 4.50 it has another name
+            checked.parser.dump(checked.arguments, format="ofengine", skip_none=False)
     for section in checked.owners:
         held = vars(checked.arguments.get(section) or argparse.Namespace())
-        for name, value in (kept[0].get(section) or {}).items():
-            kept[0][section][name] = _with_keys(value, held.get(name))
+        dumped = kept[0].get(section) or {}
+        for name, value in list(dumped.items()):
+            dumped[name] = _with_keys(value, held.get(name))
+        for name in checked.left_alone(section):
+            dumped.pop(name, None)
+    _check_same(checked, kept[0])
     return kept[0]
+
+
+def _check_same(checked: Checked, dumped: Dict[str, Any]) -> None:
+    """Raise where an argument would be another one when it is read again."""
+    parser, text = checked.parser, yaml.safe_dump(dumped, default_style='"')
+    try:
+        again = parser.parse_args([f"--config={text}"])
+    except argparse.ArgumentError as error:
+        raise ConfigurationError(
+            "what this run was given would not be read again from its config file: "
+            f"{said_by(error)}."
+        ) from None
+    for name in [action.dest for action in arguments_of(parser)]:
+        one, other = (repr(each.get(name)) for each in (checked.arguments, again))
+        if one != other:
+            raise ConfigurationError(
+                f"{name} is {one}, and would be read again as {other} from the run's config file: "
+                "give a value that is read as it is written."
+            )
 
 
 def _with_keys(dumped: Any, held: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, Dict, Optional, Union
 
 from ofengine.errors import ConfigurationError
 
-MaxTime = Union[str, timedelta, Dict[str, int], None]
+MaxTime = Union[str, Dict[str, int], timedelta, None]
 Limit = Union[int, float, None]
 
 

@@ -43,6 +43,7 @@ OPTIONS = [
     ("nets.py:Net --trainer.max_epochs.x 3", "--trainer.max_epochs"),
     ("nets.py:Net --mode grpah", "mode='grpah': use one of ['eager', 'graph']."),
     ("nets.py:Net --device tpu", "tpu"),
+    ("nets.py:Net --rates_on_resume no", "rates_on_resume='no': use one of ['checkpoint', 'confi"),
     ("nets.py:Net --seed -1", "seed=-1: give a whole number from 0 on, or null."),
     ("nets.py:Net --trainer.max_time 5", "max_time='5': write it as"),
     ("nets.py:Net --trainer.callbacks+=Early", "there is no Callback 'Early': "),
