@@ -45,6 +45,7 @@ from ofengine.run.verb import alone_in_training, carry_out
 from ofengine.run.view import Content
 from ofengine.run.windows import Accumulation
 from ofengine.task import TaskModule
+from ofengine.trials.batch_size import scale_batch_size
 from ofengine.trials.lr_find import lr_find
 from ofengine.trials.proof import Report
 from ofengine.trials.prove import prove
@@ -290,11 +291,14 @@ class Trainer(KnowsCallbacks):
             with self._imagining(task, batches):
                 return plan_run(self.settings, task, batches, self._decays())
 
-        def fit(settings: Settings, callback: Callback, task: TaskModule, source: Any) -> None:
-            _fit_apart(settings, [callback], task, source, None)
-
         with connect.training_source(self, train_dataloaders) as source:
-            return lr_find(self.settings, task, source, plan, fit, **options)
+            return lr_find(self.settings, task, source, plan, _fit_apart, **options)
+
+    def scale_batch_size(self, task: TaskModule, train_dataloaders: Any = None, **how: Any) -> int:
+        """The largest batch that fits, see :func:`ofengine.trials.batch_size.scale_batch_size`."""
+        starting.refuse_on_ranks(self.settings, "scale_batch_size")
+        with connect.training_source(self, train_dataloaders) as source:
+            return scale_batch_size(self.settings, task, source, _fit_apart, **how)
 
     def prove(self, task: TaskModule, train_dataloaders: Any = None, steps: int = 20) -> Report:
         """Run ``task`` in both modes, whole and resumed, compare all bits, put everything back.

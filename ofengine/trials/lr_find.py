@@ -25,8 +25,8 @@ from ofengine.trials.restore import OptimizerLoan, Restorer
 
 Plan = Callable[[Optional[int]], Tuple[Optional[Optimization], RatePlan]]
 """Plans the run that the task would make by itself, from the batches in an epoch."""
-Fit = Callable[[Settings, Callback, TaskModule, Any], None]
-"""Fits a task over training data with other settings and one callback."""
+Fit = Callable[[Settings, List[Callback], TaskModule, Any, None], None]
+"""Fits a task over training data with other settings and callbacks, from no checkpoint."""
 
 
 class _Sweep(LRScheduler):
@@ -187,7 +187,7 @@ def lr_find(
         sweep = _Optimizers(plan, task, rates)
         task.__dict__["configure_optimizers"] = sweep.configure
         try:
-            fit(sweep_settings, recorder, task, source)
+            fit(sweep_settings, [recorder], task, source, None)
         finally:
             sweep.give_back()
     base = {group.name: group.lr for group in sweep.groups}
