@@ -64,7 +64,8 @@ class BackboneFinetuning(GradualUnfreezing):
         backbone: where the backbone is in the task, such as "model.features".
 
     Raises:
-        ConfigurationError: at once for a wrong argument.
+        ConfigurationError: at once for a wrong argument; UnknownArgumentError for one that it has
+            not.
         RateError: at ``fit``, where the task has no such module, no group of its own for it, or no
             other group; in training, where ``lambda_func`` gives no factor.
     """

@@ -323,7 +323,7 @@ class TaskModule(TaskHooks, nn.Module):
         self.trainer.print(*values, **options)
 
     def to_onnx(self, path: Union[str, Path], input_sample: Any = None) -> Path:
-        """Write ``forward`` as an ONNX model: see :func:`ofengine.onnx_model.write_onnx`."""
+        """Write ``forward`` of ``input_sample`` to ``path``: ``ofengine.onnx_model.write_onnx``."""
         return write_onnx(self, path, input_sample)
 
     def freeze(self) -> None:

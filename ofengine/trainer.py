@@ -27,7 +27,7 @@ from ofengine.errors import warn
 from ofengine.loggers import Logger
 from ofengine.rates.finder import LRFinder
 from ofengine.rates.optimizers import Optimization
-from ofengine.rates.plan import DecayEvents, RatePlan
+from ofengine.rates.plan import RatePlan
 from ofengine.rates.planning import epoch_length, plan_run
 from ofengine.rates.preview import Preview, preview
 from ofengine.rates.resume import POLICIES
@@ -276,8 +276,8 @@ class Trainer(KnowsCallbacks):
         """
         with connect.training_source(self, train_dataloaders) as source:
             batches = epoch_length(self.settings, task, source, steps_per_epoch)
-        with self._imagining(task, batches):
-            return preview(self.settings, task, batches, self._decays())
+        with self._imagining(task, batches) as decays:
+            return preview(self.settings, task, batches, decays)
 
     def lr_find(self, task: TaskModule, train_dataloaders: Any = None, **options: Any) -> LRFinder:
         """Try rising rates on ``task`` and put everything back.
@@ -288,24 +288,25 @@ class Trainer(KnowsCallbacks):
         starting.start_missing_ranks(self.settings)
 
         def plan(batches: Optional[int]) -> Tuple[Optional[Optimization], RatePlan]:
-            with self._imagining(task, batches):
-                return plan_run(self.settings, task, batches, self._decays())
+            with self._imagining(task, batches) as decays:
+                return plan_run(self.settings, task, batches, decays)
 
         with connect.training_source(self, train_dataloaders) as source:
             return lr_find(self.settings, task, source, plan, _fit_apart, **options)
 
     def scale_batch_size(self, task: TaskModule, train_dataloaders: Any = None, **how: Any) -> int:
-        """The largest batch that fits, see :func:`ofengine.trials.batch_size.scale_batch_size`."""
-        starting.refuse_on_ranks(self.settings, "scale_batch_size")
+        """The most rows in a batch of ``train_dataloaders`` that ``task`` can be trained on.
+
+        ``how``: see :func:`ofengine.trials.batch_size.scale_batch_size`.
+        """
         with connect.training_source(self, train_dataloaders) as source:
             return scale_batch_size(self.settings, task, source, _fit_apart, **how)
 
     def prove(self, task: TaskModule, train_dataloaders: Any = None, steps: int = 20) -> Report:
         """Run ``task`` in both modes, whole and resumed, compare all bits, put everything back.
 
-        ``steps`` optimizer steps of ``train_dataloaders``. On several ranks: on all of them and in
-        one process that accumulates.
-        See :func:`ofengine.trials.prove.prove`, :func:`ofengine.trials.prove_ranks.prove_ranks`.
+        ``steps`` optimizer steps of ``train_dataloaders``; several ranks are compared with one
+        process that accumulates. See ``prove`` in ``ofengine.trials.prove`` and ``prove_ranks``.
         """
         starting.start_missing_ranks(self.settings)
         proof = prove if self.settings.world is None else prove_ranks
@@ -330,9 +331,6 @@ class Trainer(KnowsCallbacks):
         return content_of(self._run)
 
     # ------------------------------------------------------------------ all verbs
-
-    def _decays(self) -> List[Tuple[str, DecayEvents]]:
-        return connect.decay_events(self.settings, self.callbacks)
 
     def _evaluate(
         self,
@@ -361,9 +359,8 @@ class Trainer(KnowsCallbacks):
             watch_data(self._run, loaders)
             move(task, self.device)
             if ckpt_path is not None:
-                path = together.of_rank_zero(
-                    self._run, lambda: str(weights_file(self._run, ckpt_path))
-                )
+                run = self._run
+                path = together.of_rank_zero(run, lambda: str(weights_file(run, ckpt_path)))
                 load_weights(task, path)
             together.share_weights(self._run)
             return evaluation_loop(self._run, hooks, mode, stage, loaders, keeps=keeps)
@@ -378,7 +375,7 @@ class Trainer(KnowsCallbacks):
         self._run.metrics.forget()
 
     @contextlib.contextmanager
-    def _imagining(self, task: TaskModule, batches: Optional[int]) -> Iterator[None]:
+    def _imagining(self, task: TaskModule, batches: Optional[int]) -> Iterator[Any]:
         """Let ``task`` ask about a run that is not made, and leave both as they were."""
         kept, of_task = self._run, task.__dict__.get("_trainer")
         self._run = Run.new(kept.settings, kept.callbacks, kept.loggers)
@@ -386,7 +383,7 @@ class Trainer(KnowsCallbacks):
         self._run.batches_per_epoch = None if batches is None else self._run.rounds(batches)
         task._trainer = self
         try:
-            yield
+            yield connect.decay_events(kept.settings, kept.callbacks)
         finally:
             self._run = kept
             del task.__dict__["_trainer"]

@@ -72,6 +72,11 @@ def scale_batch_size(
             another reason than memory.
         DataError: the data has no rows, or ``init_val`` rows do not fit.
     """
+    if settings.world_size > 1:
+        raise ConfigurationError(
+            f"scale_batch_size runs in one process, and there are {settings.world_size} ranks: "
+            "call it with Trainer(devices=1), and let each rank take as many rows."
+        )
     _check(mode, steps_per_trial, init_val, max_trials, max_val)
     trial = Trial.of_this_process()
     if trial is not None and len(_found) < len(trial.found):
