@@ -9,7 +9,7 @@ import oneflow as flow
 import pytest
 from helpers import MODES, quiet_trainer, resuming, sentence
 from helpers.duels import Duel
-from helpers.resuming import Endless, check_exact, run, shuffled
+from helpers.resuming import Endless, check_exact, run, shuffled, some_slow
 from oneflow.optim.lr_scheduler import ReduceLROnPlateau
 
 from ofengine import Callback, CheckpointError
@@ -36,7 +36,7 @@ def test_from_a_point_of_each_kind(
     check_exact(tmp_path, mode, other, task=Duel, seed=7, callbacks=decaying)
 
 
-@pytest.mark.parametrize("task", [Duel, Thrice])
+@pytest.mark.parametrize("task", some_slow([Duel, Thrice], Thrice))
 def test_from_every_point(task: Any, tmp_path: Path) -> None:
     check_exact(tmp_path, "eager", most=None, task=task, callbacks=decaying)
 
@@ -48,7 +48,7 @@ def test_from_every_point_in_and_across_the_modes(mode: str, other: str, tmp_pat
 
 
 def test_data_of_unknown_length(tmp_path: Path) -> None:
-    check_exact(tmp_path, "eager", most=None, task=Thrice, data=Endless, callbacks=decaying)
+    check_exact(tmp_path, "eager", task=Thrice, data=Endless, callbacks=decaying)
 
 
 class Watched(Duel):
@@ -68,7 +68,7 @@ class Watched(Duel):
 
 
 def test_plateaus(tmp_path: Path) -> None:
-    whole = check_exact(tmp_path, "eager", most=None, task=Watched, max_epochs=3)
+    whole = check_exact(tmp_path, "eager", task=Watched, max_epochs=3)
     plan = whole.trainer.rates
     base = {group.name: group.lr * group.lr_scale for group in plan.groups}
     last = dict(zip(plan.names, plan.rates(whole.trainer.global_step - 1)))
@@ -83,9 +83,8 @@ class SetsRates(Callback):
             trainer.set_lr("generator/last", 0.005)
 
 
-@pytest.mark.parametrize("mode", ["eager"])
-def test_a_rate_that_was_set(mode: str, tmp_path: Path) -> None:
-    whole = check_exact(tmp_path, mode, most=None, task=Duel, callbacks=lambda: [SetsRates()])
+def test_a_rate_that_was_set(tmp_path: Path) -> None:
+    whole = check_exact(tmp_path, "eager", task=Duel, callbacks=lambda: [SetsRates()])
     assert whole.trainer.rates.rate("generator/last", 9) == pytest.approx(0.005)
 
 
