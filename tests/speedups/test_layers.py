@@ -23,11 +23,11 @@ class Net(TaskModule):
     def __init__(self, dropout: float = 0.2) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 6, 3, padding=1)
-        self.depthwise = nn.Conv2d(6, 6, 3, padding=1, groups=6)
-        self.pointwise = nn.Conv2d(6, 8, 1)
-        self.norm = nn.LayerNorm(8)
+        self.depthwise = nn.Conv2d(6, 6, 5, padding=2, groups=6)
+        self.pointwise = nn.Conv2d(6, 6, 1)
+        self.norm = nn.LayerNorm(6)
         self.act = nn.Sequential(nn.GELU(), nn.Dropout(dropout), nn.SiLU())
-        self.head = nn.Linear(8, 3)
+        self.head = nn.Linear(6, 3)
         fill_deterministically(self)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -41,7 +41,7 @@ class Net(TaskModule):
 
 def images(count: int = 4) -> Any:
     flow.manual_seed(3)
-    return [(flow.randn(2, 3, 5, 5), flow.randint(0, 3, (2,))) for _ in range(count)]
+    return [(flow.randn(2, 3, 14, 14), flow.randint(0, 3, (2,))) for _ in range(count)]
 
 
 def fitted(mode: str, **arguments: Any) -> Net:
@@ -72,11 +72,13 @@ def test_layers_keep_all_but_their_class_and_get_it_back() -> None:
         nn.LayerNorm(4, elementwise_affine=False),
         nn.GELU("tanh"),
         nn.Conv2d(4, 4, 1, stride=2),
+        nn.Conv2d(4, 8, 1),
+        nn.Conv2d(4, 4, 3, padding=1, groups=4),
         nn.Conv2d(4, 4, 1, padding=1),
-        nn.Conv2d(4, 8, 3, padding=1, groups=4),
-        nn.Conv2d(4, 4, 3, groups=4),
-        nn.Conv2d(4, 4, 2, padding=1, groups=4),
-        nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4),
+        nn.Conv2d(4, 8, 5, padding=2, groups=4),
+        nn.Conv2d(4, 4, 5, groups=4),
+        nn.Conv2d(4, 4, 6, padding=3, groups=4),
+        nn.Conv2d(4, 4, 5, padding=4, dilation=2, groups=4),
     ],
     ids=repr,
 )
