@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 PYTEST_WORKERS ?= 2
 
 PYTHON := .venv/bin/python
-APART := tests/rates tests/modes
+APART := tests/rates tests/modes tests/checkpoint
 RESUMED := tests/checkpoint/test_resume.py tests/checkpoint/test_resume_optimizers.py
 PYTEST = $(PYTHON) -m pytest -n $(PYTEST_WORKERS)
 READY := .venv/.ready

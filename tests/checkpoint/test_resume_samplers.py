@@ -236,7 +236,10 @@ IN_WORKERS: Dict[str, Callable[[], DataLoader]] = {
 }
 
 
-@pytest.mark.parametrize("name", IN_WORKERS)
+IN_LITTLE_TIME = [name for name in IN_WORKERS if not name.startswith("persistent, ")]
+
+
+@pytest.mark.parametrize("name", some_slow(IN_WORKERS, "persistent, two workers", *IN_LITTLE_TIME))
 @pytest.mark.parametrize("seed", some_slow([None, 3], 3))
 def test_with_workers_in_mid_epoch_and_at_epoch_ends(
     name: str, seed: Optional[int], tmp_path: Path

@@ -9,7 +9,7 @@ import oneflow as flow
 import pytest
 from helpers import MODES, quiet_trainer, resuming, sentence
 from helpers.duels import Duel
-from helpers.resuming import Endless, check_exact, run, shuffled, some_slow
+from helpers.resuming import Endless, check_exact, run, shuffled
 from oneflow.optim.lr_scheduler import ReduceLROnPlateau
 
 from ofengine import Callback, CheckpointError
@@ -27,7 +27,14 @@ def decaying() -> List[Callback]:
     return [LRDecayCallback(every_n_batches=2), EMAWeightAveraging(0.9)]
 
 
-@pytest.mark.parametrize("other", MODES)
+@pytest.mark.parametrize(
+    ("mode", "other"),
+    [
+        *(("eager", "graph"), ("graph", "eager")),
+        pytest.param("eager", "eager", marks=pytest.mark.slow),
+        pytest.param("graph", "graph", marks=pytest.mark.slow),
+    ],
+)
 def test_from_a_point_of_each_kind(
     mode: str, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -36,7 +43,8 @@ def test_from_a_point_of_each_kind(
     check_exact(tmp_path, mode, other, task=Duel, seed=7, callbacks=decaying)
 
 
-@pytest.mark.parametrize("task", some_slow([Duel, Thrice], Thrice))
+@pytest.mark.slow
+@pytest.mark.parametrize("task", [Duel, Thrice])
 def test_from_every_point(task: Any, tmp_path: Path) -> None:
     check_exact(tmp_path, "eager", most=None, task=task, callbacks=decaying)
 
@@ -47,6 +55,7 @@ def test_from_every_point_in_and_across_the_modes(mode: str, other: str, tmp_pat
     check_exact(tmp_path, mode, other, None, task=Thrice, seed=7, callbacks=decaying)
 
 
+@pytest.mark.slow
 def test_data_of_unknown_length(tmp_path: Path) -> None:
     check_exact(tmp_path, "eager", task=Thrice, data=Endless, callbacks=decaying)
 
@@ -67,6 +76,7 @@ class Watched(Duel):
         return made
 
 
+@pytest.mark.slow
 def test_plateaus(tmp_path: Path) -> None:
     whole = check_exact(tmp_path, "eager", task=Watched, max_epochs=3)
     plan = whole.trainer.rates

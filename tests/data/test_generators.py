@@ -115,6 +115,7 @@ def test_states_can_be_taken_and_set_again_and_again(seed: int, counts: List[int
         assert draw(generator, count).tobytes() == draw(undisturbed, count).tobytes()
 
 
+@pytest.mark.slow
 def test_every_position_of_a_round_of_the_twister_is_found() -> None:
     generator, other = generator_of("cpu", 11), generator_of("cpu", 12)
     numbers = reference(11, 0, WORDS + 4)

@@ -10,15 +10,10 @@ from helpers import run_python
 FUZZ = Path(__file__).with_name("fuzz.py")
 
 
-SLOW = [
-    pytest.param(first, count, marks=pytest.mark.slow)
-    for first, count in ((10, 20), (30, 30), (60, 30), (90, 30))
-]
-
-
-@pytest.mark.parametrize(("first", "count"), [(0, 10), *SLOW])
-def test_random_configurations_are_the_same_to_the_bit(first: int, count: int) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, 120, 30))
+def test_random_configurations_are_the_same_to_the_bit(first: int) -> None:
     """In processes of their own: they compile hundreds of graphs, and might crash."""
-    done = run_python(FUZZ, "--configurations", count, "--seed", first)
+    done = run_python(FUZZ, "--configurations", 30, "--seed", first)
     assert done.returncode == 0, done.stdout
-    assert done.stdout.endswith(f"{count} configurations, 0 failed\n")
+    assert done.stdout.endswith("30 configurations, 0 failed\n")

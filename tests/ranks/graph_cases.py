@@ -10,7 +10,7 @@ import gc
 import pickle
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Set
+from typing import Any, Callable, Dict, Optional
 
 import numpy as np
 import oneflow as flow
@@ -33,13 +33,6 @@ from ofengine.callbacks import EMAWeightAveraging, LRDecayCallback, PredictionWr
 from ofengine.metrics import Accuracy, ConfusionMatrix
 
 CASES: Dict[str, Callable[[Place], Result]] = {}
-SLOW: Set[str] = set()
-"""Those that add least to the others."""
-
-
-def slow_case(function: Callable[[Place], Result]) -> Callable[[Place], Result]:
-    SLOW.add(function.__name__)
-    return case(function)
 
 
 def case(function: Callable[[Place], Result]) -> Callable[[Place], Result]:
@@ -132,7 +125,7 @@ def five_steps_of_sgd(place: Place) -> Result:
     return fitted(Net(), place.trainer(max_steps=5, max_epochs=-1), place.loader())
 
 
-@slow_case
+@case
 def five_steps_of_adamw(place: Place) -> Result:
     return fitted(Net("adamw"), place.trainer(max_steps=5, max_epochs=-1), place.loader())
 
@@ -199,7 +192,7 @@ class Versatile(Net):
         }
 
 
-@slow_case
+@case
 def a_task_that_changes_as_it_trains(place: Place) -> Result:
     trainer = place.trainer(callbacks=[Changing()], gradient_clip_val=0.01,
                             gradient_clip_algorithm="value")  # fmt: skip
@@ -258,7 +251,7 @@ def batch_norms_of_all_ranks(place: Place) -> Result:
     return synced(place, 12, 1)
 
 
-@slow_case
+@case
 def batch_norms_of_all_ranks_resumed_in_a_window(place: Place) -> Result:
     path = place.folder / "own.safetensors"
     done = 3 if place.alone else 3 * place.size
@@ -295,7 +288,7 @@ def rounds_of_unequal_weight(place: Place) -> Result:
     return weighed(place)
 
 
-@slow_case
+@case
 def rounds_of_unequal_weight_resumed_in_a_window(place: Place) -> Result:
     path = place.folder / "own.safetensors"
     whole = weighed(place)
@@ -306,7 +299,7 @@ def rounds_of_unequal_weight_resumed_in_a_window(place: Place) -> Result:
     return whole
 
 
-@slow_case
+@case
 def epochs_that_are_left(place: Place) -> Result:
     """In a window, in a round that one rank has a batch for, and at once."""
     skips = Skips(int, 3, 5, 0)
@@ -314,12 +307,12 @@ def epochs_that_are_left(place: Place) -> Result:
     return fitted(Net(), trainer, place.loader(4 * (5 * place.size + 1), 4))
 
 
-@slow_case
+@case
 def rates_that_are_found(place: Place) -> Result:
     return rates_found(place, Net(), place.loader(4 * 5 * place.size, 4), max_lr=1.0)
 
 
-@slow_case
+@case
 def batch_norms_in_eager_mode_and_graphs_that_evaluate(place: Place) -> Result:
     place.together = False
     accumulate = place.size if place.alone else 1
@@ -353,7 +346,7 @@ def evaluations(place: Place) -> Result:
 # ---------------------------------------------------------------------- ends and refusals
 
 
-@slow_case
+@case
 def a_signal_to_one_rank(place: Place) -> Result:
     return ended_by_a_signal(place, Net(), place.loader())
 

@@ -7,7 +7,7 @@ from typing import Any, Dict, List
 
 import numpy as np
 import pytest
-from graph_cases import CASES, SLOW, Place, run_case
+from graph_cases import CASES, Place, run_case
 from launched import results_of
 
 SCRIPT = Path(__file__).with_name("graph_cases.py")
@@ -21,8 +21,7 @@ CLOSE = {
 """By how much weights may differ; 1e-6 where nothing is said."""
 BITS_OF_A_MEAN = 1e-6
 STARTS = [
-    pytest.param((2, [name for name in CASES if name not in SLOW]), id="2 ranks"),
-    pytest.param((2, list(CASES)), id="2 ranks, all cases", marks=pytest.mark.slow),
+    pytest.param((2, list(CASES)), id="2 ranks", marks=pytest.mark.slow),
     pytest.param((3, list(CASES)), id="3 ranks", marks=pytest.mark.slow),
 ]
 
