@@ -50,7 +50,7 @@ with heartbeat.verb:
         with heartbeat.exchange:
             flow.comm.all_reduce(ones)
             total = float(ones.sum().numpy())
-print("sum", total)
+sys.stdout.write(f"sum {total}\\n")  # at once: both ranks write
 """
 
 FIT = """
