@@ -118,6 +118,7 @@ def held_out_loss(printed: str) -> float:
     return float(found(r"^held-out loss: ([\d.]+) nats a character$", printed)[0])
 
 
+@pytest.mark.slow
 def test_a_language_model_learns_and_writes(capsys: pytest.CaptureFixture[str]) -> None:
     printed = in_graph_mode("language_model", ["--epochs", "2"], capsys)
     assert held_out_loss(printed) < 1
