@@ -13,7 +13,6 @@ from helpers import MODES
 from helpers.resuming import some_slow
 from kill_harness import RESTARTED, SCENARIOS, run, start, until_the_end
 
-QUICK = ["batch:9", "replace:7"]
 CHOSEN = [
     "batch:1", "batch:20", "validation:3", "fsync:3", "fsync:8", "replaced:4", "replaced:9",
     "teardown:1",
@@ -40,7 +39,14 @@ def check(modes: List[str], root: Path, scenario: str, kills: List[str], referen
         assert outcome == reference(mode, scenario)
 
 
-@pytest.mark.parametrize("kill", QUICK)
+@pytest.mark.parametrize(
+    ("mode", "kill"),
+    [
+        *(("eager", "batch:9"), ("graph", "replace:7")),
+        pytest.param("graph", "batch:9", marks=pytest.mark.slow),
+        pytest.param("eager", "replace:7", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_at_a_chosen_point(mode: str, tmp_path: Path, kill: str, reference: Any) -> None:
     check([mode], tmp_path, "plain", [kill], reference)
 

@@ -253,6 +253,7 @@ def test_layers_that_hooks_froze_or_put_into_eval_mode(mode: str, tmp_path: Path
     check_exact(tmp_path, mode, callbacks=lambda: [Freezes()], max_epochs=3)
 
 
+@pytest.mark.slow
 def test_early_stopping_between_validation_and_the_end_of_the_epoch(tmp_path: Path) -> None:
     # What is logged in the epoch too is looked at once, whatever the moment of the resumption: an
     # epoch has five batches, and no more moments of any other kind.

@@ -95,8 +95,11 @@ def test_a_file_s_own_name_gives_no_orders(
     assert "is not there" in err
 
 
+KINDS = [5, -1.5, [], [1], {}, float("nan"), 1e300, "\x1b[31m" * 9_999]
+
+
 @pytest.mark.parametrize(
-    "value", [None, 5, -1.5, "x", [], [1], {}, {"a": 1}, float("nan"), 1e300, "\x1b[31m" * 9_999]
+    "value", [None, "x", {"a": 1}, *(pytest.param(each, marks=pytest.mark.slow) for each in KINDS)]
 )
 def test_a_state_of_any_kind_is_described_or_refused(
     tmp_path: Path, saved: Path, value: Any, capsys: pytest.CaptureFixture[str]
