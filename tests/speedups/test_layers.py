@@ -111,6 +111,27 @@ def test_both_modes_train_to_the_same_bits_and_the_task_is_as_it_was() -> None:
         assert abs(weights.numpy() - eager.state_dict()[name].numpy()).max() < 1e-3, name
 
 
+def test_in_a_graph_of_one_s_own_they_compute_as_in_eager_mode() -> None:
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 5, padding=2, groups=6)),
+        *(nn.Conv2d(6, 6, 1), nn.MaxPool2d(7), nn.Conv2d(6, 6, 1)),  # the last: OneFlow's own way
+        *(nn.Flatten(), nn.LayerNorm(24), nn.GELU(), nn.SiLU(), nn.Linear(24, 1)),
+    )
+    fill_deterministically(model)
+    cpu_speedups(model)
+
+    class Graph(nn.Graph):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def build(self, x: Any) -> Any:
+            return self.model(x)
+
+    (x, _), *_ = images()
+    assert Graph()(x).numpy().tobytes() == model(x).numpy().tobytes()
+
+
 class Fails(Callback):
     def on_train_batch_end(self, *arguments: Any) -> None:
         raise ValueError("for a test")
