@@ -1,4 +1,4 @@
-"""Convolutions as products of matrices, where OneFlow's CPU computes those faster."""
+"""A convolution as a product of matrices, where OneFlow's CPU computes that faster."""
 
 from __future__ import annotations
 
@@ -9,13 +9,6 @@ import numpy as np
 import oneflow as flow
 
 from ofengine.speedups.functions import stretched
-
-
-def pointwise(x: Any, weight: Any) -> Any:
-    """``conv2d(x, weight)`` with a kernel of one element."""
-    images, channels, height, width = x.shape
-    flat = flow.matmul(weight.reshape(-1, channels), x.reshape(images, channels, -1))
-    return flat.reshape(images, -1, height, width)
 
 
 def depthwise(x: Any, weight: Any) -> Any:

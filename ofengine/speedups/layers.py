@@ -14,7 +14,7 @@ from oneflow import nn
 from ofengine.speedups import activations, convolutions, norms
 
 # What benchmarks/cpu_speedups.py found: beyond these OneFlow's own are as fast, or faster.
-_LEAST_PLANE, _LEAST_KERNEL, _MOST_COLUMNS = 196, 25, 64
+_LEAST_KERNEL, _MOST_COLUMNS = 25, 64
 
 
 def _is_for_cpu(x: Any) -> bool:
@@ -55,14 +55,10 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Any) -> Any:
         """The convolution of a batch of images."""
-        if not _is_for_cpu(x) or x.ndim != 4 or x.shape[1] != self.in_channels:
+        fits = x.ndim == 4 and x.shape[1] == self.in_channels and x.shape[3] <= _MOST_COLUMNS
+        if not fits or not _is_for_cpu(x):
             return nn.Conv2d.forward(self, x)
-        if self.groups == 1 and x.shape[2] * x.shape[3] >= _LEAST_PLANE:
-            y = convolutions.pointwise(x, self.weight)
-        elif self.groups > 1 and x.shape[3] <= _MOST_COLUMNS:
-            y = convolutions.depthwise(x, self.weight)
-        else:
-            return nn.Conv2d.forward(self, x)
+        y = convolutions.depthwise(x, self.weight)
         return y if self.bias is None else convolutions.with_bias(y, self.bias)
 
 
@@ -82,7 +78,5 @@ def has_faster(layer: nn.Module) -> bool:
         and tuple(layer.padding) == tuple(k // 2 for k in kernel)
         and layer.padding_mode == "zeros"
     )
-    if layer.groups == 1:
-        return keeps_size and kernel == (1, 1) and layer.in_channels >= layer.out_channels
-    each_alone = layer.groups == layer.in_channels == layer.out_channels
+    each_alone = 1 < layer.groups == layer.in_channels == layer.out_channels
     return keeps_size and each_alone and math.prod(kernel) >= _LEAST_KERNEL

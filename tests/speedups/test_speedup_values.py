@@ -21,8 +21,6 @@ CASES: Dict[str, Tuple[Callable[[], nn.Module], Tuple[int, ...]]] = {
     "layer norm of one row": (lambda: nn.LayerNorm(7), (1, 7)),
     "gelu": (nn.GELU, (4, 50)),
     "silu": (nn.SiLU, (4, 50)),
-    "pointwise": (lambda: nn.Conv2d(6, 4, 1), (3, 6, 14, 15)),
-    "pointwise without bias": (lambda: nn.Conv2d(3, 3, 1, bias=False), (1, 3, 20, 10)),
     "depthwise": (lambda: nn.Conv2d(6, 6, 5, padding=2, groups=6), (3, 6, 5, 7)),
     "depthwise of 7": (lambda: nn.Conv2d(2, 2, 7, padding=3, groups=2, bias=False), (2, 2, 4, 9)),
     "depthwise, 3 by 9": (lambda: nn.Conv2d(3, 3, (3, 9), padding=(1, 4), groups=3), (2, 3, 6, 2)),
@@ -90,11 +88,9 @@ def _gelu_of_float64(x: np.ndarray) -> np.ndarray:
     return np.array([each * 0.5 * erfc(-each / sqrt(2)) for each in x])
 
 
-@pytest.mark.parametrize(("kernel", "columns"), [(1, 3), (1, 65), (5, 65)])
-def test_sizes_for_which_oneflow_s_own_is_faster_have_its_bits(kernel: int, columns: int) -> None:
-    groups = 1 if kernel == 1 else 4
-    layer = nn.Conv2d(4, 4, kernel, padding=kernel // 2, groups=groups)
-    x = flow.randn(1, 4, 3, columns)
+def test_images_for_which_oneflow_s_own_is_faster_have_its_bits() -> None:
+    layer = nn.Conv2d(4, 4, 5, padding=2, groups=4)
+    x = flow.randn(1, 4, 3, 65)
     own = layer(x).numpy()
     assert cpu_speedups(layer).layers == {"Conv2d": 1}
     assert np.array_equal(layer(x).numpy(), own)
@@ -102,7 +98,9 @@ def test_sizes_for_which_oneflow_s_own_is_faster_have_its_bits(kernel: int, colu
 
 def test_a_frozen_layer_passes_gradients_through() -> None:
     model = nn.Sequential(
-        nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 5, padding=2, groups=2), nn.LayerNorm((14, 14))
+        nn.Conv2d(2, 2, 3, padding=1),
+        nn.Conv2d(2, 2, 5, padding=2, groups=2),
+        nn.LayerNorm((14, 14)),
     )
     cpu_speedups(model)
     for layer in (model[1], model[2]):
