@@ -29,9 +29,9 @@ class cpu_speedups:
     These are ``nn.LayerNorm``, ``nn.GELU``, ``nn.SiLU``, and such ``nn.Conv2d`` of stride 1 as have
     one filter of 25 elements or more for each channel; a subclass of a user's own stays as it is,
     and so does what a forward method calls as a function. Parameters, names, ``state_dict`` and
-    ``isinstance`` are untouched; last bits differ from those of OneFlow's own kernels, and values and
-    gradients are within 1e-6 of the largest one from float64. Only float32 on a CPU is computed so;
-    of a layer norm, GELU and SiLU first derivatives alone can be taken.
+    ``isinstance`` are untouched; last bits differ from those of OneFlow's own kernels, and values
+    and gradients are within 1e-6 of the largest one from float64. Only float32 on a CPU is computed
+    so; of a layer norm, GELU and SiLU first derivatives alone can be taken.
 
     As in ``with cpu_speedups(model):``, which ends it, or until :meth:`undo`.
 
