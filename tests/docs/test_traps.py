@@ -11,8 +11,6 @@ from typing import Dict
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-if not (ROOT / "docs").exists():
-    pytest.skip("needs the source tree", allow_module_level=True)
 
 SCRIPTS = sorted((ROOT / "docs" / "traps").glob("*.py"))
 
