@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import shlex
 import sys
+import warnings
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
 from ofengine.cli.tasks import report_errors
@@ -45,6 +46,8 @@ def _prepare(verb: str, text: str, argv: List[str], ready: List[Callable[[], int
     from ofengine.cli import checked, given, kept
     from ofengine.cli.verb_help import help_of
 
+    # jsonargparse looks through all subclasses there are, and one whose module is gone is no news.
+    warnings.filterwarnings("ignore", r"\s*Hit failing import")
     told = given.read_given(argv)
     owners = checked.find_owners(told)
     if "help" in told.flags:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ofengine import Callback
 from ofengine.cli import main
 
 OPTIONS = [
@@ -125,3 +126,12 @@ def test_without_data_it_says_how_to_bring_some(file: Path, capsys: Any) -> None
         "ofengine fit: fit has no data: add --data FILE.py:Module, or write "
         "Net.train_dataloader().\n"
     )
+
+
+def test_a_class_whose_module_is_gone_is_no_news(file: Path, capsys: Any) -> None:
+    """Every subclass that the process has is looked through by jsonargparse, whoever made it."""
+    gone = type("Gone", (Callback,), {"__module__": "a_package.that_is_gone"})
+    assert "there is no Callback" in sentence_of(
+        capsys, "fit", "nets.py:Net", "--trainer.callbacks+=Early"
+    )
+    assert gone in Callback.__subclasses__()
