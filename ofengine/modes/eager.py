@@ -106,8 +106,10 @@ class EagerMode:
                 self._watch_groups()
             if self._clips or self._mark.clips:
                 clip(self._run)
+            clears = False
             if optimizer.step is self._step_of_quick:
-                self._quick(optimizer)
+                clears = not self._before_zero_grad and "zero_grad" not in optimizer.__dict__
+                self._quick(optimizer, clears)
             elif self._corrects_bias:
                 STEPPING.on = True  # Adam and its like do so as graphs do
                 try:
@@ -116,9 +118,10 @@ class EagerMode:
                     STEPPING.on = False
             else:
                 optimizer.step()
-            for call in self._before_zero_grad:
-                call(optimizer)
-            optimizer.zero_grad(set_to_none=True)
+            if not clears:
+                for call in self._before_zero_grad:
+                    call(optimizer)
+                optimizer.zero_grad(set_to_none=True)
         return rest
 
     def _weighed(self, loss: Any, weight: Any) -> Any:

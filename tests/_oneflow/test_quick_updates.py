@@ -73,7 +73,9 @@ def test_the_same_bits_and_the_same_state_as_oneflows_step() -> None:
             if step == 2:
                 for optimizer in (quick, own):
                     optimizer.param_groups[0]["lr"] = 0.02
-            update(quick)
+            update(quick, step > 0)
+            if step:
+                assert all(each.grad is None for each in one.parameters())
             STEPPING.on = True
             try:
                 own.step()
@@ -107,6 +109,9 @@ def test_what_is_not_oneflows_own_is_left_to_itself(monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patch:
         patch.setattr(optim.SGD, "step", lambda self: None)
         assert quick_update_of(optimizer()) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(optim.SGD, "zero_grad", lambda self, set_to_none=False: None)
+        assert quick_update_of(optimizer()) is None
 
 
 class Replaces(Callback):
@@ -123,6 +128,40 @@ class Replaces(Callback):
                 own()
 
             task.optimizer.step = step
+
+
+class ZeroesItself(Line):
+    """Counts what is asked of the optimizer's own zero_grad."""
+
+    zeroed = 0
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        own = optimizer.zero_grad
+
+        def zero_grad(set_to_none: bool = False) -> None:
+            self.zeroed += 1
+            own(set_to_none)
+
+        optimizer.zero_grad = zero_grad
+        return optimizer
+
+
+class SeesGradients(Callback):
+    """Looks at the gradients before they are cleared."""
+
+    seen = 0
+
+    def on_before_zero_grad(self, trainer: Any, task: Any, optimizer: Any) -> None:
+        self.seen += all(each.grad is not None for each in task.parameters())
+
+
+def test_gradients_are_cleared_where_somebody_looks_at_them_by_zero_grad_alone() -> None:
+    task, sees = ZeroesItself(), SeesGradients()
+    quiet_trainer(mode="eager", max_epochs=1).fit(task, batches(8))
+    assert task.zeroed == 8 + 1  # and once before training
+    quiet_trainer(mode="eager", max_epochs=1, callbacks=[sees]).fit(Line(), batches(8))
+    assert sees.seen == 8
 
 
 def test_a_step_that_is_replaced_on_the_way_is_called() -> None:
