@@ -299,7 +299,8 @@ class RatePlan:
 
     def write(self, step: int) -> None:
         """Write the rates of ``step`` into the watched groups; none beyond the run."""
-        self.check_untouched()
+        if self._mark.rates or self._optimizer.param_groups != self._live_groups:
+            self.check_untouched()
         if self._constant is self._standing or not self._options:
             return
         if self.stop is not None and step >= self.stop:
