@@ -20,7 +20,7 @@ from ofengine._oneflow import graphs
 from ofengine._oneflow.launch_race import mend_or_tell
 from ofengine._oneflow.operators import random_operations
 from ofengine._oneflow.session import start_session
-from ofengine.data.structure import Structure, flatten, unflatten
+from ofengine.data.structure import KIND, Structure, flatten, unflatten
 from ofengine.errors import GraphModeError
 from ofengine.modes.batch_norms import BatchNorms
 from ofengine.modes.compiled import Changes, Compilations, Compiled, warn_of_many_graphs
@@ -93,7 +93,7 @@ class GraphMode:
         for index, tensor in enumerate(tensors):
             if not tensor.is_contiguous():  # nn.Graph would write over what it views
                 tensors[index] = tensor.contiguous()
-        key = (structure, *[(tensor.shape, tensor.dtype) for tensor in tensors])
+        key = (structure, *map(KIND, tensors))
         compiled = self._steps.active.get(key)  # as get(), without its call
         if compiled is None or (compiled.looks and compiled.watch.may_differ()):
             compiled = self._steps.find(key)
@@ -110,7 +110,10 @@ class GraphMode:
             if compiled.draws.any:
                 tensors += compiled.draws.draw()
             outputs = graphs.run_compiled(graph, tensors)
-            result = {**(self._take_outputs(graph, outputs[1:]) or {}), "loss": outputs[0]}
+            if len(outputs) == 1 and graph.rest == _EMPTY and not graph.frozen:
+                result = {"loss": outputs[0]}
+            else:
+                result = {**(self._take_outputs(graph, outputs[1:]) or {}), "loss": outputs[0]}
         else:
             result = {"loss": loss_of(graph, graph(*tensors))}
         norms = compiled.batch_norms
@@ -271,7 +274,7 @@ class GraphMode:
         for index, tensor in enumerate(tensors):
             if not tensor.is_contiguous():  # nn.Graph would write over what it views
                 tensors[index] = tensor.contiguous()
-        key = (step, dataloader_idx, structure, *[(t.shape, t.dtype) for t in tensors])
+        key = (step, dataloader_idx, structure, *map(KIND, tensors))
         compiled = self._evals.get(key)
         if compiled is None:
             refuse_what_graphs_ignore(self.task)
