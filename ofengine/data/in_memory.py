@@ -102,12 +102,13 @@ def in_memory_loader(
     batch_transform(*default_collate(samples))``.
 
     Args:
-        dataset: flowvision's CIFAR10, CIFAR100, MNIST or FashionMNIST, :class:`ImageArrays`, a
-            ``TensorDataset``, or a ``Subset`` of one. Of flowvision's transforms, ``Compose``,
-            ``ToTensor``, ``Normalize``, ``Resize``, ``RandomResizedCrop``, ``RandomCrop``,
-            ``CenterCrop``, ``Pad``, ``ColorJitter``, ``RandomErasing`` and the two flips have a
-            form for batches. What stands before the first that draws is done once for each
-            image, where a ``Resize`` is among it, and kept, up to a gibibyte of all images.
+        dataset: flowvision's CIFAR10, CIFAR100, MNIST or FashionMNIST, :class:`ImageArrays`,
+            :class:`CachedImageFolder`, a ``TensorDataset``, or a ``Subset`` of one. Of
+            flowvision's transforms, ``Compose``, ``ToTensor``, ``Normalize``, ``Resize``,
+            ``RandomResizedCrop``, ``RandomCrop``, ``CenterCrop``, ``Pad``, ``ColorJitter``,
+            ``RandomErasing`` and the two flips have a form for batches. What stands before the
+            first that draws is done once for each image, where a ``Resize`` is among it, and
+            kept, up to a gibibyte of all images.
         batch_size: samples in a batch.
         shuffle: a new order in each epoch.
         drop_last: leave out a last batch of fewer samples.
@@ -168,8 +169,9 @@ class _Batched(Dataset):
         if not _is_known(dataset):
             raise ConfigurationError(
                 f"in_memory_loader cannot take batches out of {type(dataset).__name__}: give "
-                "flowvision's CIFAR10, CIFAR100, MNIST or FashionMNIST, ofengine.ImageArrays or a "
-                "TensorDataset, or use oneflow.utils.data.DataLoader."
+                "flowvision's CIFAR10, CIFAR100, MNIST or FashionMNIST, ofengine.ImageArrays, "
+                "ofengine.CachedImageFolder or a TensorDataset, or use "
+                "oneflow.utils.data.DataLoader."
             )
         data = dataset.data
         data = data.numpy() if isinstance(data, flow.Tensor) else data
@@ -178,7 +180,8 @@ class _Batched(Dataset):
         if isinstance(targets, flow.Tensor):
             targets = targets.numpy()
         self._targets = targets.tolist() if isinstance(targets, np.ndarray) else targets
-        self._steps = steps_of(dataset.transform, self._data.shape[1:])
+        transform = getattr(dataset, "rest_of_transform", dataset.transform)
+        self._steps = steps_of(transform, self._data.shape[1:])
         resized = [isinstance(step, Resize) for step in self._steps]
         kept = sum(1 for _ in itertools.takewhile(_is_fixed, self._steps))
         if any(resized[:kept]):
@@ -294,6 +297,9 @@ def _is_known(dataset: Any) -> bool:
         return type(dataset).__getitem__ is ImageArrays.__getitem__
     try:
         from flowvision.datasets import CIFAR10, MNIST
+
+        from ofengine.data.image_folder import CachedImageFolder
     except ImportError:
         return False
-    return getattr(type(dataset), "__getitem__", None) in (CIFAR10.__getitem__, MNIST.__getitem__)
+    known = (CIFAR10.__getitem__, MNIST.__getitem__, CachedImageFolder.__getitem__)
+    return getattr(type(dataset), "__getitem__", None) in known
