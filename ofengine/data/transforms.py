@@ -12,6 +12,7 @@ from typing import Any, Callable, FrozenSet, List, Optional, Sequence, Tuple
 import numpy as np
 import oneflow as flow
 
+from ofengine._oneflow.handover import empty
 from ofengine.errors import ConfigurationError, said_by
 
 Images = Any
@@ -251,22 +252,10 @@ class Table(Step):
 
     def apply(self, images: Images, drawn: Any) -> Any:
         samples, height, width, _ = images.shape
-        made = _empty((samples, len(self._table), height, width))
+        made = empty((samples, len(self._table), height, width), np.float32)
         for channel, values in enumerate(self._table):
             np.take(values, images[..., channel], mode="clip", out=made[:, channel])
         return made
-
-
-def _empty(shape: Sequence[int]) -> Any:
-    """An array of float32 where OneFlow would have put a tensor: sums may depend on it."""
-    size = 4 * int(np.prod(shape))
-    room = np.empty(size + _ALIGNED, dtype=np.uint8)
-    begin = -room.ctypes.data % _ALIGNED
-    return room[begin : begin + size].view(np.float32).reshape(shape)
-
-
-_ALIGNED = 512
-"""Bytes that the addresses of OneFlow's tensors are multiples of."""
 
 
 class RandomErasing(Step):
