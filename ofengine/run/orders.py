@@ -24,7 +24,7 @@ class Change:
     def of(cls, said: Dict[str, Any]) -> Optional[Change]:
         """``said`` as a change; None where it is none."""
         rates = rates_in(said.get("rates"))
-        at = {key: said.get(key) for key in ("step", "batches_seen", "sitting")}
+        at: Dict[str, Any] = {key: said.get(key) for key in ("step", "batches_seen", "sitting")}
         are_whole = all(type(each) is int and each >= 0 for each in at.values())
         if rates is None or not are_whole or not isinstance(said.get("run"), str):
             return None

@@ -380,7 +380,7 @@ print(trainer.rates.changes, [p.numpy().tobytes().hex() for p in task.parameters
 """
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["eager", pytest.param("graph", marks=pytest.mark.slow)])
 def test_killed_after_it_and_resumed_from_before_it(mode: str, tmp_path: Path) -> None:
     """The change is repeated at its step, told by the record alone."""
     (tmp_path / "script.py").write_text(SCRIPT)
