@@ -32,6 +32,8 @@ def fit_run(
 ) -> None:
     """Train the task of ``run``, from its beginning or from where ``resumed`` was."""
     settings, task = run.settings, run.task
+    if not settings.max_epochs_given and settings.max_epochs != -1:  # as in a run that is tried
+        log.info("max_epochs was not given: training up to %d epochs.", settings.max_epochs)
     train, validation = connect.take_data(run, train_dataloaders, val_dataloaders)
     move(task, settings.device)
     together.share_start(run, train, validation, resumed)
