@@ -164,6 +164,36 @@ def test_a_schedule_goes_on_over_it_within_a_window_too(mode: str, tmp_path: Pat
         assert bits(weights_of(resumed.task)) == bits(weights_of(other.task)), path.name
 
 
+class Two(Tiny):
+    """The head has an optimizer of its own, which steps in every second batch."""
+
+    def training_step(self, batch: Any, batch_idx: int, optimizer_name: str) -> Any:  # type: ignore[override]
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        body, head = (flow.optim.SGD([each], momentum=0.5) for each in self.param_groups())
+        return {"outer": body, "inner": {"optimizer": head, "every_n_batches": 2}}
+
+
+def test_with_several_optimizers(tmp_path: Path) -> None:
+    class Sets(Callback):
+        def on_train_batch_end(self, trainer: Any, task: Any, outputs: Any, *_: Any) -> None:
+            if trainer.batches_seen == 5:
+                trainer.set_lr("inner/head", 0.01)
+
+    saves = Saves(tmp_path / "saved")
+    asked = train("eager", tmp_path, Asks({5: {"inner/head": 0.01}}), saves, task=Two)
+    other = train("eager", tmp_path, Sets(), task=Two)
+    plain = train("eager", tmp_path, task=Two)
+    assert bits(weights_of(asked.task)) == bits(weights_of(other.task))
+    assert bits(weights_of(asked.task)) != bits(weights_of(plain.task))
+    for path in saves.files[3:8]:
+        resumed = train("eager", tmp_path, ckpt=path, task=Two)
+        assert bits(weights_of(resumed.task)) == bits(weights_of(other.task)), path.name
+    with pytest.raises(RateError, match=r"no group 'head'; .*: did you mean 'inner/head'\?"):
+        requests.check_rates({"head": 0.1}, asked.rates.names)
+
+
 def test_the_code_s_rates_forget_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "ofengine")
     saves = Saves(tmp_path / "saved")
