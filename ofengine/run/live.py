@@ -29,6 +29,8 @@ log = logging.getLogger("ofengine")
 
 FILE = "set_lr.jsonl"
 """What was changed, one change a line."""
+_VOID = "void_from"
+"""In a line: what was changed from so many batches on is not done again."""
 _BEFORE_IT = (Point.STEP, Point.STEPPED, Point.VALIDATING, Point.VALIDATED)
 """Where a run is, behind a batch, before it does what it was asked for."""
 
@@ -47,7 +49,13 @@ def listening(run: Run, resumed: Optional[Resumed], policy: str) -> Iterator[Non
         done = resumed.state["loop"]
         changes = [Change(**each) for each in found]
         orders.repeats = [each for each in changes if _is_to_come(done, each)]
-        _tell(run, policy)
+        if policy == "config":
+            _forget(run, folder)
+        for each in orders.repeats:
+            log.info(
+                "resume: at step %d come the rates %s again, which ofengine set-lr set there.",
+                each.step, in_words(each.rates),
+            )  # fmt: skip
         orders.wait()
     if folder is not None:
         try:
@@ -145,15 +153,15 @@ def _record(run: Run, rates: Dict[str, float]) -> Optional[str]:
     folder, at = _folder(run), run.progress
     change = Change(run.id, at.global_step, at.batches_seen, run.sitting, rates)
     try:
-        _append(folder or Path(), [change])
+        _append(folder or Path(), [attrs.asdict(change)])
     except OSError as error:
         why = error.strerror or error
         return f"it cannot be recorded in {folder} ({why}), so nothing was changed."
     return None
 
 
-def _append(folder: Path, changes: List[Change]) -> None:
-    said = [{**attrs.asdict(each), "at": time.strftime("%Y-%m-%d %H:%M:%S")} for each in changes]
+def _append(folder: Path, changes: List[Dict[str, Any]]) -> None:
+    said = [{**each, "at": time.strftime("%Y-%m-%d %H:%M:%S")} for each in changes]
     path = folder / FILE
     append_whole(path, "".join(json.dumps(e) + "\n" for e in said).encode(), os.O_CREAT)
     with open(path, "rb") as file:
@@ -181,6 +189,15 @@ def _change(run: Run, rates: Dict[str, float]) -> List[str]:
 # ---------------------------------------------------------------------- after a resumption
 
 
+@attrs.define
+class _Kept:
+    """What a file has of a run."""
+
+    changes: List[Change]
+    sitting: int = -1
+    """How often the run had been resumed at its newest line."""
+
+
 def _recorded(run: Run, folder: Optional[Path]) -> List[Change]:
     """What was changed in ``run`` before it was resumed, in order; on the record here, too.
 
@@ -188,37 +205,40 @@ def _recorded(run: Run, folder: Optional[Path]) -> List[Change]:
     """
     beside = [] if run.resumed_from is None else list(run.resumed_from.parents)[:4]
     for each in [*([] if folder is None else [folder]), *beside]:
-        found = _changes_in(run, each)
-        if found:
+        kept = _kept_in(run, each)
+        if kept is not None:
             break
     else:
-        others = [
-            _changes_in(run, each) for logger in run.loggers for each in sorted(logger.run_dirs())
-        ]
-        each, found = Path(), max(others, key=_newest, default=[])
-    if found and folder is not None and each != folder:
+        dirs = [each for logger in run.loggers for each in sorted(logger.run_dirs())]
+        found = [kept for kept in (_kept_in(run, each) for each in dirs) if kept is not None]
+        each, kept = Path(), max(found, key=lambda kept: kept.sitting, default=_Kept([]))
+    if kept.changes and folder is not None and each != folder:
         with contextlib.suppress(OSError):  # the record of before is there as long as it is
-            _append(folder, found)
-    return sorted(found, key=lambda change: change.batches_seen)
+            _append(folder, [attrs.asdict(change) for change in kept.changes])
+    return sorted(kept.changes, key=lambda change: change.batches_seen)
 
 
-def _newest(changes: List[Change]) -> int:
-    return max((each.sitting for each in changes), default=-1)
-
-
-def _changes_in(run: Run, folder: Path) -> List[Change]:
-    found = []
+def _kept_in(run: Run, folder: Path) -> Optional[_Kept]:
+    """What the file in ``folder`` has of ``run``; None where it has no line of it."""
+    kept: Optional[_Kept] = None
     for said in lines_in(folder / FILE):
-        change = Change.of(said)
-        if change is None or change.run != run.id:
+        if said.get("run") != run.id:
+            continue
+        kept = kept or _Kept([])
+        change, void, sitting = Change.of(said), said.get(_VOID), said.get("sitting")
+        if type(sitting) is int:
+            kept.sitting = max(kept.sitting, sitting)
+        if type(void) is int:
+            kept.changes = [each for each in kept.changes if each.batches_seen < void]
+        if change is None:
             continue
         try:
             check_rates(change.rates, run.rates.names)
         except OFEngineError as error:
             log.warning("a change in %s is passed over: %s", folder / FILE, error)
             continue
-        found.append(change)
-    return found
+        kept.changes.append(change)
+    return kept
 
 
 def _is_to_come(loop: Dict[str, Any], change: Change) -> bool:
@@ -229,15 +249,16 @@ def _is_to_come(loop: Dict[str, Any], change: Change) -> bool:
     )
 
 
-def _tell(run: Run, policy: str) -> None:
-    repeats = run.orders.repeats
-    if policy == "config":
-        if repeats:
-            log.info("resume: %d changes by ofengine set-lr are forgotten.", len(repeats))
-        run.orders.repeats = []
+def _forget(run: Run, folder: Optional[Path]) -> None:
+    """Leave out what was to come again, from now on: a run that goes on from this one, too."""
+    repeats, run.orders.repeats = run.orders.repeats, []
+    if not repeats:
         return
-    for each in repeats:
-        log.info(
-            "resume: at step %d come the rates %s again, which ofengine set-lr set there.",
-            each.step, in_words(each.rates),
-        )  # fmt: skip
+    log.info("resume: %d changes by ofengine set-lr are forgotten.", len(repeats))
+    if folder is not None:
+        void = {"run": run.id, "sitting": run.sitting, _VOID: repeats[0].batches_seen}
+        try:
+            _append(folder, [void])
+        except OSError as error:
+            why = error.strerror or error
+            log.warning("that is not on record (%s): a run that goes on has them.", why)

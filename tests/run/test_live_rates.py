@@ -198,9 +198,12 @@ def test_the_code_s_rates_forget_it(tmp_path: Path, caplog: pytest.LogCaptureFix
     caplog.set_level("INFO", "ofengine")
     saves = Saves(tmp_path / "saved")
     train("eager", tmp_path, Asks(CHANGES), saves)
-    resumed = train("eager", tmp_path, ckpt=saves.files[0], policy="config")
+    again = Saves(tmp_path / "again")
+    resumed = train("eager", tmp_path, again, ckpt=saves.files[0], policy="config")
     assert bits(weights_of(resumed.task)) == bits(by_hand({}))
     assert "resume: 2 changes by ofengine set-lr are forgotten." in caplog.messages
+    third = train("eager", tmp_path, ckpt=again.files[1])  # of a run that has forgotten them
+    assert bits(weights_of(third.task)) == bits(by_hand({}))
 
 
 def test_a_second_run_in_the_folder_takes_nothing_of_the_first(tmp_path: Path) -> None:
