@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import math
 import secrets
 import sys
 import time
@@ -34,6 +35,8 @@ def set_lr(arguments: argparse.Namespace) -> int:
     """Print what the run has changed; exit status 1 where it has changed nothing."""
     seconds = None if arguments.no_wait else arguments.wait
     try:
+        if seconds is not None and not 0 <= seconds < math.inf:
+            raise ConfigurationError(f"--wait {seconds:g}: give a number of seconds.")
         lines = change_rates(Path(arguments.folder), pairs_of(arguments.rates), seconds)
     except OFEngineError as error:
         print(f"ofengine set-lr: {error}", file=sys.stderr)

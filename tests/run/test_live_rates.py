@@ -376,6 +376,7 @@ def test_what_is_no_request_does_nothing(tmp_path: Path, content: bytes) -> None
         (["head"], "'head': write NAME=RATE, as in head=1e-4."),
         (["=1"], "'=1': write NAME=RATE, as in head=1e-4."),
         (["head=fast"], "head=fast: 'fast' is no number."),
+        (["head=1", "--wait", "nan"], "--wait nan: give a number of seconds."),
         (["head=1", "head=2"], "head=2: group 'head' was given a rate already."),
     ],
 )
