@@ -24,7 +24,7 @@ from ofengine.launch.environment import World
 from ofengine.launch.heartbeat import exchange
 from ofengine.ranks.messages import decode, encode
 
-_CONTROL = 9
+_CONTROL = 10
 _LEAST = 4
 """So many numbers a meeting carries at least."""
 _MOST_IN_MEETING = 512 * 1024
@@ -68,6 +68,8 @@ class Wishes:
     stop: bool = False
     signal: int = 0
     out_of_time: bool = False
+    order: bool = False
+    """Rank 0 has been asked from outside for something."""
 
 
 class Meetings:
@@ -217,7 +219,7 @@ class Meetings:
             high, low = divmod(len(metrics), 2**20)
             buffer[:_CONTROL] = (
                 purpose, wishes.stop, wishes.signal, wishes.out_of_time, check, high, low, note,
-                self.absent,
+                self.absent, wishes.order,
             )  # fmt: skip
             if body is not None:
                 buffer[_CONTROL : _CONTROL + body.size] = body
@@ -288,7 +290,8 @@ class Meetings:
         return which.pop()
 
     def _agree(self, rows: np.ndarray) -> None:
-        self.agreed = Wishes(bool(rows[:, 1].any()), int(rows[:, 2].max()), bool(rows[:, 3].any()))
+        stop, order = bool(rows[:, 1].any()), bool(rows[:, 9].any())
+        self.agreed = Wishes(stop, int(rows[:, 2].max()), bool(rows[:, 3].any()), order)
         self.told(self.agreed)
 
     def _check_same(self, checks: np.ndarray, purpose: Purpose) -> None:
