@@ -194,7 +194,10 @@ class Callback:
         """Eager mode only. The update is done, the gradients are still there."""
 
     def on_before_graph_compile(self, trainer: RunView, task: TaskModule, graph: nn.Graph) -> None:
-        """Graph mode only. ``graph`` updates the weights and is about to be compiled."""
+        """Graph mode only. ``graph`` updates the weights and is about to be compiled.
+
+        Where weight decay or momentum are by schedule, it ends with the gradients.
+        """
 
     def on_validation_start(self, trainer: RunView, task: TaskModule) -> None:
         """The task is in eval mode."""

@@ -291,14 +291,17 @@ def _arrays(tensors: Dict[str, Any]) -> Dict[str, np.ndarray]:
 def plain_options(run: Run) -> List[State]:
     """The plain options of each group, as a file gives them back: tuples as lists.
 
-    Without the rates, which are the plan's, and what the optimizer writes there itself.
+    Without the rates and the values by schedule, which are the plan's, and what the optimizer
+    writes there itself.
     """
     optimizer = run.made.optimizer
     others = {"lr", "initial_lr", "params", *own_options(optimizer)}
-    return [
+    plain = [
         {k: _listed(v) for k, v in group.options.items() if k not in others and _is_plain(v)}
         for group in optimizer.param_groups
     ]
+    moved = run.rates.options
+    return plain if moved is None else [moved.masked(i, each) for i, each in enumerate(plain)]
 
 
 def _listed(value: Any) -> Any:

@@ -191,6 +191,26 @@ def a_frozen_layer_and_clipping_by_value(place: Place) -> Result:
     return fitted(task, trainer, DataLoader(dataset(), batch_size=4))
 
 
+def by_schedule(task: Any) -> Any:
+    """What ``configure_optimizers`` returns where weight decay and momentum move."""
+    optimizer = flow.optim.AdamW(task.parameters(), lr=0.02, weight_decay=0.1)
+    return {
+        "optimizer": optimizer,
+        "weight_decay_schedule": lambda step: 0.1 + 0.2 * step,
+        "momentum_schedule": lambda step: 0.8 + 0.03 * (step % 5),
+    }
+
+
+@slow_case
+def weight_decay_and_momentum_by_schedule(place: Place) -> Result:
+    class Scheduled(Net):
+        def configure_optimizers(self) -> Any:
+            return by_schedule(self)
+
+    trainer = place.trainer(accumulate=2, gradient_clip_val=0.05)
+    return fitted(Scheduled(), trainer, DataLoader(dataset(), batch_size=4, shuffle=True))
+
+
 @slow_case
 def float64(place: Place) -> Result:
     x, y = numbers()
