@@ -181,6 +181,7 @@ def state_of_run(run: Run, copies: Mapping[int, Any]) -> State:
             "accumulate_grad_batches": windows.at(max(0, run.progress.state()["epoch"])),
             "windows": [list(change) for change in windows.changes],
             "ranks": run.settings.world_size,
+            "precision": run.settings.precision,
             "seconds": run.seconds_trained,
             "saved_at": time.time(),
         },

@@ -45,6 +45,7 @@ from ofengine.modes.step_graphs import (
 )
 from ofengine.modes.steps import refuse_own_update, trained_parameters
 from ofengine.run.mode import HookCalls, ParameterStates
+from ofengine.run.precision import FULL
 from ofengine.run.state import Run
 from ofengine.task import TaskModule
 
@@ -357,8 +358,11 @@ class GraphMode:
                 "fit(..., ckpt_path='last')."
             )
         is_ours = isinstance(graph, (StepGraph, ApplyGraph))
+        settings = self._run.settings
+        if is_ours and settings.precision != FULL:
+            graphs.mix_precision(graph, settings.precision)
         self.task.configure_graph(graph.config)
-        check_switches(graph, self.task, self._run.settings, is_ours)
+        check_switches(graph, self.task, settings, is_ours)
         if updates:
             for call in self._before_compile:
                 call(graph)

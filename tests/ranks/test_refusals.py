@@ -36,7 +36,6 @@ def second_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"devices": 0}, "devices=0"),
         ({"devices": "2"}, "devices='2'"),
         ({"num_nodes": 0}, "num_nodes=0"),
-        ({"precision": "16-mixed"}, "dtype"),
         ({"sync_batchnorm": 1}, "sync_batchnorm=1"),
     ],
 )
