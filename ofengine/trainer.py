@@ -63,7 +63,7 @@ class Trainer(KnowsCallbacks):
         devices: ranks on each machine, each a process: "auto" for those that this script was
             started with, or one. A script that is started plainly with more starts them itself.
         num_nodes: machines.
-        strategy: "auto" or "ddp".
+        strategy: "auto", "ddp", or "zero": each rank keeps a part of the optimizer's state.
         sync_batchnorm: on several ranks, let batch norms normalize by the batches of all.
         precision: "32-true", or on GPUs in graph mode "16-mixed" or "bf16-mixed".
         max_epochs: epochs to train. Default: 1000, or no limit where ``max_steps`` or

@@ -24,7 +24,7 @@ from ofengine.run.arguments import (
     check_limit,
     seconds_of,
 )
-from ofengine.run.devices import check_ranks, resolve_device
+from ofengine.run.devices import check_ranks, check_strategy, resolve_device
 from ofengine.run.lightning import TRAINER_ARGUMENTS, mend_for
 from ofengine.run.precision import check_mixed, check_precision
 from ofengine.run.windows import Accumulation, Windows, check_accumulation
@@ -88,7 +88,7 @@ CHECKS: Tuple[Tuple[str, Callable[[str, Any], Any]], ...] = (
     ("device", lambda name, value: resolve_device(value)),
     ("devices", _devices),
     ("num_nodes", _whole(1, _FROM_ONE)),
-    ("strategy", _one_of("auto", "ddp", "zero")),
+    ("strategy", check_strategy),
     ("sync_batchnorm", check_flag),
     ("precision", check_precision),
     ("max_steps", _whole(-1, "a number, -1 for any")),
