@@ -147,9 +147,9 @@ def check_ranks(values: Dict[str, Any], world: Optional[World]) -> None:
 def _check_zero(mode: str, ranks: int) -> None:
     if mode == "graph":
         raise ConfigurationError(
-            'strategy="zero" is for eager mode (OneFlow\'s own, of graphs, ends the process on CPUs '
-            'and was not run on GPUs): write mode="eager", or strategy="ddp", with which each rank '
-            "keeps the whole of the optimizer's state."
+            'strategy="zero" is for eager mode, for OneFlow\'s own, of graphs, ends the process on '
+            'CPUs and was not run on GPUs: write mode="eager", or strategy="ddp", with which each '
+            "rank keeps the whole of the optimizer's state."
         )
     if ranks == 1:
         raise ConfigurationError(
