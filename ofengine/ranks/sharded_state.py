@@ -7,7 +7,7 @@ one process, and of the optimizer's state each rank holds about one N-th.
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import numpy as np
 import oneflow as flow
@@ -56,6 +56,9 @@ class ShardedState:
         self._meetings, self._optimizer = meetings, optimizer
         self._parameters = [p for group in optimizer.param_groups for p in group.parameters]
         self._owners = owners([int(p.numel()) for p in self._parameters], meetings.size)
+        self._of_rank: List[List[Any]] = [[] for _ in range(meetings.size)]
+        for parameter, owner in zip(self._parameters, self._owners):
+            self._of_rank[owner].append(parameter)
         self._taken: Dict[int, Dict[str, Any]] = {}
         """What the last look at all ranks saw, by the number of the parameter."""
         meetings.serve_states = self._serve
@@ -71,8 +74,8 @@ class ShardedState:
         return {n: kept for n, kept in states.items() if id(parameters[n]) not in others}
 
     def _of_others(self) -> List[Any]:
-        pairs = zip(self._parameters, self._owners)
-        return [parameter for parameter, owner in pairs if owner != self._meetings.rank]
+        pairs = enumerate(self._of_rank)
+        return [p for rank, each in pairs if rank != self._meetings.rank for p in each]
 
     # ------------------------------------------------------------------ the update
 
@@ -87,28 +90,22 @@ class ShardedState:
         self._exchange()
 
     def _exchange(self) -> None:
-        """Give the others this rank's parameters, and take theirs: those that have a gradient."""
-        stepped: List[List[Any]] = [[] for _ in range(self._meetings.size)]
-        for parameter, owner in zip(self._parameters, self._owners):
-            if parameter.grad is not None:
-                stepped[owner].append(parameter)
-        sizes = [sum(map(_bytes_of, each)) for each in stepped]
-        own = np.zeros(max(sizes), np.uint8)
-        at = 0
-        for parameter in stepped[self._meetings.rank]:
-            raw = np.ascontiguousarray(parameter.numpy()).reshape(-1).view(np.uint8)
-            own[at : at + raw.size] = raw
-            at += raw.size
-        all_of_them = self._meetings.gather_large(own)
+        """Give the others this rank's parameters, and take what they have updated of theirs.
+
+        All are sent, so that no hook of one rank can make it send less than the others wait for.
+        """
+        rank = self._meetings.rank
+        own = np.zeros(max(sum(map(_bytes_of, each)) for each in self._of_rank), np.uint8)
+        for parameter, start, stop in _laid_out(self._of_rank[rank]):
+            own[start:stop] = np.ascontiguousarray(parameter.numpy()).reshape(-1).view(np.uint8)
+        rows = self._meetings.gather_large(own)
         with flow.no_grad():
-            for rank, parameters in enumerate(stepped):
-                at = 0
-                for parameter in parameters if rank != self._meetings.rank else ():
-                    stop = at + _bytes_of(parameter)
-                    array = all_of_them[rank, at:stop].view(_DTYPES[parameter.dtype])
-                    shaped = array.reshape(tuple(parameter.shape))
-                    parameter.copy_(flow.tensor(shaped, device=parameter.device))
-                    at = stop
+            for other, parameters in enumerate(self._of_rank):
+                for parameter, start, stop in _laid_out(parameters) if other != rank else ():
+                    if parameter.grad is not None:
+                        array = rows[other, start:stop].view(_DTYPES[parameter.dtype])
+                        shaped = array.reshape(tuple(parameter.shape))
+                        parameter.copy_(flow.tensor(shaped, device=parameter.device))
 
     # ------------------------------------------------------------------ the whole of it
 
@@ -151,3 +148,11 @@ class ShardedState:
 
 def _bytes_of(parameter: Any) -> int:
     return int(parameter.numel()) * _DTYPES[parameter.dtype].itemsize
+
+
+def _laid_out(parameters: Sequence[Any]) -> Iterator[Tuple[Any, int, int]]:
+    """Each, and from where to where its bytes are in a row of all of them."""
+    stop = 0
+    for parameter in parameters:
+        start, stop = stop, stop + _bytes_of(parameter)
+        yield parameter, start, stop
