@@ -63,15 +63,15 @@ class Trainer(KnowsCallbacks):
         devices: ranks on each machine, each a process: "auto" for those that this script was
             started with, or one. A script that is started plainly with more starts them itself.
         num_nodes: machines.
-        strategy: "auto" or "ddp".
+        strategy: "auto", "ddp", or "zero": each rank keeps a part of the optimizer's state.
         sync_batchnorm: on several ranks, let batch norms normalize by the batches of all.
+        precision: "32-true", or on GPUs in graph mode "16-mixed" or "bf16-mixed".
         max_epochs: epochs to train. Default: 1000, or no limit where ``max_steps`` or
             ``max_time`` is given. -1 means no limit.
         max_steps: optimizer steps to train; -1 means no limit.
         min_epochs: epochs that are trained before ``should_stop``, which EarlyStopping sets, ends
             training; and ``min_steps``, in optimizer steps.
         max_time: time to train, as "DD:HH:MM:SS", a timedelta, or a dict of its arguments.
-            Looked at after each optimizer step.
         limit_train_batches: an int for so many batches of an epoch, a float for a share of
             them, None for all. Likewise ``limit_val_batches``, ``limit_test_batches``,
             ``limit_predict_batches``.
@@ -101,7 +101,6 @@ class Trainer(KnowsCallbacks):
         default_root_dir: where logs and checkpoints go. Default: the current folder.
         restart_on_crash: how often the script is started again where its process dies of a
             crash (by a signal, in native code): ``fit`` then goes on from the last checkpoint.
-            What stands before ``fit`` in the script runs again each time.
         detect_anomaly: look at loss, gradients and weights after each step; where they are not
             finite, replay the step eagerly and say where that arose. Slow.
         profiler: "simple" prints where the time of each verb went, and writes a trace for Chrome.
@@ -122,6 +121,7 @@ class Trainer(KnowsCallbacks):
         num_nodes: int = 1,
         strategy: str = "auto",
         sync_batchnorm: bool = False,
+        precision: Union[int, str] = "32-true",
         max_epochs: Optional[int] = None,
         max_steps: int = -1,
         min_epochs: Optional[int] = None,

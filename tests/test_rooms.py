@@ -22,7 +22,10 @@ ROOMS: List[List[str]] = [
     ["launch"],
     ["ranks"],
     ["run"],
-    ["run.arguments", "run.devices", "run.lightning", "run.windows", "run.settings"],
+    [
+        *("run.arguments", "run.devices", "run.lightning", "run.precision", "run.windows"),
+        "run.settings",
+    ],
     ["run.profile", "run.progress", "run.finite", "run.weighing", "run.orders"],
     ["data"],
     ["rates"],

@@ -151,9 +151,31 @@ def splits_optimizer_state(graph: nn.Graph) -> bool:
     return graph.config.proto.optimizer_placement_optimization_mode not in ("", "none")
 
 
-def mixes_precision(graph: nn.Graph) -> bool:
-    """True where ``graph`` is to compute in half precision what it can (``enable_amp``)."""
-    return bool(graph.config.proto.enable_auto_mixed_precision)
+_HALVES = {"16-mixed": flow.float16, "bf16-mixed": flow.bfloat16}
+
+
+def mix_precision(graph: nn.Graph, precision: str) -> None:
+    """Let ``graph`` compute what it can in the half ``precision``, "16-mixed" or "bf16-mixed"."""
+    graph.config.enable_amp(True, dtype=_HALVES[precision])
+
+
+def precision_of(graph: nn.Graph) -> str:
+    """The same name of what ``graph`` is set to (``enable_amp``); "32-true" where that is off."""
+    proto = graph.config.proto
+    if not proto.enable_auto_mixed_precision:
+        return "32-true"
+    number_of = flow._oneflow_internal.deprecated.GetProtoDtype4OfDtype
+    names = {int(number_of(dtype)): name for name, dtype in _HALVES.items()}
+    return names[proto.mixed_precision_data_type]
+
+
+def in_full_precision(tensor: Any) -> Any:
+    """``tensor`` of a trace as one that no half precision goes beyond; what comes after is float32.
+
+    Of a chain of products, square roots and the like behind a matrix product, the compiler makes
+    all of half precision.
+    """
+    return flow._C.amp_black_identity(tensor)
 
 
 def updates_many_tensors_at_once(graph: nn.Graph) -> bool:

@@ -58,6 +58,16 @@ def replace_state(
         optimizer._state[parameters[name]] = dict(kept)
 
 
+def state_of(optimizer: Optimizer, parameter: Any) -> Dict[str, Any]:
+    """What ``optimizer`` keeps of ``parameter``; live memory."""
+    return dict(optimizer._state.get(parameter) or {})
+
+
+def put_state_of(optimizer: Optimizer, parameter: Any, kept: Dict[str, Any]) -> None:
+    """Let ``optimizer`` keep this of ``parameter``, and nothing else."""
+    optimizer._state[parameter] = kept
+
+
 def keys_kept(optimizer: Optimizer) -> List[Optional[FrozenSet[str]]]:
     """For each group the names of what ``optimizer`` keeps of a parameter that it has stepped.
 

@@ -33,6 +33,7 @@ from ofengine.data.steps import Resumption
 from ofengine.errors import CheckpointError, said_by, warn
 from ofengine.rates.joint import JointPlan
 from ofengine.rates.resume import resume_plan
+from ofengine.run.precision import FULL
 from ofengine.run.progress import Point
 from ofengine.run.state import Run, State
 
@@ -199,6 +200,12 @@ class Resumed:
             )
         elif run.seed is None:
             run.seed = self.state["run"]["seed"]
+        precision = self.state["run"].get("precision", FULL)
+        if precision != run.settings.precision:
+            warn(
+                f'the run was begun with precision="{precision}" and goes on with '
+                f'precision="{run.settings.precision}": it does not go on exactly.'
+            )
         for name, each in of_each(self.state).items():
             self._tell_options(run.each()[name], each["optimizer"]["options"])
 

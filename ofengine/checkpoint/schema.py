@@ -28,6 +28,7 @@ from ofengine.checkpoint.checks import (
     text,
     whole,
 )
+from ofengine.run.precision import FULL, LOSS_SCALES
 from ofengine.run.progress import Point
 from ofengine.run.windows import Windows
 
@@ -180,7 +181,11 @@ _STATE = record(
                 "seconds": number(0),
                 "saved_at": number(0, _YEAR_9999),
             },
-            {"ranks": whole(1), "windows": listed(row(whole(0, _EPOCHS), whole(1)))},
+            {
+                "precision": one_of(FULL, *LOSS_SCALES),
+                "ranks": whole(1),
+                "windows": listed(row(whole(0, _EPOCHS), whole(1))),
+            },
         ),
         "versions": by_name(text),
     },

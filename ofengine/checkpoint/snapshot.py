@@ -31,6 +31,7 @@ from ofengine.data.generators import global_states, states_in
 from ofengine.errors import ConfigurationError
 from ofengine.processes.supervisor import supervised_by
 from ofengine.rates.resume import plan_state
+from ofengine.run.precision import FULL
 from ofengine.run.progress import BETWEEN_EPOCHS, Point
 from ofengine.run.state import Run, State
 from ofengine.task import TaskModule
@@ -173,7 +174,7 @@ def state_of_run(run: Run, copies: Mapping[int, Any]) -> State:
     synchronize()  # a graph's run is not waited for by reading what it writes
     owners, windows = _owners_now(run), run.settings.windows
     optimizers = {name: _of_optimizer(each) for name, each in run.each().items()}
-    moments = run.moments_resumed
+    moments, precision = run.moments_resumed, run.settings.precision
     return {
         **(_moments(run, copies) if moments is None else moments),
         **({"several": optimizers} if run.parts else optimizers[""]),
@@ -194,6 +195,7 @@ def state_of_run(run: Run, copies: Mapping[int, Any]) -> State:
             "accumulate_grad_batches": windows.at(max(0, run.progress.state()["epoch"])),
             "windows": [list(change) for change in windows.changes],
             "ranks": run.settings.world_size,
+            **({} if precision == FULL else {"precision": precision}),
             "seconds": run.seconds_trained,
             "saved_at": time.time(),
         },

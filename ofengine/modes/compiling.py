@@ -21,6 +21,7 @@ from ofengine.modes.guards import Guards
 from ofengine.modes.labels import noting_labels
 from ofengine.modes.leftovers import nothing_left_behind
 from ofengine.modes.own_graphs import has_own_graph
+from ofengine.run.precision import FULL
 from ofengine.run.settings import Settings
 from ofengine.task import TaskModule
 
@@ -60,7 +61,21 @@ def check_inputs(inputs: Any, what: str) -> None:
         )
 
 
-def check_switches(graph: nn.Graph, task: TaskModule, settings: Settings, is_ours: bool) -> None:
+def configure(graph: nn.Graph, task: TaskModule, settings: Settings, is_ours: bool) -> None:
+    """Set the switches of ``graph``, which is to be compiled; the task's are checked."""
+    if graphs.graphs_compiled() >= graphs.MOST_GRAPHS:
+        raise GraphModeError(
+            f"this process has compiled {graphs.graphs_compiled():,} graphs, and OneFlow "
+            "aborts a process at about the 1,365th: go on in a new one, from a checkpoint with "
+            "fit(..., ckpt_path='last')."
+        )
+    if is_ours and settings.precision != FULL:
+        graphs.mix_precision(graph, settings.precision)
+    task.configure_graph(graph.config)
+    _check_switches(graph, task, settings, is_ours)
+
+
+def _check_switches(graph: nn.Graph, task: TaskModule, settings: Settings, is_ours: bool) -> None:
     """Refuse, of OneFlow's switches that ``graph`` has on, what would compute something else."""
     steps = graphs.micro_batches(graph)
     if steps > 1 and is_ours:
@@ -79,7 +94,14 @@ def check_switches(graph: nn.Graph, task: TaskModule, settings: Settings, is_our
             "enable_zero(True) leaves each rank a part of the optimizer's state, of which a "
             "checkpoint has the whole, and ends the process on CPUs: leave it out."
         )
-    if graphs.mixes_precision(graph) and settings.device.type == "cpu":
+    precision = graphs.precision_of(graph)
+    if settings.precision != FULL:
+        if is_ours and precision != settings.precision:
+            raise ConfigurationError(
+                f'configure_graph called enable_amp(), which makes precision="{precision}" of '
+                f'Trainer(precision="{settings.precision}"): leave out one of them.'
+            )
+    elif precision != FULL and settings.device.type == "cpu":
         warn(
             "enable_amp(True) changes nothing on a CPU, where OneFlow computes in float32 all the "
             'same: leave it out, or use Trainer(device="cuda").'

@@ -21,6 +21,7 @@ from ofengine.modes.steps import (
     step_arity,
 )
 from ofengine.ranks.gradients import GradientExchange
+from ofengine.ranks.sharded_state import ShardedState
 from ofengine.ranks.shares import ABSENT
 from ofengine.ranks.statistics import RunningStatistics
 from ofengine.ranks.synced_norms import SyncedNorms
@@ -45,6 +46,10 @@ class EagerMode:
         self._exchange: Optional[GradientExchange] = None
         """Where there are several ranks: what the window has of all of them."""
         self._norms: Union[RunningStatistics, SyncedNorms, None] = None
+        self._sharded: Optional[ShardedState] = None
+        """Where each rank keeps a part of the optimizer's state."""
+        self._step_of_all: Optional[Callable[[], None]] = None
+        """How these are updated together, in the place of the optimizer's own step."""
 
     def start(self) -> None:
         """See :class:`~ofengine.run.mode.Mode`."""
@@ -65,6 +70,15 @@ class EagerMode:
             self._weights = nn.Parameter(flow.zeros(2, device=self._run.settings.device))
             every.append(self._weights)
             self._exchange = GradientExchange(self._run.ranks, every, self._norms.room)
+        self._shard()
+        if self._sharded is not None:
+            self._sharded.drop_others()
+            self._step_of_all = self._sharded.step
+
+    def _shard(self) -> None:
+        run = self._run
+        if run.settings.strategy == "zero" and run.ranks is not None and self._sharded is None:
+            self._sharded = ShardedState(run.ranks, run.made.optimizer)
 
     def _watch_groups(self) -> None:
         self._groups = list(self._optimizer.param_groups)
@@ -106,18 +120,18 @@ class EagerMode:
                 self._watch_groups()
             if self._clips or self._mark.clips:
                 clip(self._run)
-            clears = False
-            if optimizer.step is self._step_of_quick:
+            clears, step = False, self._step_of_all or optimizer.step
+            if step is self._step_of_quick:
                 clears = not self._before_zero_grad and "zero_grad" not in optimizer.__dict__
                 self._quick(optimizer, clears)
             elif self._corrects_bias:
                 STEPPING.on = True  # Adam and its like do so as graphs do
                 try:
-                    optimizer.step()
+                    step()
                 finally:
                     STEPPING.on = False
             else:
-                optimizer.step()
+                step()
             if not clears:
                 for call in self._before_zero_grad:
                     call(optimizer)
@@ -173,11 +187,18 @@ class EagerMode:
     def optimizer_state(self) -> Tuple[int, ParameterStates]:
         """See :class:`~ofengine.run.mode.Mode`."""
         names = {id(p): name for name, p in self._task.named_parameters()}
-        return optimizer_state.optimizer_state(self._run.made.optimizer, names)
+        steps, states = optimizer_state.optimizer_state(self._run.made.optimizer, names)
+        if self._sharded is not None:
+            whole = self._sharded.whole()
+            states = {names[key]: kept for key, kept in whole.items() if key in names}
+        return steps, states
 
     def load_optimizer_state(self, steps: int, states: ParameterStates) -> None:
         """See :class:`~ofengine.run.mode.Mode`."""
         parameters = dict(self._task.named_parameters())
+        self._shard()
+        if self._sharded is not None:
+            states = self._sharded.without_others(states, parameters)
         replace_state(self._run.made.optimizer, parameters, steps, states)
 
     def gradients(self) -> Dict[str, Any]:
@@ -212,9 +233,12 @@ class EagerMode:
         """Nothing to bring up to date."""
 
     def close(self) -> None:
-        """Let go of the batch norms."""
+        """Let go of the batch norms, and let the optimizer keep the whole of its state again."""
         if self._norms is not None:
             self._norms.close()
+        if self._sharded is not None and self._run.ranks is not None and not self._run.ranks.over:
+            self._sharded.put_together()
+        self._sharded = None
 
     def default_train_graph(self) -> nn.Graph:
         """There is none."""

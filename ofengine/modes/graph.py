@@ -26,7 +26,7 @@ from ofengine.modes.batch_norms import BatchNorms
 from ofengine.modes.compiled import Changes, Compilations, Compiled, warn_of_many_graphs
 from ofengine.modes.compiling import (
     check_inputs,
-    check_switches,
+    configure,
     refuse_what_graphs_ignore,
     trace,
     warn_of_gradients,
@@ -363,15 +363,8 @@ class GraphMode:
         """Compile a graph for ``inputs``; where it ``updates``, over the shared state."""
         graph = compiled.graph
         self._check(inputs, what)
-        if graphs.graphs_compiled() >= graphs.MOST_GRAPHS:
-            raise GraphModeError(
-                f"this process has compiled {graphs.graphs_compiled():,} graphs, and OneFlow "
-                "aborts a process at about the 1,365th: go on in a new one, from a checkpoint with "
-                "fit(..., ckpt_path='last')."
-            )
         is_ours = isinstance(graph, (StepGraph, ApplyGraph))
-        self.task.configure_graph(graph.config)
-        check_switches(graph, self.task, self._run.settings, is_ours)
+        configure(graph, self.task, self._run.settings, is_ours)
         if updates or (self._update is not None and isinstance(graph, GradientGraph)):
             for call in self._before_compile:
                 call(graph)

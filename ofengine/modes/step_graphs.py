@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import oneflow as flow
 from oneflow import nn
 
-from ofengine._oneflow.graphs import allow_backward
+from ofengine._oneflow.graphs import allow_backward, in_full_precision, precision_of
 from ofengine._oneflow.late_inputs import LateInputs
 from ofengine._oneflow.tracing import (
     answering_as_modules,
@@ -26,6 +26,7 @@ from ofengine.modes.draws import Draw, Feed, no_numbers_frozen
 from ofengine.modes.in_place import InPlace, Written
 from ofengine.modes.spread import Spread
 from ofengine.modes.steps import clip, split_outputs, step_arity
+from ofengine.run.precision import FULL, LOSS_SCALES
 from ofengine.run.state import Run
 from ofengine.run.weighing import weight_of
 from ofengine.task import TaskModule
@@ -144,7 +145,7 @@ class _TrainStepGraph(StepGraph):
         super().__init__(run.task, "training_step", structure, (run.name,) if run.name else ())
         self.held = [run.others]  # in a list, as origin is
 
-    def trained_loss(self, tensors: Sequence[Any], scale: Any) -> Any:
+    def trained_loss(self, tensors: Sequence[Any], scale: Any, parameters: Sequence[Any]) -> Any:
         """Forward and backward; (loss, outputs besides it, logged, its weight where it has one)."""
         outputs, logged = self.call_step(tensors)
         name = type(self.origin[0]).__name__
@@ -154,8 +155,13 @@ class _TrainStepGraph(StepGraph):
             scale = weight_of(loss, rest["weight"], name)
             weights.append(scale)
         scaled = loss if scale is None else loss * scale
+        precision = precision_of(self)
+        factor = LOSS_SCALES.get(precision, 1.0)
         with self.in_place.in_backward():
-            scaled.backward()
+            (scaled if factor == 1.0 else scaled * factor).backward()
+        if precision != FULL:  # before whatever reads gradients: clipping, other ranks
+            for each in (p for p in parameters if p.grad is not None):
+                each.grad = in_full_precision(each.grad) * (1.0 / factor)
         return loss, rest, logged, weights
 
 
@@ -169,7 +175,7 @@ class TrainGraph(_TrainStepGraph):
 
     def build(self, tensors: List[Any], late: List[Any]) -> List[Any]:
         """Trace the whole step."""
-        loss, rest, logged, _ = self.trained_loss(tensors, None)
+        loss, rest, logged, _ = self.trained_loss(tensors, None, self.run.parameters)
         if self.spread is not None:
             self.spread.gradients(self.run.parameters)
         clip(self.run)
@@ -191,9 +197,9 @@ class GradientGraph(_TrainStepGraph):
     def build(self, tensors: List[Any], scale: Any, late: List[Any]) -> List[Any]:
         """Trace forward and backward of ``loss * scale``, of the loss where a batch is a step."""
         scale = scale if self.averages else None
-        loss, rest, logged, weights = self.trained_loss(tensors, scale)
-        self.weighs = bool(weights)
         (parameters,) = self.parameters
+        loss, rest, logged, weights = self.trained_loss(tensors, scale, parameters)
+        self.weighs = bool(weights)
         self.having = [i for i, p in enumerate(parameters) if p.grad is not None]
         gradients = [parameters[i].grad for i in self.having]
         return self.put_out(rest, logged, [loss, *gradients, *weights])

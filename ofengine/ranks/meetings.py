@@ -55,6 +55,8 @@ class Purpose(enum.IntEnum):
     """It was told to leave out the rest of the epoch."""
     GATHER = 9
     """What each has to say in a hook of the user's."""
+    STATES = 10
+    """What all keep of the optimizer's state, now, whatever the others do."""
 
 
 class RestLeftOut(Exception):
@@ -100,6 +102,8 @@ class Meetings:
         """Looks at it only: it is given again."""
         self.serve_statistics: Callable[[int, np.ndarray], None] = lambda of, rows: None
         """Takes what the batch norms of others have sent while this rank has no batch."""
+        self.serve_states: Callable[[bool], None] = lambda takes: None
+        """Tells what this rank keeps of the optimizer's state, by :meth:`trade`."""
         self._room = _LEAST
 
     def make_room(self, numbers: int, needed: int = 0) -> int:
@@ -167,6 +171,22 @@ class Meetings:
         if not self.over:
             self._meet(Purpose.METRICS)
 
+    def states(self) -> None:
+        """See what all ranks keep of the optimizer's state; the others may be anywhere.
+
+        Raises :class:`RankError` where this rank has met an error, and may wait for no other.
+        """
+        if self.over:
+            raise RankError(
+                "an error has ended this rank, and the others' parts of the optimizer's state "
+                '(strategy="zero") are out of its reach: go on from a checkpoint of before it.'
+            )
+        self._meet(Purpose.STATES)
+
+    def trade(self, message: Any) -> List[Any]:
+        """What each rank says while all of them serve one that asked for it."""
+        return self._gather_messages(encode(message), None)
+
     def talk(self, message: Any, purpose: Purpose = Purpose.TALK) -> List[Any]:
         """What each rank says, in the order of ranks: plain values, see :mod:`.messages`."""
         said = encode(message)
@@ -197,6 +217,13 @@ class Meetings:
             gathered: np.ndarray = all_of_them.numpy()
         return gathered.reshape(self.size, own.size)
 
+    def gather_large(self, own: np.ndarray) -> np.ndarray:
+        """The same of any number of bytes."""
+        most = _MOST_BYTES // self.size
+        starts = range(0, own.size, most)
+        parts = [self.gather(own[start : start + most]) for start in starts]
+        return np.concatenate(parts, axis=1) if parts else np.empty((self.size, 0), own.dtype)
+
     # ------------------------------------------------------------------ how it is done
 
     def _meet(
@@ -216,27 +243,30 @@ class Meetings:
             wishes = self.wishes()
             metrics = encode(self.give_metrics()) if purpose in _OF_METRICS else message
             buffer = np.zeros(_CONTROL + self._room, np.float32)
-            high, low = divmod(len(metrics), 2**20)
             buffer[:_CONTROL] = (
-                purpose, wishes.stop, wishes.signal, wishes.out_of_time, check, high, low, note,
-                self.absent, wishes.order,
+                purpose, wishes.stop, wishes.signal, wishes.out_of_time, check,
+                *divmod(len(metrics), 2**20), note, self.absent, wishes.order,
             )  # fmt: skip
             if body is not None:
                 buffer[_CONTROL : _CONTROL + body.size] = body
             rows = self.gather(buffer)
             purposes = [Purpose(int(each)) for each in rows[:, 0]]
-            if Purpose.PEEK not in purposes:  # or some ranks would know before others
+            if not _ALONE & set(purposes):  # or some ranks would know before others
                 self._agree(rows)
             if Purpose.PEEK in purposes or purposes == [Purpose.METRICS] * self.size:
-                if purpose not in _OF_METRICS:
-                    metrics = encode(self.give_metrics())
+                told = metrics if purpose in _OF_METRICS else encode(self.give_metrics())
                 lengths = rows if purposes == [purpose] * self.size else None
-                messages = self._gather_messages(metrics, lengths)
+                messages = self._gather_messages(told, lengths)
                 if Purpose.PEEK not in purposes:
                     self.take_metrics(messages)
                     return rows
                 if purpose is Purpose.PEEK:
                     self.show_metrics(messages)
+                    return rows
+                continue
+            if Purpose.STATES in purposes:
+                self.serve_states(purpose is Purpose.STATES)
+                if purpose is Purpose.STATES:
                     return rows
                 continue
             of = self._norm_that_is_served(purposes, rows)
@@ -322,6 +352,8 @@ def _statistics_in(rows: np.ndarray) -> np.ndarray:
     return brought
 
 
+_ALONE = {Purpose.PEEK, Purpose.STATES}
+"""What one rank may come for while the others do not."""
 _OF_METRICS = (Purpose.PEEK, Purpose.METRICS)
 _AFTER_A_STOP = {Purpose.STOP, Purpose.STEP, Purpose.SKIP, Purpose.GATHER}
 _IN_A_ROUND = {Purpose.STEP, Purpose.SKIP, Purpose.STATISTICS}
@@ -332,6 +364,7 @@ _WORDS = {
     Purpose.METRICS: "is at the end of its batches, or logs",
     Purpose.STATISTICS: "normalizes a batch by those of all",
     Purpose.TALK: "is between two parts of the run",
+    Purpose.STATES: "reads the optimizer's state",
     Purpose.GATHER: "calls trainer.gather()",
     Purpose.SKIP: "leaves out the rest of the epoch",
     Purpose.LINE_UP: "goes through a batch without training",

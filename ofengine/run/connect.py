@@ -19,6 +19,7 @@ from ofengine.modes.own_graphs import has_own_graph
 from ofengine.rates.plan import DecayEvents
 from ofengine.run.arguments import Limit, batches_between_validations
 from ofengine.run.hooks import refuse_eager_only_hooks
+from ofengine.run.precision import FULL
 from ofengine.run.profiling import watch_data
 from ofengine.run.settings import LIMIT_OF_STAGE, Settings
 from ofengine.run.state import Run
@@ -49,6 +50,12 @@ def check_graph_mode(run: Run) -> None:
             f"accumulate_grad_batches={accumulate} cannot reach into "
             f"{type(task).__name__}.build_graph(): leave build_graph() as it is, or use "
             "accumulate_grad_batches=1."
+        )
+    if has_own_graph(task) and run.settings.precision != FULL:
+        raise ConfigurationError(
+            f'precision="{run.settings.precision}" cannot reach into '
+            f"{type(task).__name__}.build_graph(): leave build_graph() as it is, or leave "
+            "precision out and call config.enable_amp() and set_grad_scaler() in its __init__."
         )
 
 

@@ -10,6 +10,7 @@ from oneflow import nn
 
 from ofengine.errors import ConfigurationError, DeviceError, warn
 from ofengine.launch.environment import World
+from ofengine.run.arguments import check_choice
 
 _LEAST, _MOST = (6, 0), (8, 9)
 """The compute capabilities that OneFlow 0.9.0 has machine code for, as its fat binaries show."""
@@ -95,6 +96,22 @@ def move(task: nn.Module, device: flow.device) -> None:
     task.to(device)
 
 
+_STRATEGIES = ("auto", "ddp", "zero")
+
+
+def check_strategy(name: str, value: Any) -> str:
+    """``value`` where it is "auto", "ddp" or "zero"; for Lightning's others says which to write."""
+    told = value if isinstance(value, str) else ""
+    if told.startswith(("fsdp", "deepspeed")):
+        raise ConfigurationError(
+            f'{name}={value!r}: write "zero", which shares out the optimizer\'s state to the '
+            "ranks; weights and gradients each rank has whole."
+        )
+    if told.startswith("ddp_"):
+        raise ConfigurationError(f'{name}={value!r}: write "ddp".')
+    return str(check_choice(name, value, _STRATEGIES))
+
+
 def check_ranks(values: Dict[str, Any], world: Optional[World]) -> None:
     """Fill in how many ranks there are; refuse what several of them cannot do.
 
@@ -103,11 +120,6 @@ def check_ranks(values: Dict[str, Any], world: Optional[World]) -> None:
 
     Raises :class:`ConfigurationError`, :class:`DeviceError`.
     """
-    if values["strategy"] == "zero":
-        raise ConfigurationError(
-            'strategy="zero" is not done yet (OneFlow\'s ZeRO ends the process on CPUs): use '
-            'strategy="ddp", which keeps the whole optimizer state on each rank.'
-        )
     if not values["devices"]:
         values["devices"] = 1 if world is None else world.local_world_size
         if world is not None:
@@ -119,6 +131,8 @@ def check_ranks(values: Dict[str, Any], world: Optional[World]) -> None:
             f"and this process was started as one of {world.world_size}: leave both out, or start "
             "as many."
         )
+    if values["strategy"] == "zero":
+        _check_zero(values["mode"], asked)
     if asked == 1:
         return
     if world is not None and values["device"].type == "cuda":
@@ -128,3 +142,17 @@ def check_ranks(values: Dict[str, Any], world: Optional[World]) -> None:
                 f"{flow.cuda.device_count()} GPU(s): start no more ranks than GPUs."
             )
         values["device"] = resolve_device(f"cuda:{world.local_rank}")
+
+
+def _check_zero(mode: str, ranks: int) -> None:
+    if mode == "graph":
+        raise ConfigurationError(
+            'strategy="zero" is for eager mode, for OneFlow\'s own, of graphs, ends the process on '
+            'CPUs and was not run on GPUs: write mode="eager", or strategy="ddp", with which each '
+            "rank keeps the whole of the optimizer's state."
+        )
+    if ranks == 1:
+        raise ConfigurationError(
+            'strategy="zero" shares out the optimizer\'s state to several ranks, and this run has '
+            "one: write devices=2 or more, or leave strategy out."
+        )

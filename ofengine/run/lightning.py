@@ -57,11 +57,7 @@ TRAINER_ARGUMENTS: Mapping[str, str] = {
     "plugins": "what plugins change is fixed here: write a Callback, or a graph of your own in "
     "TaskModule.build_graph",
     # How it computes.
-    **_each(
-        "precision amp_backend amp_level use_amp",
-        "everything is computed in the dtype of weights and batches: leave it out, or, in graph "
-        "mode, call config.enable_amp(True) in TaskModule.configure_graph",
-    ),
+    **_each("amp_backend amp_level use_amp", 'write precision="16-mixed", on a GPU in graph mode'),
     "deterministic": "write seed=0, or another number, which fixes shuffling and dropout; OneFlow "
     "has no switch for its kernels",
     "benchmark": "call oneflow.backends.cudnn.enable_conv_heuristic_search_algo(False) before fit: "
@@ -203,11 +199,8 @@ TRAINER_ATTRIBUTES: Mapping[str, str] = {
         "distributed_sampler_kwargs",
         _LEAVE_OUT,
     ),
-    **_each(
-        "precision precision_plugin amp_backend use_amp scaler",
-        "everything is computed in the dtype of weights and batches: write "
-        "next(task.parameters()).dtype",
-    ),
+    **_each("precision precision_plugin amp_backend use_amp", "write trainer.settings.precision"),
+    "scaler": "the loss scale is fixed, and a part of the compiled step: leave it out",
     # Arguments, and how they come in.
     **_each(
         "from_argparse_args add_argparse_args parse_argparser default_attributes "

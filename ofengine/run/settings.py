@@ -24,8 +24,9 @@ from ofengine.run.arguments import (
     check_limit,
     seconds_of,
 )
-from ofengine.run.devices import check_ranks, resolve_device
+from ofengine.run.devices import check_ranks, check_strategy, resolve_device
 from ofengine.run.lightning import TRAINER_ARGUMENTS, mend_for
+from ofengine.run.precision import check_mixed, check_precision
 from ofengine.run.windows import Accumulation, Windows, check_accumulation
 
 log = logging.getLogger("ofengine")
@@ -87,8 +88,9 @@ CHECKS: Tuple[Tuple[str, Callable[[str, Any], Any]], ...] = (
     ("device", lambda name, value: resolve_device(value)),
     ("devices", _devices),
     ("num_nodes", _whole(1, _FROM_ONE)),
-    ("strategy", _one_of("auto", "ddp", "zero")),
+    ("strategy", check_strategy),
     ("sync_batchnorm", check_flag),
+    ("precision", check_precision),
     ("max_steps", _whole(-1, "a number, -1 for any")),
     ("min_epochs", lambda name, value: 0 if value is None else _FROM_NOUGHT(name, value)),
     ("min_steps", lambda name, value: 0 if value is None else _FROM_NOUGHT(name, value)),
@@ -132,6 +134,8 @@ class Settings:
     num_nodes: int
     strategy: str
     sync_batchnorm: bool
+    precision: str
+    """"32-true", "16-mixed" or "bf16-mixed"."""
     world: Optional[World]
     """This rank among all; None where one process is alone, or is to start the ranks."""
     max_epochs: int
@@ -204,6 +208,7 @@ class Settings:
                 )
         values["world"] = world = read()
         check_ranks(values, world)
+        check_mixed(values)
         return cls(**values)
 
     @property

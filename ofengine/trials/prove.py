@@ -24,6 +24,7 @@ from ofengine.data.sources import is_iterator
 from ofengine.errors import ConfigurationError, DataError, OFEngineError
 from ofengine.rates.several import read_all
 from ofengine.run.devices import move
+from ofengine.run.precision import FULL
 from ofengine.run.settings import Settings
 from ofengine.task import TaskModule
 from ofengine.trials.proof import Difference, Report, Row
@@ -89,6 +90,11 @@ def begin_proof(settings: Settings, task: Any, train_dataloaders: Any, steps: in
     """Check what a proof is given, and move the task; returns the training data."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
         raise ConfigurationError(f"prove(steps={steps!r}): give a whole number from 2 on.")
+    if settings.precision != FULL:
+        raise ConfigurationError(
+            f'prove compares graph mode with eager mode, which precision="{settings.precision}" is '
+            "not for: leave precision out."
+        )
     source = train_dataloaders if train_dataloaders is not None else task.train_dataloader()
     source = together(source)
     if is_iterator(source):

@@ -126,6 +126,19 @@ def five_steps_of_sgd(place: Place) -> Result:
     return fitted(Net(), place.trainer(max_steps=5, max_epochs=-1), place.loader())
 
 
+class LossScaled(Net):
+    """A CPU computes no half precision, but gradients go their way past the scale of the loss."""
+
+    def configure_graph(self, config: Any) -> None:
+        config.enable_amp(True)
+
+
+@case
+def a_loss_scale_in_clipped_windows(place: Place) -> Result:
+    trainer = place.trainer(2, max_steps=5, max_epochs=-1, gradient_clip_val=0.3)
+    return fitted(Net() if place.alone else LossScaled(), trainer, place.loader())
+
+
 @case
 def five_steps_of_adamw(place: Place) -> Result:
     return fitted(Net("adamw"), place.trainer(max_steps=5, max_epochs=-1), place.loader())

@@ -34,6 +34,7 @@ from ofengine.callbacks import (
     ModelCheckpoint,
     PredictionWriter,
 )
+from ofengine.checkpoint.file import read
 from ofengine.cli.set_lr import change_rates
 from ofengine.loggers import CSVLogger
 from ofengine.metrics import AUROC, Accuracy, ConfusionMatrix, F1Score, Mean, MeanSquaredError
@@ -135,6 +136,8 @@ class Net(TaskModule):
     def configure_optimizers(self) -> Any:
         if self.optimizer_name == "adamw":
             return flow.optim.AdamW(self.parameters(), lr=0.02)
+        if self.optimizer_name == "adagrad":  # which keeps something of what it never stepped
+            return flow.optim.Adagrad(self.parameters(), lr=0.02, initial_accumulator_value=0.1)
         return flow.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
@@ -716,9 +719,9 @@ class Signals(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def ended_by_a_signal(place: Place, task: TaskModule, loader: Any) -> Result:
+def ended_by_a_signal(place: Place, task: TaskModule, loader: Any, **options: Any) -> Result:
     """All end after the same batch, and rank 0 saves."""
-    trainer = place.trainer(callbacks=[Signals(), ModelCheckpoint()])
+    trainer = place.trainer(callbacks=[Signals(), ModelCheckpoint()], **options)
     try:
         trainer.fit(task, loader)
     except SystemExit as end:
@@ -841,6 +844,77 @@ def files_and_best(place: Place) -> Result:
     left = sorted(str(p.relative_to(place.folder)) for p in place.folder.rglob("*.*"))
     name = Path(checkpoint.best_model_path).name
     return {**result, "best": best, "rows": rows, "files": left, "name": name}
+
+
+class KeepsItsPart(Callback):
+    """Notes how many numbers the optimizer keeps on this rank after a step; saves in a window."""
+
+    fires_last = True
+
+    def __init__(self, batches: int, path: Path) -> None:
+        self.batches, self.path, self.kept = batches, path, 0
+        self.parts: List[int] = []
+        """That of each rank."""
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.kept = kept_numbers(trainer.optimizer)
+        if trainer.batches_seen == self.batches:
+            trainer.save_checkpoint(self.path)
+
+    def on_train_end(self, trainer: Any, *_: Any) -> None:
+        self.parts = trainer.gather(self.kept)
+
+
+def kept_numbers(optimizer: Any) -> int:
+    states = [each for each in optimizer._state.values() if isinstance(each, dict)]
+    return sum(int(each.numel()) for kept in states for each in kept.values())
+
+
+def sharded(place: Place, optimizer: str, after: int, **options: Any) -> Result:
+    """Each rank keeps a part of the state while it trains; checkpoints have the whole of it."""
+    place.folder.mkdir(parents=True, exist_ok=True)
+    path = place.folder / f"{optimizer}.safetensors"
+    results = []
+    for ckpt_path in (None, path):
+        note = KeepsItsPart(after * place.size, path)
+        strategy = "auto" if place.alone else "zero"
+        saver = ModelCheckpoint(dirpath=place.folder / optimizer, save_last=True)
+        trainer = place.trainer(strategy=strategy, callbacks=[note, saver], **options)
+        loader = DataLoader(dataset(), batch_size=4, shuffle=True)
+        task = Counting(optimizer, dropout=0.2)
+        result = fitted(task, trainer, loader, loader, ckpt_path=ckpt_path)
+        whole = kept_numbers(trainer.optimizer)
+        assert sum(note.parts) == whole
+        assert place.alone or max(note.parts) <= 0.6 * whole
+        results.append({**result, "numbers": whole})
+    kept = []
+    for each in (path, place.folder / optimizer / "last.safetensors"):
+        checkpoint = read(each)
+        assert checkpoint.state is not None
+        state = {key: checkpoint.state["optimizer"][key] for key in ("steps", "states")}
+        kept.append({"weights": checkpoint.weights, **state})
+    return {"results": results, "kept": kept}
+
+
+@case
+def a_state_that_is_shared_out(place: Place) -> Result:
+    return sharded(place, "adamw", 3, accumulate=2, gradient_clip_val=0.5)
+
+
+@slow_case
+def a_momentum_that_is_shared_out(place: Place) -> Result:
+    return {name: sharded(place, name, 2) for name in ("sgd", "adagrad")}
+
+
+@slow_case
+def a_signal_while_the_state_is_shared_out(place: Place) -> Result:
+    """Rank 0 saves while the others end; what it saves can be gone on from."""
+    options = {} if place.alone else {"strategy": "zero"}
+    loader = DataLoader(dataset(), batch_size=4)
+    result = ended_by_a_signal(place, Net("adamw"), loader, **options)
+    (path,) = place.folder.rglob("*.safetensors")
+    trainer = place.trainer(**options)
+    return {**result, "resumed": fitted(Net("adamw"), trainer, loader, ckpt_path=path)["weights"]}
 
 
 class Cheats(Normed):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Dict
 
+import numpy as np
 import oneflow as flow
 import pytest
 from helpers import Line, quiet_trainer
@@ -15,9 +16,44 @@ from ofengine.launch.environment import World, read
 from ofengine.metrics import Mean
 from ofengine.ranks.meetings import Meetings
 from ofengine.ranks.messages import decode, encode, pack, unpack
+from ofengine.ranks.sharded_state import ShardedState, owners
 from ofengine.ranks.shares import OTHERS, Share
 from ofengine.run.progress import Progress
 from ofengine.shared_metrics import SharedMetrics
+
+
+class OwnUpdate(flow.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+def test_an_update_of_one_s_own_is_not_shared_out(second_of_two: None) -> None:
+    world = read()
+    assert world is not None
+    parameters = [flow.nn.Parameter(flow.ones(2))]
+    ShardedState(Meetings(world), flow.optim.SGD(parameters, lr=0.1))
+    with pytest.raises(RankError, match=r"and OwnUpdate\.step may read others too"):
+        ShardedState(Meetings(world), OwnUpdate(parameters, lr=0.1))
+
+
+def test_a_state_that_is_out_of_reach(second_of_two: None) -> None:
+    world = read()
+    assert world is not None
+    meetings = Meetings(world)
+    meetings.over = True
+    with pytest.raises(RankError, match="go on from a checkpoint of before it"):
+        ShardedState(meetings, flow.optim.SGD([flow.nn.Parameter(flow.ones(2))], lr=0.1)).whole()
+
+
+def test_each_parameter_is_of_one_rank_and_no_rank_has_much_more_than_another() -> None:
+    assert owners([5, 1, 3, 3, 2], 2) == [0, 1, 1, 1, 0]
+    assert owners([1, 1, 1], 5) == [0, 1, 2]
+    assert owners([], 2) == []
+    sizes = [int(size) for size in np.random.RandomState(0).randint(1, 1000, 200)]
+    for ranks in (2, 3, 7):
+        found = owners(sizes, ranks)
+        loads = [sum(s for s, o in zip(sizes, found) if o == rank) for rank in range(ranks)]
+        assert max(loads) - min(loads) < 50 and sum(loads) == sum(sizes)
 
 
 @pytest.fixture
@@ -31,12 +67,16 @@ def second_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"strategy": "zero"}, 'strategy="zero" is not done yet'),
-        ({"strategy": "fsdp"}, "use one of"),
+        ({"strategy": "zero"}, "write devices=2 or more"),
+        ({"strategy": "zero", "devices": 2, "mode": "graph"}, 'write mode="eager"'),
+        ({"strategy": "fsdp"}, 'write "zero"'),
+        ({"strategy": "deepspeed_stage_2"}, 'write "zero"'),
+        ({"strategy": "ddp_spawn"}, 'write "ddp"'),
+        ({"strategy": "dp"}, "use one of"),
+        ({"strategy": None}, "use one of"),
         ({"devices": 0}, "devices=0"),
         ({"devices": "2"}, "devices='2'"),
         ({"num_nodes": 0}, "num_nodes=0"),
-        ({"precision": "16-mixed"}, "dtype"),
         ({"sync_batchnorm": 1}, "sync_batchnorm=1"),
     ],
 )

@@ -52,6 +52,7 @@ BAD: Dict[str, List[Any]] = {
     "accumulate_grad_batches": [*COUNTS_FROM_1, {0: 0}],
     "gradient_clip_val": [-1, -0.5, "1", True, NAN, INFINITY, [1.0]],
     "gradient_clip_algorithm": ["l2", None, 1, ["norm"]],
+    "precision": ["half", "16-true", 64, 8, 16.0, None, True, ["16-mixed"]],
     "seed": [-1, 1.5, "0", True, 2**64],
     "callbacks": [
         5,

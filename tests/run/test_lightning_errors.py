@@ -34,7 +34,7 @@ DATA = [flow.ones(1, 1)]
 @pytest.mark.parametrize(
     ("argument", "says"),
     [
-        ("precision", "leave it out"),
+        ("amp_backend", "precision="),
         ("accelerator", "device="),
         ("deterministic", "seed"),
         ("benchmark", "cudnn"),

@@ -38,7 +38,7 @@ EXPECTED = {
     "TRAINER_ARGUMENTS": """
         accelerator amp_backend auto_lr_find auto_scale_batch_size barebones benchmark
         checkpoint_callback deterministic enable_autolog_hparams
-        gpus inference_mode model model_registry plugins precision
+        gpus inference_mode model model_registry plugins
         progress_bar_refresh_rate reload_dataloaders_every_n_epochs resume_from_checkpoint
         tpu_cores track_grad_norm
         use_distributed_sampler verbose weights_only weights_summary
