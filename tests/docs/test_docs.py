@@ -429,11 +429,31 @@ def test_every_file_that_contributing_names_exists() -> None:
     assert [name for name in named if not any((each / name).exists() for each in folders)] == []
 
 
-@pytest.mark.parametrize("language", ["en", "zh"])
-def test_every_promise_names_a_test_that_is_there(language: str) -> None:
-    rows = re.findall(r"^\| (?!---).*\| (.*) \|$", read(DOCS / language / "reliability.md"), re.M)
-    named = [re.findall(r"`(tests/[^`]+)`", row) for row in rows if "`" in row]
-    assert len(named) > 10
-    for paths in named:
-        assert paths
-        assert [path for path in paths if not (ROOT / path).exists()] == []
+@pytest.mark.parametrize("path", ALL, ids=name_of)
+def test_every_test_that_is_named_is_there(path: Path) -> None:
+    for file, name in re.findall(r"`(tests/[^`:]*)(?:::)?([^`]*)`", prose_of(path)):
+        assert (ROOT / file).exists(), file
+        assert not name or name in _functions(ROOT / file), f"{file}::{name}"
+
+
+def _functions(path: Path) -> List[str]:
+    """The tests of a file that are run: not those that are skipped."""
+    tree = ast.parse(read(path))
+    return [
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+        and not any("skip" in ast.dump(mark) for mark in node.decorator_list)
+    ]
+
+
+@LANGUAGES
+@pytest.mark.parametrize(("page", "least"), [("reliability.md", 30), ("rate-pictures.md", 10)])
+def test_every_promise_names_its_tests(page: str, least: int, language: str) -> None:
+    promises = []
+    for table in re.findall(r"(?:^\|.*\n)+", read(DOCS / language / page), re.MULTILINE):
+        heading, _, *rows = table.splitlines()
+        if re.search(r"\| (?:Held by|由谁保证|Test|测试) \|$", heading):
+            promises += rows
+    assert len(promises) >= least
+    assert [row for row in promises if not re.search(r"\| `tests/[^|]*\|$", row)] == []
