@@ -9,7 +9,7 @@ from typing import Dict, List, Sequence, Tuple
 LEFT, TOP, WIDTH, HEIGHT, BOTTOM = 46, 8, 270, 96, 20
 LINE, LETTER = 15, 6.3  # of the names beside the curves
 INK = "#808080"  # to be read on white and on a dark page
-COLORS = (  # fmt: skip
+COLORS = (
     "#4c78c8",
     "#e07b39",
     "#3a9a5b",

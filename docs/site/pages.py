@@ -22,9 +22,10 @@ from mkdocs.structure.pages import Page
 sys.path.insert(0, str(Path(__file__).parent))  # MkDocs loads this file by its path
 import drawn
 import made
+import versions
 
 ROOT = Path(__file__).resolve().parents[2]
-VERSION = re.findall(r'__version__ = "(.+)"', (ROOT / "ofengine/__init__.py").read_text())[0]
+VERSION = versions.version_of(ROOT)
 PROJECT = ["CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/RESULTS.md"]
 PICTURES = (".svg", ".png")
 CODE = {".py": "python", ".sh": "sh", ".cff": "yaml", "": "text"}
