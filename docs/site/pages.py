@@ -41,7 +41,7 @@ TITLES = {
 }
 LABELS = {
     "CHANGELOG.md": {"en": "Changelog", "zh": "更新日志（英文）"},
-    "CONTRIBUTING.md": {"en": "How it works inside", "zh": "内部构造（英文）"},
+    "CONTRIBUTING.md": {"en": "Contributing", "zh": "参与开发（英文）"},
     "SECURITY.md": {"en": "Security", "zh": "安全（英文）"},
     "benchmarks/RESULTS.md": {"en": "Benchmarks", "zh": "基准测试（英文）"},
     "LICENSE": {"en": "Licence", "zh": "许可证（英文）"},

@@ -429,6 +429,17 @@ def test_every_file_that_contributing_names_exists() -> None:
     assert [name for name in named if not any((each / name).exists() for each in folders)] == []
 
 
+@LANGUAGES
+def test_how_it_works_names_what_is_there(language: str) -> None:
+    text = read(DOCS / language / "how-it-works.md")
+    rooms = "|".join(path.name for path in (ROOT / "ofengine").iterdir() if path.is_dir())
+    named = re.findall(rf"(?<!/)\b((?:{rooms})/\w+)(?:\.(\w+))?", text)
+    assert len(named) > 10
+    for file, name in named:
+        code = read(ROOT / "ofengine" / f"{file}.py")
+        assert name in ("", "py") or re.search(rf"^(?:def|class) {name}\b", code, re.M), name
+
+
 @pytest.mark.parametrize("path", ALL, ids=name_of)
 def test_every_test_that_is_named_is_there(path: Path) -> None:
     for file, name in re.findall(r"`(tests/[^`:]*)(?:::)?([^`]*)`", prose_of(path)):
