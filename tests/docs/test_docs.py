@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib.util
 import inspect
@@ -18,7 +19,7 @@ from oneflow import nn
 
 import ofengine
 from ofengine import GraphModeError, OFEngineError, Trainer, callback
-from ofengine.cli import main
+from ofengine.cli import VERBS, main
 from ofengine.run.progress import Point, Progress
 from ofengine.run.settings import Settings
 from ofengine.run.view import RunView
@@ -143,6 +144,46 @@ def test_the_commands_of_the_page_on_them_do_what_it_says(
             (tmp_path / file[0]).write_text(said.out, encoding="utf-8")
     assert "".join(refused) == promised
     assert len(list((tmp_path / "ofengine_logs").rglob("config.yaml"))) == 8
+
+
+@pytest.mark.parametrize("path", [*ENGLISH, ROOT / "CONTRIBUTING.md"], ids=name_of)
+def test_every_command_of_a_page_is_one_that_there_is(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the options that it has; what it does is tested elsewhere."""
+
+    class Understood(Exception):
+        pass
+
+    read_arguments = argparse.ArgumentParser.parse_args
+
+    def stop(parser: argparse.ArgumentParser, words: List[str]) -> None:
+        read_arguments(parser, words)
+        raise Understood
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    for command in "".join(
+        text for language, text in blocks(path) if language == "sh"
+    ).splitlines():
+        program, *words = shlex.split(command, comments=True) or [""]
+        if program == "ofengine" and words[0] not in VERBS:
+            with pytest.raises(Understood):
+                main(words)
+        elif program == "make":
+            targets = [word for word in words if "=" not in word]
+            assert [each for each in targets if f"\n{each}:" not in read(ROOT / "Makefile")] == []
+        elif program.endswith("python") and words[0] != "-m":
+            for option in filter(re.compile("--").match, words[1:]):
+                assert f'"{option}"' in read(ROOT / words[0])
+        elif program.endswith("python"):
+            files = [word for word in words if word.startswith("tests/")]
+            assert importlib.util.find_spec(words[1]) and all(
+                (ROOT / each).exists() for each in files
+            )
+        elif program == ".ci/run":
+            assert (ROOT / program).exists()
+        else:  # of the system, or run by the page on the command line
+            assert program in ("", ".", "pip", "nft", "unshare", "ofengine")
 
 
 def test_some_page_promises_what_is_printed() -> None:
