@@ -62,8 +62,8 @@ def build_language(language: str) -> Optional[str]:
     return f"{language}: {len(warned)} warnings" if warned else None
 
 
-MARKDOWN = re.compile(r"\*\*|`|\]\(|\n\s*(?:[-*] |1\. |\||#+ )")
-"""What a paragraph has where its Markdown was not understood."""
+MARKDOWN = re.compile(r"\*\*|`|\]\(|\n\s*(?:[-*] |1\. |\||#+ )|[\u4e00-\u9fff]\n *[\u4e00-\u9fff]")
+"""What a paragraph has where its Markdown was not understood, or lines of Chinese not joined."""
 SEARCHED = {"en": ["lr_decay_scale", "resumed"], "zh": ["lr_decay_scale", "学习率", "检查点"]}
 """Words that the search has to find, by language."""
 

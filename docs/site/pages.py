@@ -50,6 +50,8 @@ LABELS = {
 
 _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 _FENCE = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
+_HAN = "[\u3001-\u303f\u4e00-\u9fff\uff00-\uffef]"
+_LINE_OF_CHINESE = re.compile(rf"(?<={_HAN})\n *(?={_HAN})")
 _LANGUAGES_LINE = re.compile(r"^.*(?:\[简体中文\]|\[English\])\(.*\n", re.MULTILINE)
 
 
@@ -117,6 +119,8 @@ def _read(path: str, language: str) -> str:
     text = _LANGUAGES_LINE.sub("", (ROOT / path).read_text(encoding="utf-8"), count=1)
     fences = _FENCE.findall(text)
     prose = _LINK.sub(lambda link: link[1] + _target(path, link[2], language) + link[3], text)
+    # A browser shows a line break as a space, which Chinese does not have between words.
+    prose = _LINE_OF_CHINESE.sub("", prose)
     if path.endswith("/hooks.md"):  # ahead of the order as a text
         picture = drawn.picture(language, "../api/ofengine/")
         prose = re.sub(r"\n\n(?=    setup\(stage\)\n)", f"\n\n{picture}\n\n", prose, count=1)
