@@ -32,11 +32,18 @@ def version_of(root: Path) -> str:
 
 
 def releases(root: Path) -> Dict[str, str]:
-    """The commit of each release, by its version, the oldest first; none outside a repository."""
+    """The commit of each release, by its version, the oldest first.
+
+    None outside a repository, and none where git is not there or refuses to read this one.
+    """
     if not (root / ".git").exists():
         return {}
+    try:
+        tags = _git(root, "tag", "--list", "v*").splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return {}
     found = {}
-    for tag in _git(root, "tag", "--list", "v*").splitlines():
+    for tag in tags:
         if _TAG.fullmatch(tag):
             found[tag[1:]] = _git(root, "rev-parse", f"{tag}^{{commit}}")
     return dict(sorted(found.items(), key=lambda each: order(each[0])))

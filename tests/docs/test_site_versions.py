@@ -123,8 +123,10 @@ def test_a_release_that_cannot_be_built_is_an_error_that_names_it(
     assert wrong == ["v0.1.0: a page is missing"]
 
 
-def test_a_tree_without_a_repository_has_its_number(tmp_path: Path) -> None:
+def test_a_tree_without_a_repository_or_git_has_its_number(tmp_path: Path) -> None:
     (tmp_path / "ofengine").mkdir()
     (tmp_path / "ofengine/__init__.py").write_text('__version__ = "0.3.0"\n')
     assert VERSIONS.version_of(tmp_path) == "0.3.0"
     assert VERSIONS.releases(tmp_path) == {}
+    (tmp_path / ".git").write_text("gitdir: nowhere\n")
+    assert VERSIONS.version_of(tmp_path) == "0.3.0"
