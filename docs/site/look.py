@@ -42,7 +42,7 @@ NOWHERE = "qxzvwjkq"
 BEYOND = """() => [...document.querySelectorAll('.md-content *')].filter(each => {
     const box = each.getBoundingClientRect()
     if (box.right <= innerWidth + 1 || box.width == 0) return false
-    for (let above = each.parentElement; above; above = above.parentElement)
+    for (let above = each.parentElement; !above.matches('.md-content'); above = above.parentElement)
         if (getComputedStyle(above).overflowX != 'visible') return false
     return true
 }).slice(0, 3).map(each => each.tagName + ' ' + each.textContent.slice(0, 60))"""
