@@ -4,6 +4,7 @@
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
+DOCS_LOOK_ARGS ?=
 PYTEST_WORKERS ?= 2
 
 PYTHON := .venv/bin/python
@@ -17,7 +18,7 @@ DOCS_READY := .venv-docs/.ready
 # The tests start many processes, each of which would compile all it imports anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-slow bench lint types wheel docs docs-serve doctor clean
+.PHONY: help demo test test-slow bench lint types wheel docs docs-look docs-serve doctor clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -53,6 +54,10 @@ wheel: $(READY)  ## build dist/ofengine-*.whl
 
 docs: $(DOCS_READY)  ## build the documentation's site, in two languages, into site/
 	@$(DOCS_PYTHON) docs/site/build.py
+
+docs-look: docs  ## look at every page of it in Chromium (DOCS_LOOK_ARGS="--screenshots FOLDER")
+	@$(DOCS_PYTHON) -m pip install --quiet -r docs/site/requirements-look.txt
+	@$(DOCS_PYTHON) docs/site/look.py $(DOCS_LOOK_ARGS)
 
 docs-serve: $(DOCS_READY)  ## build it and show it at http://127.0.0.1:8000
 	@$(DOCS_PYTHON) docs/site/build.py --serve

@@ -3,8 +3,8 @@
     python docs/site/build.py            # into site/
     python docs/site/build.py --serve    # and shows it at http://127.0.0.1:8000
 
-``site/<language>/<version>`` is made anew. Folders of other versions stay, and the menu of versions
-lists them.
+``site/<language>/<version>`` is made anew. Folders of other versions stay, those of releases that
+are not there are built from their tags (versions.py), and the menu of versions lists them.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import socket
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Set, Tuple
+from typing import Any, List, Optional, Set, Tuple
 from urllib.parse import unquote, urljoin, urlparse
 
 import jieba
+import versions
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 from mkdocs.exceptions import MkDocsException
@@ -32,7 +33,6 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SITE = ROOT / "site"
 LANGUAGES = {"en": "mkdocs.yml", "zh": "mkdocs.zh.yml"}
-VERSION = re.findall(r'__version__ = "(.+)"', (ROOT / "ofengine/__init__.py").read_text())[0]
 
 
 def _no_network(*_: Any) -> None:
@@ -62,17 +62,27 @@ def build_language(language: str) -> Optional[str]:
     return f"{language}: {len(warned)} warnings" if warned else None
 
 
+MARKDOWN = re.compile(r"\*\*|`|\]\(|\n\s*(?:[-*] |1\. |\||#+ )|[\u4e00-\u9fff]\n *[\u4e00-\u9fff]")
+"""What a paragraph has where its Markdown was not understood, or lines of Chinese not joined."""
+SEARCHED = {"en": ["lr_decay_scale", "resumed"], "zh": ["lr_decay_scale", "学习率", "检查点"]}
+"""Words that the search has to find, by language."""
+
+
 class Links(HTMLParser):
-    """What a page links to or loads, and the anchors that it has."""
+    """What a page links to or loads, the anchors that it has, and Markdown that is left in it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.links: List[str] = []
         self.loaded: List[str] = []
         self.anchors: Set[str] = set()
+        self.left: List[str] = []
+        self._inside: List[str] = []
 
     def handle_starttag(self, tag: str, attrs: List[Tuple[str, Optional[str]]]) -> None:
         """Note what the tag of a page says."""
+        if tag in ("article", "p", "td", "li", "code", "pre", "script"):
+            self._inside.append(tag)
         given = dict(attrs)
         self.anchors.update(filter(None, (given.get("id"), given.get("name"))))
         if tag == "a" and given.get("href"):
@@ -81,9 +91,25 @@ class Links(HTMLParser):
             if tag != "a" and given.get(key) and given.get("rel") not in ("canonical", "alternate"):
                 self.loaded.append(given[key] or "")
 
+    def handle_endtag(self, tag: str) -> None:
+        """Leave it."""
+        if tag in self._inside:
+            while self._inside.pop() != tag:
+                pass
+
+    def handle_data(self, data: str) -> None:
+        """Note text that reads as Markdown where it should not."""
+        is_code = {"code", "pre", "script"}.intersection(self._inside)
+        if "article" in self._inside and not is_code and MARKDOWN.search(data):
+            self.left.append(data.strip())
+
 
 def look_through(folder: Path) -> List[str]:
-    """What is wrong in the pages of ``folder``: links that lead nowhere, things from elsewhere."""
+    """What is wrong in the pages of ``folder``.
+
+    Links that lead nowhere, things that are loaded from elsewhere, Markdown that was not
+    understood, and words that the search does not find.
+    """
     pages = {path: Links() for path in sorted(folder.rglob("*.html"))}
     for path, page in pages.items():
         page.feed(path.read_text(encoding="utf-8"))
@@ -93,6 +119,7 @@ def look_through(folder: Path) -> List[str]:
             continue
         here = path.relative_to(ROOT)
         wrong += [f"{here} loads {each}" for each in page.loaded if urlparse(each).netloc]
+        wrong += [f"{here} shows Markdown: {each[:60]!r}" for each in page.left]
         for link in page.links + page.loaded:
             parsed = urlparse(link)
             if parsed.scheme or parsed.netloc:
@@ -105,20 +132,17 @@ def look_through(folder: Path) -> List[str]:
                 wrong.append(f"{here} links to {link}, which is not there")
             elif anchor and anchors is not None and anchor not in anchors:
                 wrong.append(f"{here} links to {link}, which has no such place")
+    for language, words in SEARCHED.items():
+        for index in folder.glob(f"{language}/*/search/search_index.json"):
+            pages_of_it = json.loads(index.read_text("utf-8"))["docs"]
+            # Chinese words are divided by spaces of no width.
+            found = [each["text"].replace("\u200b", "") for each in pages_of_it]
+            wrong += [
+                f"{index.relative_to(ROOT)} does not have {word}"
+                for word in words
+                if not any(word in each for each in found)
+            ]
     return wrong
-
-
-def list_versions(language: str) -> None:
-    """Write the versions that are there for the menu, the newest first, and lead to it."""
-    folder = SITE / language
-    versions = sorted(
-        (path.name for path in folder.iterdir() if (path / "index.html").is_file()),
-        key=lambda name: [int(number) for number in re.findall(r"\d+", name)],
-        reverse=True,
-    )
-    rows: List[Dict[str, Any]] = [{"version": v, "title": v, "aliases": []} for v in versions]
-    (folder / "versions.json").write_text(json.dumps(rows))
-    _lead(folder / "index.html", f"{versions[0]}/")
 
 
 def _lead(page: Path, to: str) -> None:
@@ -136,10 +160,12 @@ def main() -> int:
     arguments = parser.parse_args()
     with multiprocessing.Pool(len(LANGUAGES)) as pool:
         wrong = [each for each in pool.map(build_language, LANGUAGES) if each]
+    wrong = wrong or versions.build_releases(ROOT, SITE)
     if not wrong:
         for language in LANGUAGES:
-            list_versions(language)
-        _lead(SITE / "index.html", f"en/{VERSION}/")
+            shown = versions.list_versions(SITE / language)
+            _lead(SITE / language / "index.html", f"{shown}/")
+        _lead(SITE / "index.html", "en/")
         wrong = look_through(SITE)
     for each in wrong:
         print(each, file=sys.stderr)

@@ -22,9 +22,10 @@ from mkdocs.structure.pages import Page
 sys.path.insert(0, str(Path(__file__).parent))  # MkDocs loads this file by its path
 import drawn
 import made
+import versions
 
 ROOT = Path(__file__).resolve().parents[2]
-VERSION = re.findall(r'__version__ = "(.+)"', (ROOT / "ofengine/__init__.py").read_text())[0]
+VERSION = versions.version_of(ROOT)
 PROJECT = ["CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/RESULTS.md"]
 PICTURES = (".svg", ".png")
 CODE = {".py": "python", ".sh": "sh", ".cff": "yaml", "": "text"}
@@ -40,7 +41,7 @@ TITLES = {
 }
 LABELS = {
     "CHANGELOG.md": {"en": "Changelog", "zh": "更新日志（英文）"},
-    "CONTRIBUTING.md": {"en": "How it works inside", "zh": "内部构造（英文）"},
+    "CONTRIBUTING.md": {"en": "Contributing", "zh": "参与开发（英文）"},
     "SECURITY.md": {"en": "Security", "zh": "安全（英文）"},
     "benchmarks/RESULTS.md": {"en": "Benchmarks", "zh": "基准测试（英文）"},
     "LICENSE": {"en": "Licence", "zh": "许可证（英文）"},
@@ -49,6 +50,8 @@ LABELS = {
 
 _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 _FENCE = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
+_HAN = "[\u3001-\u303f\u4e00-\u9fff\uff00-\uffef]"
+_LINE_OF_CHINESE = re.compile(rf"(?<={_HAN})\n *(?={_HAN})")
 _LANGUAGES_LINE = re.compile(r"^.*(?:\[简体中文\]|\[English\])\(.*\n", re.MULTILINE)
 
 
@@ -116,6 +119,8 @@ def _read(path: str, language: str) -> str:
     text = _LANGUAGES_LINE.sub("", (ROOT / path).read_text(encoding="utf-8"), count=1)
     fences = _FENCE.findall(text)
     prose = _LINK.sub(lambda link: link[1] + _target(path, link[2], language) + link[3], text)
+    # A browser shows a line break as a space, which Chinese does not have between words.
+    prose = _LINE_OF_CHINESE.sub("", prose)
     if path.endswith("/hooks.md"):  # ahead of the order as a text
         picture = drawn.picture(language, "../api/ofengine/")
         prose = re.sub(r"\n\n(?=    setup\(stage\)\n)", f"\n\n{picture}\n\n", prose, count=1)

@@ -21,7 +21,6 @@ from ofengine._oneflow.launch_race import mend_or_tell
 from ofengine._oneflow.operators import random_operations
 from ofengine._oneflow.session import start_session
 from ofengine.data.structure import KIND, Structure, flatten, unflatten
-from ofengine.errors import GraphModeError
 from ofengine.modes.batch_norms import BatchNorms
 from ofengine.modes.compiled import Changes, Compilations, Compiled, warn_of_many_graphs
 from ofengine.modes.compiling import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib.util
 import inspect
@@ -18,7 +19,7 @@ from oneflow import nn
 
 import ofengine
 from ofengine import GraphModeError, OFEngineError, Trainer, callback
-from ofengine.cli import main
+from ofengine.cli import VERBS, main
 from ofengine.run.progress import Point, Progress
 from ofengine.run.settings import Settings
 from ofengine.run.view import RunView
@@ -149,6 +150,46 @@ def test_the_commands_of_the_page_on_them_do_what_it_says(
             (tmp_path / file[0]).write_text(said.out, encoding="utf-8")
     assert "".join(refused) == promised
     assert len(list((tmp_path / "ofengine_logs").rglob("config.yaml"))) == 8
+
+
+@pytest.mark.parametrize("path", [*ENGLISH, ROOT / "CONTRIBUTING.md"], ids=name_of)
+def test_every_command_of_a_page_is_one_that_there_is(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the options that it has; what it does is tested elsewhere."""
+
+    class Understood(Exception):
+        pass
+
+    read_arguments = argparse.ArgumentParser.parse_args
+
+    def stop(parser: argparse.ArgumentParser, words: List[str]) -> None:
+        read_arguments(parser, words)
+        raise Understood
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    for command in "".join(
+        text for language, text in blocks(path) if language == "sh"
+    ).splitlines():
+        program, *words = shlex.split(command, comments=True) or [""]
+        if program == "ofengine" and words[0] not in VERBS:
+            with pytest.raises(Understood):
+                main(words)
+        elif program == "make":
+            targets = [word for word in words if "=" not in word]
+            assert [each for each in targets if f"\n{each}:" not in read(ROOT / "Makefile")] == []
+        elif program.endswith("python") and words[0] != "-m":
+            for option in filter(re.compile("--").match, words[1:]):
+                assert f'"{option}"' in read(ROOT / words[0])
+        elif program.endswith("python"):
+            files = [word for word in words if word.startswith("tests/")]
+            assert importlib.util.find_spec(words[1]) and all(
+                (ROOT / each).exists() for each in files
+            )
+        elif program == ".ci/run":
+            assert (ROOT / program).exists()
+        else:  # of the system, or run by the page on the command line
+            assert program in ("", ".", "pip", "nft", "unshare", "ofengine")
 
 
 def test_some_page_promises_what_is_printed() -> None:
@@ -435,11 +476,42 @@ def test_every_file_that_contributing_names_exists() -> None:
     assert [name for name in named if not any((each / name).exists() for each in folders)] == []
 
 
-@pytest.mark.parametrize("language", ["en", "zh"])
-def test_every_promise_names_a_test_that_is_there(language: str) -> None:
-    rows = re.findall(r"^\| (?!---).*\| (.*) \|$", read(DOCS / language / "reliability.md"), re.M)
-    named = [re.findall(r"`(tests/[^`]+)`", row) for row in rows if "`" in row]
+@LANGUAGES
+def test_how_it_works_names_what_is_there(language: str) -> None:
+    text = read(DOCS / language / "how-it-works.md")
+    rooms = "|".join(path.name for path in (ROOT / "ofengine").iterdir() if path.is_dir())
+    named = re.findall(rf"(?<!/)\b((?:{rooms})/\w+)(?:\.(\w+))?", text)
     assert len(named) > 10
-    for paths in named:
-        assert paths
-        assert [path for path in paths if not (ROOT / path).exists()] == []
+    for file, name in named:
+        code = read(ROOT / "ofengine" / f"{file}.py")
+        assert name in ("", "py") or re.search(rf"^(?:def|class) {name}\b", code, re.M), name
+
+
+@pytest.mark.parametrize("path", ALL, ids=name_of)
+def test_every_test_that_is_named_is_there(path: Path) -> None:
+    for file, name in re.findall(r"`(tests/[^`:]*)(?:::)?([^`]*)`", prose_of(path)):
+        assert (ROOT / file).exists(), file
+        assert not name or name in _functions(ROOT / file), f"{file}::{name}"
+
+
+def _functions(path: Path) -> List[str]:
+    """The tests of a file that are run: not those that are skipped."""
+    tree = ast.parse(read(path))
+    return [
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+        and not any("skip" in ast.dump(mark) for mark in node.decorator_list)
+    ]
+
+
+@LANGUAGES
+@pytest.mark.parametrize(("page", "least"), [("reliability.md", 30), ("rate-pictures.md", 10)])
+def test_every_promise_names_its_tests(page: str, least: int, language: str) -> None:
+    promises = []
+    for table in re.findall(r"(?:^\|.*\n)+", read(DOCS / language / page), re.MULTILINE):
+        heading, _, *rows = table.splitlines()
+        if re.search(r"\| (?:Held by|由谁保证|Test|测试) \|$", heading):
+            promises += rows
+    assert len(promises) >= least
+    assert [row for row in promises if not re.search(r"\| `tests/[^|]*\|$", row)] == []
