@@ -16,7 +16,7 @@ from _measure import Report, Turns, child, overhead, parser, show, tell
 
 AXES: Dict[str, List[int]] = {
     "parameter groups": [1, 10, 100, 1000],
-    "groups under a schedule": [1, 10, 100],
+    "groups under a schedule": [1, 10, 100, 1000],
     "callbacks": [0, 10, 50],
     "logged names": [0, 10, 50],
     "steps of a schedule": [100, 10_000, 1_000_000],

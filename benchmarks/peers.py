@@ -146,7 +146,7 @@ def _child(argument: str, quick: bool) -> Any:
     if what == "epoch":
         return _peers.epoch(parts[0], parts[1], int(parts[2]))
     if what == "operators":
-        return _peer_layers.operators(parts[0], parts[1], 1 if quick else 5)
+        return _peer_layers.operators(parts[0], parts[1], 1 if quick else 7)
     return run(argument, quick)
 
 
@@ -303,7 +303,7 @@ def tell_operators(report: Report, python: str, quick: bool) -> None:
         f"""Of what the framework's part is made: forward and backward of each layer of a step by
         itself, {_peers.BATCH} images, on numbers of the shapes that it sees in the network, eagerly
         and with a wait after each, which a whole step has not; the loss, and the optimizer's step.
-        The median of {1 if quick else 5} runs, in one process of each framework."""
+        The fastest of {1 if quick else 7} runs, in one process of each framework."""
     )
     header = ["network", "layers", "how many", "OneFlow, ms", "PyTorch, ms", "ratio"]
     report.table([*header, "share of the difference, %"], rows)
