@@ -214,7 +214,8 @@ class ScheduledOptions:
         for step in (*range(begin, last, every), last):
             self.at(step)
         for schedule, by_group in zip(self._schedules, self._values):
-            lengths = [len(each) for each in by_group if isinstance(each, tuple)]
+            tables = [each for each in by_group if isinstance(each, tuple)]
+            lengths = [len(each) for each in tables if len(each) > 1]  # one value is a constant
             positions = self._position(schedule, last) + 1
             if stop is not None and lengths and min(lengths) < positions - 1:
                 n, interval = schedule.frequency, schedule.interval
