@@ -183,6 +183,17 @@ def alternate(
 # ---------------------------------------------------------------------- children
 
 
+def memory(field: str) -> float:
+    """Megabytes of this process: "VmHWM", the most it ever had, or "VmRSS", what it has now.
+
+    ``ru_maxrss`` of a child begins at what its parent had.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
 def child(
     arguments: Sequence[str],
     env: Optional[Dict[str, str]] = None,

@@ -8,13 +8,12 @@ Each run is a process of its own, engine and loop by hand in turns::
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import time
 from functools import partial
 from typing import Any, Dict, List
 
-from _measure import Report, alternate, child, parser, show, tell
+from _measure import Report, alternate, child, memory, parser, show, tell
 
 NETWORKS = ("small CNN", "MobileNetV2")
 STEPS = 12
@@ -34,7 +33,7 @@ def run(kind: str, mode: str, network: str) -> Dict[str, float]:
     batch = flow.randn(32, 3, 32, 32), flow.randint(0, 10, (32,))
     model, loss_fn = case.network(), nn.CrossEntropyLoss()
     synchronize()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = memory("VmHWM")
     moments: List[float] = [time.perf_counter()]
 
     if kind == "by hand":
@@ -55,13 +54,13 @@ def run(kind: str, mode: str, network: str) -> Dict[str, float]:
 
         trainer = Trainer(mode=mode, device="cpu", max_epochs=1, callbacks=[Clock()], **OFF)
         trainer.fit(Task(model, loss_fn), [batch] * STEPS)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = memory("VmHWM")
     steps = [b - a for a, b in zip(moments, moments[1:])]
     return {
         "first": steps[0],
         "compile": steps[0] - statistics.median(steps[2:]),
-        "peak": peak / 1024,
-        "grown": (peak - before) / 1024,
+        "peak": peak,
+        "grown": peak - before,
     }
 
 

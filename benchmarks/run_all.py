@@ -24,6 +24,7 @@ from _measure import FOLDER, markdown, parser, tell
 SCRIPTS = (
     "step_overhead",
     "cookbook",
+    "data",
     "peers",
     "first_step",
     "startup",

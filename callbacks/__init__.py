@@ -2,6 +2,7 @@
 
 import ofengine._oneflow  # noqa: F401  first: it imports OneFlow quietly
 from ofengine.callbacks.backbone_finetuning import BackboneFinetuning
+from ofengine.callbacks.batch_size_finder import BatchSizeFinder
 from ofengine.callbacks.device_stats_monitor import DeviceStatsMonitor
 from ofengine.callbacks.early_stopping import EarlyStopping
 from ofengine.callbacks.ema_weight_averaging import EMAWeightAveraging
@@ -21,6 +22,7 @@ from ofengine.callbacks.timer import Timer
 
 __all__ = [
     "BackboneFinetuning",
+    "BatchSizeFinder",
     "DeviceStatsMonitor",
     "EMAWeightAveraging",
     "EarlyStopping",

@@ -6,6 +6,7 @@ from typing import Any, Optional
 
 from ofengine.callback import Callback
 from ofengine.errors import ConfigurationError
+from ofengine.rates.options import standing
 from ofengine.run.view import RunView
 from ofengine.task import TaskModule
 
@@ -18,21 +19,38 @@ class LearningRateMonitor(Callback):
     ``optimizer.param_groups`` is not asked, because nothing changes there in graph mode. They
     are in ``trainer.callback_metrics`` too, so that a Trainer without a logger can use them.
 
+    The same way ``momentum/<group>`` (of Adam and its like the first beta) and
+    ``weight_decay/<group>`` can be had, by schedule or not, of each group that has one.
+
     Args:
         logging_interval: "step" logs every ``trainer.log_every_n_steps`` optimizer steps,
             "epoch" after the last step of each epoch. Default: "step".
+        log_momentum: log the momentum too.
+        log_weight_decay: log the weight decay too.
 
     Raises:
-        ConfigurationError: ``logging_interval`` is something else.
+        ConfigurationError: an argument is something else.
     """
 
-    def __init__(self, logging_interval: Optional[str] = None) -> None:
+    def __init__(
+        self,
+        logging_interval: Optional[str] = None,
+        log_momentum: bool = False,
+        log_weight_decay: bool = False,
+    ) -> None:
         if logging_interval not in (None, "step", "epoch"):
             raise ConfigurationError(
                 f"LearningRateMonitor(logging_interval={logging_interval!r}): use 'step', 'epoch' "
                 "or None."
             )
+        both = {"momentum": log_momentum, "weight_decay": log_weight_decay}
+        for option, logs in both.items():
+            if not isinstance(logs, bool):
+                raise ConfigurationError(
+                    f"LearningRateMonitor(log_{option}={logs!r}): give True or False."
+                )
         self.logging_interval = logging_interval or "step"
+        self._options = [option for option, logs in both.items() if logs]
         self._logged = 0
 
     def on_train_start(self, trainer: RunView, task: TaskModule) -> None:
@@ -57,4 +75,13 @@ class LearningRateMonitor(Callback):
             return  # no step was made: this batch's gradients were only accumulated
         self._logged = step
         rates = trainer.rates.rates(step - 1)
-        trainer.log_metrics({f"lr/{name}": rate for name, rate in zip(trainer.rates.names, rates)})
+        numbers = {f"lr/{name}": rate for name, rate in zip(trainer.rates.names, rates)}
+        moved = trainer.rates.scheduled(step - 1) if self._options else {}
+        for option in self._options:
+            by_schedule = moved.get(option, [None] * len(rates))
+            groups = zip(trainer.rates.names, trainer.param_groups, by_schedule)
+            for name, group, value in groups:
+                value = standing(group.options, option) if value is None else value
+                if value is not None:
+                    numbers[f"{option}/{name}"] = value
+        trainer.log_metrics(numbers)

@@ -14,7 +14,7 @@ from ofengine.checkpoint.checks import anything, check_fits, listed, number, rec
 from ofengine.checkpoint.find import newest_first
 from ofengine.errors import CheckpointError, NonFiniteError
 from ofengine.run.arguments import check_count, check_flag
-from ofengine.run.losses import read_losses
+from ofengine.run.losses import read_losses, whose
 from ofengine.run.view import RunView
 from ofengine.task import TaskModule
 
@@ -59,8 +59,11 @@ class TerminateOnNaN(Callback):
         self.restore = check_flag("TerminateOnNaN: restore", restore)
         self._every = 1
         self._step = 0
+        self._names: List[str] = []
         self._losses: List[Any] = []
         self._places: List[Tuple[int, int]] = []
+        self._of_each: List[Dict[str, Any]] = []
+        """Of each of several optimizers, as far as they are of this process."""
 
     def state_dict(self) -> Dict[str, Any]:
         """The losses that nobody has looked at yet, and where they come from."""
@@ -77,22 +80,27 @@ class TerminateOnNaN(Callback):
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Look at these losses, too, when it is time."""
         self._losses = list(state["losses"])
+        self._of_each = [{} for _ in self._losses]
         self._places = [(step, batch_idx) for step, batch_idx in state["places"]]
 
     def setup(self, trainer: RunView, task: TaskModule, stage: str) -> None:
         """Begin with no losses."""
-        self._losses, self._places = [], []
+        self._losses, self._places, self._of_each = [], [], []
 
     def on_train_start(self, trainer: RunView, task: TaskModule) -> None:
         """Count steps from here."""
         self._every = self.check_every_n_steps or trainer.log_every_n_steps
         self._step = trainer.global_step
+        names = list(trainer.optimizers)
+        self._names = names if len(names) > 1 else []
 
     def on_train_batch_end(
         self, trainer: RunView, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the loss; look at all that were kept, where it is time."""
         self._losses.append(outputs["loss"])
+        if self._names:
+            self._of_each.append({n: outputs[n]["loss"] for n in self._names if n in outputs})
         self._places.append((self._step, batch_idx))
         step = trainer.global_step
         made = step != self._step  # else this batch's gradients were only accumulated
@@ -106,11 +114,12 @@ class TerminateOnNaN(Callback):
 
     def teardown(self, trainer: RunView, task: TaskModule, stage: str) -> None:
         """Let go of the losses."""
-        self._losses, self._places = [], []
+        self._losses, self._places, self._of_each = [], [], []
 
     def _look(self, trainer: RunView, task: TaskModule) -> None:
         losses, self._losses = self._losses, []
         places, self._places = self._places, []
+        of_each, self._of_each = self._of_each, []
         if not losses:
             return
         values = read_losses(losses)
@@ -121,7 +130,8 @@ class TerminateOnNaN(Callback):
         step, batch_idx = places[first]
         message = (
             f"the loss of optimizer step {step} (from 0; epoch {trainer.current_epoch}, batch "
-            f"{batch_idx}) is {values[first]:g}, and after {trainer.global_step} steps "
+            f"{batch_idx}) is {values[first]:g}{whose(of_each[first]) if self._names else ''}, and "
+            f"after {trainer.global_step} steps "
             f"{trainer.not_finite() or 'all parameters are still finite'}"
         )
         if self.restore:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ofengine.callback import Callback
     from ofengine.checkpoint.weights import load_weights
     from ofengine.data.combined import CombinedLoader
+    from ofengine.data.image_folder import CachedImageFolder
     from ofengine.data.in_memory import ImageArrays, in_memory_loader
     from ofengine.data.seeding import seed_everything
     from ofengine.data_module import DataModule
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CachedImageFolder": "ofengine.data.image_folder",
     "Callback": "ofengine.callback",
     "CheckpointError": "ofengine.errors",
     "CombinedLoader": "ofengine.data.combined",
@@ -63,6 +65,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "CachedImageFolder",
     "Callback",
     "CheckpointError",
     "CombinedLoader",

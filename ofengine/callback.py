@@ -106,6 +106,14 @@ class Callback:
         """
         return {}
 
+    def evaluation_state_dict(self, task: TaskModule) -> Dict[str, Any]:
+        """What evaluation has in the place of weights of ``task``, live tensors by their names.
+
+        They are the weights of a checkpoint then, so that who loads it has what was evaluated; with
+        those of training, which are kept beside them, a run is resumed. Default: empty.
+        """
+        return {}
+
     def check_state_dict(self, state: Dict[str, Any], task: TaskModule) -> None:
         """Raise where :meth:`load_state_dict` cannot take ``state`` for ``task``; change nothing.
 
@@ -186,7 +194,10 @@ class Callback:
         """Eager mode only. The update is done, the gradients are still there."""
 
     def on_before_graph_compile(self, trainer: RunView, task: TaskModule, graph: nn.Graph) -> None:
-        """Graph mode only. ``graph`` updates the weights and is about to be compiled."""
+        """Graph mode only. ``graph`` updates the weights and is about to be compiled.
+
+        Where weight decay or momentum are by schedule, it ends with the gradients.
+        """
 
     def on_validation_start(self, trainer: RunView, task: TaskModule) -> None:
         """The task is in eval mode."""

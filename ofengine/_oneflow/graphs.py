@@ -14,6 +14,12 @@ from ofengine._oneflow.consecutive_adds import put_back
 from ofengine._oneflow.optimizer_state import clipped_in_build
 from ofengine._oneflow.tracing import module_of
 
+# What each step of a graph calls: a name costs less than a look into four modules.
+_TensorTuple = flow._oneflow_internal.TensorTuple
+_run = flow._oneflow_internal.nn.graph.RunLazyNNGraph
+_soft_sync = flow._oneflow_internal.nn.graph.SoftSyncNNGraphBuffers
+_to = flow._C.to
+
 
 def mute(graph: nn.Graph) -> None:
     """Keep ``graph`` from printing ``[ERROR]`` lines to stdout; its exceptions say the same."""
@@ -74,13 +80,10 @@ def run_compiled(graph: nn.Graph, tensors: List[Any]) -> List[Any]:
     turn = state["_cur_index_of_ouputs_buffer"]
     buffers = state["_outputs_tensor_tuple_buffer"]
     buffer = buffers[turn]
-    internal = flow._oneflow_internal
-    internal.nn.graph.RunLazyNNGraph(
-        internal.TensorTuple(tensors), buffer, state["_state_tensor_tuple"], graph._c_nn_graph
-    )
+    _run(_TensorTuple(tensors), buffer, state["_state_tensor_tuple"], graph._c_nn_graph)
     state["_cur_index_of_ouputs_buffer"] = (turn + 1) % len(buffers)
-    outputs = [flow._C.to(tensor, copy=True) for tensor in buffer]
-    internal.nn.graph.SoftSyncNNGraphBuffers(buffer, graph._c_nn_graph)
+    outputs = [_to(tensor, copy=True) for tensor in buffer]
+    _soft_sync(buffer, graph._c_nn_graph)
     return outputs
 
 
@@ -92,7 +95,7 @@ def depend_on(graph: nn.Graph, tensors: Sequence[Any]) -> None:
     """
     state = vars(graph)
     together = [*state["_state_tensor_tuple"], *tensors]
-    state["_state_tensor_tuple"] = flow._oneflow_internal.TensorTuple(together)
+    state["_state_tensor_tuple"] = _TensorTuple(together)
 
 
 def is_compiled(graph: nn.Graph) -> bool:

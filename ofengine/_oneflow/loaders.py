@@ -17,6 +17,8 @@ from oneflow.utils.data import DataLoader
 from oneflow.utils.data._utils.signal_handling import _remove_worker_pids
 from oneflow.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from ofengine._oneflow.handover import hands_over
+
 SHARED_GENERATOR = inspect.signature(DataLoader.__init__).parameters["generator"].default
 """The one that all DataLoaders shuffle with that are given none."""
 
@@ -114,12 +116,13 @@ def workers_noted() -> Iterator[None]:
 
 def _init_noted(iterator: Any, loader: Any) -> None:
     _opened[iterator] = weakref.ref(loader)
-    own = loader.worker_init_fn
+    own, collate_fn = loader.worker_init_fn, loader.collate_fn
     loader.worker_init_fn = _BeginsWorker(own)
+    loader.collate_fn = iterator._hands_over = hands_over(loader)  # held as long as workers write
     try:
         _init_of_class(iterator, loader)
     finally:
-        loader.worker_init_fn = own
+        loader.worker_init_fn, loader.collate_fn = own, collate_fn
 
 
 class _BeginsWorker:

@@ -241,6 +241,8 @@ def note_resumption(run: Run, checkpoint: Checkpoint) -> None:
 
 def supervised(run: Run, ckpt_path: CheckpointPath) -> CheckpointPath:
     """Run the script again as a child; in the child, what ``fit`` resumes from."""
+    if supervisor.is_trial():
+        return ckpt_path
     if not any(callback.fires_last for callback in run.callbacks):
         raise ConfigurationError(
             "restart_on_crash needs checkpoints to go on from: list a ModelCheckpoint, or "

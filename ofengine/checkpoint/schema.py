@@ -121,6 +121,7 @@ _GROUP = record(
     },
     {"parameters": listed(text)},
 )  # fmt: skip
+_OPTION = _numbered(listed(maybe(number(0))))
 _RATES = record(
     {
         "step": whole(),
@@ -140,7 +141,10 @@ _RATES = record(
         "calendar": record({"batches_per_epoch": maybe(whole(1)), "lengths": listed(whole())}),
         "rates": _numbered(listed(number())),
     },
-    {"positions": _numbered(listed(number()))},
+    {
+        "positions": _numbered(listed(number())),
+        "options": record({}, {"weight_decay": _OPTION, "momentum": _OPTION}),
+    },
 )
 STATES = by_name(by_name(array("biuf")))
 """What an optimizer keeps of each parameter."""
@@ -186,6 +190,7 @@ _STATE = record(
         "data": listed(_ANY),
         "logger_keys": listed(record(_OWNER)),
         "tensors": by_name(array("biuf")),
+        "training_weights": by_name(array("biuf")),
         "optimizers": by_name(_OPTIMIZER),
         "seen": by_name(text),
         "weights": maybe(record({"batches": whole(1), "total": number(0)})),
@@ -261,6 +266,11 @@ def _check_rates(state: Mapping[str, Any], rates: Mapping[str, Any]) -> None:
     for noted in ("rates", "positions"):
         for key, values in rates.get(noted, {}).items():
             each_group(values, f"rates/{noted}/{key}")
+    for option, values in rates.get("options", {}).items():
+        for step, of_each in values.items():
+            each_group(of_each, f"rates/options/{option}/{step}")
+            if int(step) > rates["step"] + _NEAR:
+                raise misfit(f"a key of rates/options/{option}", step, "a step that is near")
     if rates["plateau"] is not None:
         each_group(rates["plateau"]["lrs"], "rates/plateau/lrs")
     for ahead in map(int, rates["rates"]):

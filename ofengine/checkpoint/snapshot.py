@@ -53,10 +53,23 @@ def content_of(run: Run) -> Tuple[State, Optional[State], State]:
     if supervisor:
         metadata["supervised_by"] = supervisor
     weights = arrays_of(run.task)
+    evaluated = {} if state is None else _evaluated(run)
+    of_training: State = {}
     for name, tensor in run.task.state_dict(keep_vars=True).items():
         if id(tensor) in copies:
             weights[name] = array_of(copies[id(tensor)])
+        if id(tensor) in evaluated:
+            of_training[name], weights[name] = weights[name], array_of(evaluated[id(tensor)])
+    if state is not None and of_training:
+        state["training_weights"] = of_training
     return weights, state, metadata
+
+
+def _evaluated(run: Run) -> Dict[int, Any]:
+    """What evaluation has in the place of tensors of the task, by their ``id``."""
+    own = {**dict(run.task.named_buffers()), **dict(run.task.named_parameters())}
+    weights = [each.evaluation_state_dict(run.task) for each in run.callbacks]
+    return {id(own[n]): tensor for each in weights for n, tensor in each.items() if n in own}
 
 
 def _copies(run: Run) -> Dict[int, Any]:
@@ -278,14 +291,17 @@ def _arrays(tensors: Dict[str, Any]) -> Dict[str, np.ndarray]:
 def plain_options(run: Run) -> List[State]:
     """The plain options of each group, as a file gives them back: tuples as lists.
 
-    Without the rates, which are the plan's, and what the optimizer writes there itself.
+    Without the rates and the values by schedule, which are the plan's, and what the optimizer
+    writes there itself.
     """
     optimizer = run.made.optimizer
     others = {"lr", "initial_lr", "params", *own_options(optimizer)}
-    return [
+    plain = [
         {k: _listed(v) for k, v in group.options.items() if k not in others and _is_plain(v)}
         for group in optimizer.param_groups
     ]
+    moved = run.rates.options
+    return plain if moved is None else [moved.masked(i, each) for i, each in enumerate(plain)]
 
 
 def _listed(value: Any) -> Any:

@@ -39,6 +39,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     _add_rates(commands)
     _add_prove(commands)
     _add_checkpoint(commands)
+    _add_set_lr(commands)
     _add_launch(commands)
     arguments = parser.parse_args(words)
     return int(arguments.run(arguments))
@@ -118,6 +119,24 @@ def _add_checkpoint(commands: Any) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("file", metavar="FILE", help="the file that was saved")
     parser.add_argument("--tensors", action="store_true", help="list every weight")
+
+
+def _add_set_lr(commands: Any) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        from ofengine.cli.set_lr import set_lr
+
+        return set_lr(arguments)
+
+    text = "give parameter groups of a run that is training other base rates, from its next step on"
+    parser = commands.add_parser("set-lr", help=text, description=text)
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("folder", metavar="RUN", help="the run's folder, such as ofengine_logs/version_0")
+    add("rates", metavar="NAME=RATE", nargs="+", help="a group and its rate; all=RATE for those "
+        "that are not named")  # fmt: skip
+    add("--wait", type=float, default=10.0, metavar="S", help="seconds to wait for the step; "
+        "default: 10")  # fmt: skip
+    add("--no-wait", action="store_true", help="leave the request to the run, whose log tells")
 
 
 def _add_launch(commands: Any) -> None:

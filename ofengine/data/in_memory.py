@@ -2,14 +2,16 @@
 
 ``DataLoader(dataset)`` makes a PIL image and a chain of small tensors of every sample.
 :func:`in_memory_loader` takes the rows of a whole batch out of the dataset's array and applies
-the transforms to all of them at once. Order, random draws and every bit are those of the
-DataLoader, so one may be put in the place of the other, in the middle of a run too.
+the transforms to all of them at once (:mod:`ofengine.data.transforms`). Order, random draws and
+every bit are those of the DataLoader, so one may be put in the place of the other, in the middle
+of a run too.
 """
 
 from __future__ import annotations
 
-import numbers
-from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
+import itertools
+import warnings
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import numpy as np
 import oneflow as flow
@@ -24,11 +26,13 @@ from oneflow.utils.data import (
 )
 
 from ofengine._oneflow.loaders import collate
+from ofengine.data.transform_chain import steps_of
+from ofengine.data.transforms import Crop, Pad, Resize, Step, draw
 from ofengine.errors import ConfigurationError
 from ofengine.run.arguments import check_count
 
-Images = Any
-"""A numpy array of uint8, (batch, height, width, channels)."""
+_MOST_KEPT = 2**30
+"""Bytes of images that are kept once they were resized; of more, each is resized every time."""
 
 
 class ImageArrays(Dataset):
@@ -88,28 +92,37 @@ def in_memory_loader(
     shuffle: bool = False,
     drop_last: bool = False,
     generator: Any = None,
+    batch_transform: Optional[Callable[..., Any]] = None,
 ) -> DataLoader:
     """A DataLoader over ``dataset`` that takes whole batches at once.
 
     The batches are those of ``DataLoader(dataset, batch_size, shuffle=shuffle,
-    drop_last=drop_last, generator=generator)``, bit for bit and in the same order.
+    drop_last=drop_last, generator=generator)``, bit for bit and in the same order. With a
+    ``batch_transform``, those of a DataLoader with ``collate_fn=lambda samples:
+    batch_transform(*default_collate(samples))``.
 
     Args:
-        dataset: flowvision's CIFAR10, CIFAR100, MNIST or FashionMNIST, :class:`ImageArrays`, a
-            ``TensorDataset``, or a ``Subset`` of one. Of flowvision's transforms, ``Compose``,
-            ``ToTensor``, ``Normalize``, ``RandomCrop``, ``CenterCrop``, ``Pad``,
-            ``RandomHorizontalFlip`` and ``RandomVerticalFlip`` have a form for batches.
+        dataset: flowvision's CIFAR10, CIFAR100, MNIST or FashionMNIST, :class:`ImageArrays`,
+            :class:`CachedImageFolder`, a ``TensorDataset``, or a ``Subset`` of one. Of
+            flowvision's transforms, ``Compose``, ``ToTensor``, ``Normalize``, ``Resize``,
+            ``RandomResizedCrop``, ``RandomCrop``, ``CenterCrop``, ``Pad``, ``ColorJitter``,
+            ``RandomErasing`` and the two flips have a form for batches. What stands before the
+            first that draws is done once for each image, where a ``Resize`` is among it, and
+            kept, up to a gibibyte of all images.
         batch_size: samples in a batch.
         shuffle: a new order in each epoch.
         drop_last: leave out a last batch of fewer samples.
         generator: a ``oneflow.Generator`` for the order. Default: the one that all
             DataLoaders share.
+        batch_transform: called with the tensors of each batch, gives the batch: flowvision's
+            ``Mixup``, or a function of your own. It may write to them.
 
     Raises:
         ConfigurationError: at once for another dataset or transform, with the way out.
     """
     batch_size = check_count("batch_size", batch_size, 1, "a whole number from 1 on")
-    batched = _Batched(dataset)
+    batched = _Batched(dataset, batch_transform)
+    _check_mixup(batched, batch_size, drop_last)
     if generator is None:
         generator = DataLoader(batched).generator  # all DataLoaders have one by default
     sampler: Any = SequentialSampler(dataset)
@@ -140,31 +153,40 @@ def _as_it_is(batch: Any) -> Any:
 class _Batched(Dataset):
     """``dataset`` by lists of indices."""
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, transform: Optional[Callable[..., Any]]) -> None:
         self.dataset = dataset
+        self.transform = transform
         self._rows: Optional[Any] = None
         while isinstance(dataset, Subset):
             own = np.asarray(dataset.indices)
             self._rows = own if self._rows is None else own[self._rows]
             dataset = dataset.dataset
         self._source = dataset
-        self._steps: List[_Step] = []
+        self._steps: List[Step] = []
         if isinstance(dataset, TensorDataset):
             self._take = self._tensors
             return
         if not _is_known(dataset):
             raise ConfigurationError(
                 f"in_memory_loader cannot take batches out of {type(dataset).__name__}: give "
-                "flowvision's CIFAR10, CIFAR100, MNIST or FashionMNIST, ofengine.ImageArrays or a "
-                "TensorDataset, or use oneflow.utils.data.DataLoader."
+                "flowvision's CIFAR10, CIFAR100, MNIST or FashionMNIST, ofengine.ImageArrays, "
+                "ofengine.CachedImageFolder or a TensorDataset, or use "
+                "oneflow.utils.data.DataLoader."
             )
         data = dataset.data
-        self._data = data.numpy() if isinstance(data, flow.Tensor) else data
+        data = data.numpy() if isinstance(data, flow.Tensor) else data
+        self._data = data[..., None] if data.ndim == 3 else data
         targets = dataset.targets
         if isinstance(targets, flow.Tensor):
             targets = targets.numpy()
         self._targets = targets.tolist() if isinstance(targets, np.ndarray) else targets
-        self._steps = _steps_of(dataset.transform, self._data.shape[1:3])
+        transform = getattr(dataset, "rest_of_transform", dataset.transform)
+        self._steps = steps_of(transform, self._data.shape[1:])
+        resized = [isinstance(step, Resize) for step in self._steps]
+        kept = sum(1 for _ in itertools.takewhile(_is_fixed, self._steps))
+        if any(resized[:kept]):
+            self._data = _Kept(self._data, self._steps[:kept])
+            del self._steps[:kept]
         self._take = self._images
 
     def __len__(self) -> int:
@@ -173,21 +195,101 @@ class _Batched(Dataset):
     def __getitem__(self, indices: Sequence[int]) -> Any:
         """The batch of these samples."""
         rows = np.asarray(indices)
-        return self._take(rows if self._rows is None else self._rows[rows])
+        batch = self._take(rows if self._rows is None else self._rows[rows])
+        return batch if self.transform is None else self.transform(*batch)
+
+    @property
+    def highest_target(self) -> Optional[int]:
+        """None where the targets are no whole numbers, or are changed before they are used."""
+        if isinstance(self._source, TensorDataset):
+            return None
+        of_own = all(isinstance(each, (int, np.integer)) for each in self._targets)
+        is_known = of_own and self._source.target_transform is None and len(self._targets)
+        return int(max(self._targets)) if is_known else None
 
     def _tensors(self, rows: Any) -> Any:
         chosen = flow.from_numpy(np.ascontiguousarray(rows, dtype=np.int64))
         return tuple(each[chosen.to(each.device)] for each in self._source.tensors)
 
     def _images(self, rows: Any) -> Any:
-        images: Any = self._data[rows]
-        images = images[..., None] if images.ndim == 3 else images
-        for step, drawn in zip(self._steps, _draw(self._steps, len(rows))):
-            images = step.apply(images, drawn)
         targets = [self._targets[row] for row in rows.tolist()]
-        if self._source.target_transform is not None:
-            targets = [self._source.target_transform(target) for target in targets]
-        return images, collate(targets)
+        change = self._source.target_transform
+
+        def change_target(sample: int) -> None:
+            targets[sample] = change(targets[sample])
+
+        drawn = draw(self._steps, len(rows), None if change is None else change_target)
+        images: Any = self._data[rows]
+        for step, of_step in zip(self._steps, drawn):
+            images = step.apply(images, of_step)
+        return flow.from_numpy(images), collate(targets)
+
+
+class _Kept:
+    """Images behind ``steps``, which draw nothing; each is made when it is first asked for."""
+
+    def __init__(self, data: Any, steps: Sequence[Step]) -> None:
+        self._data, self._steps = data, steps
+        shape = self._made(data[:1]).shape
+        self._keeps = len(data) * int(np.prod(shape)) <= _MOST_KEPT
+        if self._keeps:
+            self._images = np.empty((len(data), *shape[1:]), dtype=np.uint8)
+            self._is_there = np.zeros(len(data), dtype=bool)
+
+    def _made(self, images: Any) -> Any:
+        for step in self._steps:
+            images = step.apply(images, [None] * len(images))
+        return images
+
+    def __getitem__(self, rows: Any) -> Any:
+        if not self._keeps:
+            return self._made(self._data[rows])
+        missing = rows[~self._is_there[rows]]
+        if len(missing):
+            self._images[missing] = self._made(self._data[missing])
+            self._is_there[missing] = True
+        return self._images[rows]
+
+
+def _is_fixed(step: Step) -> bool:
+    return isinstance(step, (Resize, Crop, Pad))
+
+
+def _check_mixup(batched: _Batched, batch_size: int, drop_last: bool) -> None:
+    """Refuse what flowvision's ``Mixup`` would fail at, in the middle of an epoch as a rule."""
+    mixup = batched.transform
+    if mixup is not None and not callable(mixup):
+        raise ConfigurationError(
+            f"batch_transform={mixup!r}: give a function of a batch's tensors, as "
+            "flowvision.data.Mixup(num_classes=10)."
+        )
+    try:
+        from flowvision.data import Mixup
+    except ImportError:
+        return
+    if not isinstance(mixup, Mixup):
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy's, of names that it has no more
+        has_bool = hasattr(np, "bool")
+    if mixup.mode in ("elem", "pair") and not has_bool:
+        raise ConfigurationError(
+            f"Mixup(mode={mixup.mode!r}) needs np.bool, which numpy {np.__version__} has not: "
+            'write mode="batch".'
+        )
+    last = 0 if drop_last else len(batched) % batch_size
+    odd = next((size for size in (batch_size, last) if size % 2), None)
+    if odd is not None:
+        raise ConfigurationError(
+            f"Mixup takes an even number of samples, and a batch has {odd}: "
+            + ("give an even batch_size." if odd == batch_size else "write drop_last=True.")
+        )
+    most = batched.highest_target
+    if most is not None and most >= mixup.num_classes:
+        raise ConfigurationError(
+            f"Mixup(num_classes={mixup.num_classes}) and the target {most} do not fit together: "
+            f"write num_classes={most + 1} or more."
+        )
 
 
 def _is_known(dataset: Any) -> bool:
@@ -195,183 +297,9 @@ def _is_known(dataset: Any) -> bool:
         return type(dataset).__getitem__ is ImageArrays.__getitem__
     try:
         from flowvision.datasets import CIFAR10, MNIST
+
+        from ofengine.data.image_folder import CachedImageFolder
     except ImportError:
         return False
-    return getattr(type(dataset), "__getitem__", None) in (CIFAR10.__getitem__, MNIST.__getitem__)
-
-
-# ---------------------------------------------------------------------- transforms
-
-
-class _Step:
-    """One transform, for batches. Subclasses say what they draw for a sample, and do it to all."""
-
-    from_oneflow = False
-    """True where it draws one number a sample, by ``oneflow.rand``."""
-
-    def draw(self) -> Any:
-        """What the transform draws for one sample."""
-
-    def draw_all(self, samples: int) -> Any:
-        """What ``draw`` gives so often; only where nothing else uses the same generator."""
-        return [self.draw() for _ in range(samples)]
-
-    def apply(self, images: Any, drawn: Any) -> Any:
-        """Transform the batch."""
-        raise NotImplementedError
-
-
-def _draw(steps: Sequence[_Step], samples: int) -> Iterator[Any]:
-    """For each step what it draws for all samples, in the order in which samples are made."""
-    if sum(step.from_oneflow for step in steps) <= 1:  # others draw from numpy's generator
-        by_oneflow = [step.draw_all(samples) if step.from_oneflow else None for step in steps]
-        drawing = [step for step in steps if not step.from_oneflow]
-        rows = [[step.draw() for step in drawing] for _ in range(samples)]
-        by_numpy = iter(list(zip(*rows)))
-        return iter(
-            [drawn if step.from_oneflow else next(by_numpy, ()) for step, drawn in
-             zip(steps, by_oneflow)]
-        )  # fmt: skip
-    return iter(list(zip(*([step.draw() for step in steps] for _ in range(samples)))))
-
-
-class _Flip(_Step):
-    from_oneflow = True
-
-    def __init__(self, p: float, axis: int) -> None:
-        self._p, self._axis = p, axis
-
-    def draw(self) -> bool:
-        return bool(flow.rand(1) < self._p)
-
-    def draw_all(self, samples: int) -> Any:
-        return (flow.rand(samples) < self._p).numpy()
-
-    def apply(self, images: Images, drawn: Any) -> Images:
-        flipped = np.asarray(drawn, dtype=bool)
-        images[flipped] = np.flip(images[flipped], self._axis)
-        return images
-
-
-class _Crop(_Step):
-    """To ``size`` at the place that ``place`` gives for each sample: (top, left)."""
-
-    def __init__(self, size: Sequence[int], place: Callable[[], Tuple[int, int]]) -> None:
-        self._size, self.draw = size, place  # type: ignore[method-assign]
-
-    def apply(self, images: Images, drawn: Any) -> Images:
-        height, width = self._size
-        cropped = np.empty((len(images), height, width, images.shape[3]), dtype=images.dtype)
-        for image, (top, left), out in zip(images, drawn, cropped):
-            out[...] = image[top : top + height, left : left + width]
-        return cropped
-
-
-class _Pad(_Step):
-    def __init__(self, left: int, top: int, right: int, bottom: int, fill: int) -> None:
-        self._widths = ((0, 0), (top, bottom), (left, right), (0, 0))
-        self._fill = fill
-
-    def apply(self, images: Images, drawn: Any) -> Images:
-        return np.pad(images, self._widths, constant_values=self._fill)
-
-
-class _ToTensor(_Step):
-    def apply(self, images: Images, drawn: Any) -> Any:
-        tensor = flow.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-        return tensor.to(flow.float32).div(255)
-
-
-class _Tensors(_Step):
-    """A transform of tensors that takes batches by itself."""
-
-    def __init__(self, transform: Callable[[Any], Any]) -> None:
-        self._transform = transform
-
-    def apply(self, images: Any, drawn: Any) -> Any:
-        return self._transform(images)
-
-
-def _steps_of(transform: Any, size: Sequence[int]) -> List[_Step]:
-    """``transform`` for batches of images of ``size``: (height, width)."""
-    from flowvision import transforms
-    from PIL import Image
-
-    steps: List[_Step] = []
-    height, width = size
-
-    def pad(left: int, top: int, right: int, bottom: int, fill: Any = 0) -> None:
-        nonlocal height, width
-        steps.append(_Pad(left, top, right, bottom, fill))
-        height, width = height + top + bottom, width + left + right
-
-    def pad_as(each: Any, padding: Any) -> None:
-        sides = _sides(padding)
-        plain = each.padding_mode == "constant" and isinstance(each.fill, numbers.Integral)
-        if not plain or min(sides) < 0:
-            raise _no_form(each)
-        pad(*sides, each.fill)
-
-    def crop(target: Sequence[int], place: Callable[[], Tuple[int, int]]) -> None:
-        nonlocal height, width
-        steps.append(_Crop(target, place))
-        height, width = target
-
-    for each in _flat(transform):
-        kind, in_pixels = type(each), not any(isinstance(s, _ToTensor) for s in steps)
-        if in_pixels and kind is transforms.RandomHorizontalFlip:
-            steps.append(_Flip(each.p, 2))
-        elif in_pixels and kind is transforms.RandomVerticalFlip:
-            steps.append(_Flip(each.p, 1))
-        elif in_pixels and kind is transforms.Pad:
-            pad_as(each, each.padding)
-        elif in_pixels and kind is transforms.CenterCrop:
-            wanted_height, wanted_width = each.size
-            more = max(wanted_height - height, 0), max(wanted_width - width, 0)
-            if any(more):
-                pad(more[1] // 2, more[0] // 2, (more[1] + 1) // 2, (more[0] + 1) // 2)
-            at = round((height - wanted_height) / 2.0), round((width - wanted_width) / 2.0)
-            crop(each.size, lambda at=at: at)  # type: ignore[misc]
-        elif in_pixels and kind is transforms.RandomCrop and not each.pad_if_needed:
-            if each.padding is not None:
-                pad_as(each, each.padding)
-            blank = Image.new("L", (width, height))
-            own = each.get_params
-            crop(each.size, lambda o=own, b=blank, s=each.size: o(b, s)[:2])  # type: ignore[misc]
-        elif in_pixels and kind is transforms.ToTensor:
-            steps.append(_ToTensor())
-        elif not in_pixels and kind is transforms.Normalize:
-            steps.append(_Tensors(each))
-        else:
-            raise _no_form(each)
-    if not any(isinstance(step, _ToTensor) for step in steps):
-        raise ConfigurationError(
-            "in_memory_loader: the dataset's transform makes no tensors: add "
-            "flowvision.transforms.ToTensor()."
-        )
-    return steps
-
-
-def _no_form(transform: Any) -> ConfigurationError:
-    return ConfigurationError(
-        f"in_memory_loader has no form for batches of the transform {transform!r}, or not at this "
-        "place: use oneflow.utils.data.DataLoader, or leave the transform out."
-    )
-
-
-def _flat(transform: Any) -> Iterator[Any]:
-    from flowvision import transforms
-
-    if type(transform) is transforms.Compose:
-        for each in transform.transforms:
-            yield from _flat(each)
-    elif transform is not None:
-        yield transform
-
-
-def _sides(padding: Any) -> Tuple[int, int, int, int]:
-    """Left, top, right and bottom of flowvision's ``padding``."""
-    if isinstance(padding, numbers.Integral):
-        padding = [padding]
-    left, top, right, bottom = (list(padding) * 4)[:4] if len(padding) != 4 else padding
-    return left, top, right, bottom
+    known = (CIFAR10.__getitem__, MNIST.__getitem__, CachedImageFolder.__getitem__)
+    return getattr(type(dataset), "__getitem__", None) in known

@@ -58,6 +58,8 @@ def _first_dimension(batch: Any) -> int:
 
 
 _SHAPE = operator.attrgetter("shape")
+KIND = operator.attrgetter("shape", "dtype")
+"""``KIND(tensor)`` is what the graphs for a batch depend on: (shape, dtype)."""
 
 
 def shapes_of(batch: Any) -> Any:

@@ -11,6 +11,7 @@ from ofengine._oneflow import optimizer_state
 from ofengine._oneflow.bias_correction import STEPPING, corrects_bias, let_optimizers_ask
 from ofengine._oneflow.operators import backward_of
 from ofengine._oneflow.optimizer_copies import replace_state
+from ofengine._oneflow.quick_updates import quick_update_of
 from ofengine._oneflow.watched_options import watch_options
 from ofengine.errors import ConfigurationError
 from ofengine.modes.steps import (
@@ -68,6 +69,9 @@ class EagerMode:
     def _watch_groups(self) -> None:
         self._groups = list(self._optimizer.param_groups)
         self._mark = watch_options(self._optimizer)
+        self._quick: Any = quick_update_of(self._optimizer)
+        # Somebody may put another step into the optimizer's place for it at any time.
+        self._step_of_quick = self._optimizer.step if self._quick is not None else None
 
     def train_step(self, batch: Any, batch_idx: int, window: int, closes: bool) -> Dict[str, Any]:
         """See :class:`~ofengine.run.mode.Mode`."""
@@ -102,7 +106,11 @@ class EagerMode:
                 self._watch_groups()
             if self._clips or self._mark.clips:
                 clip(self._run)
-            if self._corrects_bias:
+            clears = False
+            if optimizer.step is self._step_of_quick:
+                clears = not self._before_zero_grad and "zero_grad" not in optimizer.__dict__
+                self._quick(optimizer, clears)
+            elif self._corrects_bias:
                 STEPPING.on = True  # Adam and its like do so as graphs do
                 try:
                     optimizer.step()
@@ -110,9 +118,10 @@ class EagerMode:
                     STEPPING.on = False
             else:
                 optimizer.step()
-            for call in self._before_zero_grad:
-                call(optimizer)
-            optimizer.zero_grad(set_to_none=True)
+            if not clears:
+                for call in self._before_zero_grad:
+                    call(optimizer)
+                optimizer.zero_grad(set_to_none=True)
         return rest
 
     def _weighed(self, loss: Any, weight: Any) -> Any:

@@ -19,7 +19,7 @@ from oneflow import nn
 
 from ofengine._oneflow import graphs
 from ofengine._oneflow.global_tensors import Ranks, Twins, answering_as_local, let_go, local
-from ofengine.data.structure import Structure, flatten
+from ofengine.data.structure import KIND, Structure, flatten
 from ofengine.errors import RankError
 from ofengine.launch.heartbeat import exchange
 from ofengine.modes.batch_norms import BatchNorms, BatchNormsOfAll
@@ -84,7 +84,7 @@ class GlobalGraphMode(GraphMode):
         line_up = partial(self._meetings.line_up, train=True, check=check)
         structure, tensors, spread = self._gather(batch, self._steps, line_up)
         accumulates = self._accumulates or share[0] != window or bool(self._gradients)
-        key = (accumulates, structure, spread.round.is_cut, *_kinds(tensors))
+        key = (accumulates, structure, spread.round.is_cut, *map(KIND, tensors))
         compiled = self._steps.get(key)
         if compiled is not None and run.progress.global_step >= compiled.rates_until:
             self.rebuild("the rates compiled in are used up")
@@ -215,7 +215,7 @@ class GlobalGraphMode(GraphMode):
         structure, tensors, spread = self._gather(batch, self._evals, line_up)
         if not spread.round.total:
             return None, False
-        key = (step, dataloader_idx, structure, spread.round.is_cut, *_kinds(tensors))
+        key = (step, dataloader_idx, structure, spread.round.is_cut, *map(KIND, tensors))
         compiled = self._evals.get(key)
         if compiled is None:
             with self._over_global_tensors(step):
@@ -337,10 +337,6 @@ def _stands(compiled: Compiled) -> bool:
     """True where what the trace has read is so now."""
     watch = compiled.watch
     return not (compiled.looks and watch.may_differ() and watch.changed() is not None)
-
-
-def _kinds(tensors: Sequence[Any]) -> List[Hashable]:
-    return [(each.shape, each.dtype) for each in tensors]
 
 
 def _own(graph: StepGraph, outputs: Sequence[Any], round_: Round) -> List[Any]:

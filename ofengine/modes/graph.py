@@ -20,7 +20,7 @@ from ofengine._oneflow import graphs
 from ofengine._oneflow.launch_race import mend_or_tell
 from ofengine._oneflow.operators import random_operations
 from ofengine._oneflow.session import start_session
-from ofengine.data.structure import Structure, flatten, unflatten
+from ofengine.data.structure import KIND, Structure, flatten, unflatten
 from ofengine.errors import GraphModeError
 from ofengine.modes.batch_norms import BatchNorms
 from ofengine.modes.compiled import Changes, Compilations, Compiled, warn_of_many_graphs
@@ -32,6 +32,7 @@ from ofengine.modes.compiling import (
     warn_of_gradients,
 )
 from ofengine.modes.draws import Draws, warn_of_unfed
+from ofengine.modes.eager_update import EagerUpdate, eager_update
 from ofengine.modes.guards import Guards
 from ofengine.modes.in_place import Written, tell_what_is_forgotten, write_back
 from ofengine.modes.own_graphs import check_own_graph, loss_of
@@ -72,6 +73,8 @@ class GraphMode:
         self._structure: Structure = flatten(None, [])
         self._gradients: Dict[int, Any] = {}
         self._window_scales: Dict[int, Any] = {}
+        self._update: Optional[EagerUpdate] = None
+        """What updates in the place of a graph."""
         self._tells = True
         """False where another rank records what a step logs."""
         self._rates_until = math.inf
@@ -82,6 +85,8 @@ class GraphMode:
     def start(self) -> None:
         """See :class:`~ofengine.run.mode.Mode`."""
         refuse_own_update(self._run.made.optimizer)
+        self._update = eager_update(self._run)
+        self._accumulates = self._accumulates or self._update is not None
         self._barrier.take()  # the way to the device wrote into every parameter
 
     def train_step(self, batch: Any, batch_idx: int, window: int, closes: bool) -> Dict[str, Any]:
@@ -93,7 +98,7 @@ class GraphMode:
         for index, tensor in enumerate(tensors):
             if not tensor.is_contiguous():  # nn.Graph would write over what it views
                 tensors[index] = tensor.contiguous()
-        key = (structure, *[(tensor.shape, tensor.dtype) for tensor in tensors])
+        key = (structure, *map(KIND, tensors))
         compiled = self._steps.active.get(key)  # as get(), without its call
         if compiled is None or (compiled.looks and compiled.watch.may_differ()):
             compiled = self._steps.find(key)
@@ -110,7 +115,10 @@ class GraphMode:
             if compiled.draws.any:
                 tensors += compiled.draws.draw()
             outputs = graphs.run_compiled(graph, tensors)
-            result = {**(self._take_outputs(graph, outputs[1:]) or {}), "loss": outputs[0]}
+            if len(outputs) == 1 and graph.rest == _EMPTY and not graph.frozen:
+                result = {"loss": outputs[0]}
+            else:
+                result = {**(self._take_outputs(graph, outputs[1:]) or {}), "loss": outputs[0]}
         else:
             result = {"loss": loss_of(graph, graph(*tensors))}
         norms = compiled.batch_norms
@@ -144,13 +152,16 @@ class GraphMode:
         gradients = [self._gradients[index] for index in having]
         if self._run.weighing.batches:
             gradients = self._run.weighing.close(gradients, window, type(self.task).__name__)
+        self._gradients = {}
+        if self._update is not None:
+            self._update(zip(having, gradients))
+            return
         apply = self._applies.active.get(having) or self._applies.find(having)
         if apply is None:
             apply = self._trace_apply(having, gradients)
             self._watch(apply, updates=True)
             self._tell_change(self._applies.add(having, apply))
         graphs.run_compiled(apply.graph, gradients)
-        self._gradients = {}
 
     def _window_scale(self, window: int) -> Any:
         """``1 / window`` as a tensor of no dimension on the device."""
@@ -186,6 +197,8 @@ class GraphMode:
 
     def lower_rates(self, graph: nn.Graph) -> None:
         """See :class:`~ofengine.run.mode.Mode`."""
+        if self._update is not None:
+            return  # it takes them from the groups
         start, total = self._run.progress.global_step, self._run.total_steps
         stop = start + max(_TABLE_STEPS, start) if total is None else max(total, start + 1)
         before = self._state.read()[0] - start  # steps of an earlier fit with this optimizer
@@ -271,7 +284,7 @@ class GraphMode:
         for index, tensor in enumerate(tensors):
             if not tensor.is_contiguous():  # nn.Graph would write over what it views
                 tensors[index] = tensor.contiguous()
-        key = (step, dataloader_idx, structure, *[(t.shape, t.dtype) for t in tensors])
+        key = (step, dataloader_idx, structure, *map(KIND, tensors))
         compiled = self._evals.get(key)
         if compiled is None:
             refuse_what_graphs_ignore(self.task)
@@ -359,9 +372,10 @@ class GraphMode:
         is_ours = isinstance(graph, (StepGraph, ApplyGraph))
         self.task.configure_graph(graph.config)
         check_switches(graph, self.task, self._run.settings, is_ours)
-        if updates:
+        if updates or (self._update is not None and isinstance(graph, GradientGraph)):
             for call in self._before_compile:
                 call(graph)
+        if updates:
             self._state.share_with(graph)
         compiling = partial(graphs.trace_and_compile, as_eager=is_ours)
         is_step = isinstance(graph, StepGraph)

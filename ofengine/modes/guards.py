@@ -155,11 +155,12 @@ class Guards:
     def __init__(self) -> None:
         self.barrier = Barrier()
         self._reads: Dict[int, Tuple[Any, Set[str]]] = {}
+        self._is_property: Dict[Tuple[type, str], bool] = {}
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
         """Note what is read of modules in the block, which traces one graph."""
-        self._reads = {}
+        self._reads, self._is_property = {}, {}
         with telling_reads(self._tell):
             yield
 
@@ -174,7 +175,11 @@ class Guards:
     def _tell(self, module: Any, name: str) -> None:
         if name in _OWN_NAMES or name.startswith("__"):
             return
-        if isinstance(inspect.getattr_static(type(module), name, None), property):
+        place = type(module), name
+        if place not in self._is_property:
+            found = inspect.getattr_static(*place, None)
+            self._is_property[place] = isinstance(found, property)
+        if self._is_property[place]:
             return  # what it reads is told by itself
         module = stands_for(module)
         self._reads.setdefault(id(module), (module, set()))[1].add(name)

@@ -56,6 +56,9 @@ class InPlace:
     def __init__(self, task: Any, what: str, batch: Sequence[Any], updates: bool) -> None:
         self._task, self._what, self._updates = task, what, updates
         self._states = states_of(task)
+        self._state_of = {id(state.tensor): state for state in self._states}
+        """The states by the ``id`` of each tensor that stands for one."""
+        self._unbuilt = [(state, proxy) for state in self._states for proxy in state.proxies]
         self._writes = WritesInPlace(self._twins)
         self._called = {name: f"self.{each.path}" for each in self._states for name in each.names}
         self._batch = {name_of(each) for each in batch}
@@ -73,10 +76,20 @@ class InPlace:
             self._assigned[(id(module), name)] = value
 
     def _twins(self, tensor: Any) -> List[Any]:
-        for state in self._states:
-            if tensor is state.tensor or tensor is state.built():
-                return [state.tensor, state.lazy()]
-        return []
+        if id(tensor) not in self._state_of:
+            self._note_built()
+        state = self._state_of.get(id(tensor))
+        return [] if state is None else [state.tensor, state.lazy()]
+
+    def _note_built(self) -> None:
+        """Note the lazy tensors that the trace has made since the last look."""
+        unbuilt = []
+        for state, proxy in self._unbuilt:
+            if proxy.build_finished:
+                self._state_of[id(proxy.lazy_origin)] = state
+            else:
+                unbuilt.append((state, proxy))
+        self._unbuilt = unbuilt
 
     def written(self) -> List[Tuple[Written, Any]]:
         """What is to be written back after each run, and the lazy tensors that hold it.

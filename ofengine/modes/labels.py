@@ -134,15 +134,21 @@ def _places(task: nn.Module) -> List[Tuple[Any, str, str]]:
     modules = [sys.modules[name] for name in sorted(names) if name in sys.modules]
     holders = {id(h): h for h in (*modules, *layers, *classes)}
     places: Dict[Tuple[int, str], Tuple[Any, str, str]] = {}
+    functions: Dict[int, str] = {}
     for name in _LOSSES:
-        known = functions_by_name(name)
-        functions = {id(f.original if isinstance(f, _Teller) else f) for _, f in known}
-        places.update({(id(holder), name): (holder, name, name) for holder, _ in known})
-        for holder in holders.values():
-            for key, value in list(vars(holder).items()):
-                if id(value.original if isinstance(value, _Teller) else value) in functions:
-                    places[id(holder), key] = (holder, key, name)
+        for holder, function in functions_by_name(name):
+            places[id(holder), name] = (holder, name, name)
+            functions[id(_original(function))] = name
+    for holder in holders.values():
+        for key, value in list(vars(holder).items()):
+            known = functions.get(id(_original(value)))
+            if known is not None:
+                places[id(holder), key] = (holder, key, known)
     return list(places.values())
+
+
+def _original(function: Any) -> Any:
+    return function.original if type(function) is _Teller else function
 
 
 def _put(holder: Any, key: str, value: Any) -> None:

@@ -39,6 +39,8 @@ class SeveralMode:
                 own.train_step = run.profile.wrap(f"step: training {name}", own.train_step)
             self._parts.append((name, part.every_n_batches, part))
         self._stepping = self._parts[0][2]
+        self.losses: List[Dict[str, Any]] = []
+        """That of each optimizer, by batch; whoever watches the losses takes them out."""
 
     def _modes(self) -> Iterator[Mode]:
         return (part.training_mode for _, _, part in self._parts)
@@ -54,6 +56,7 @@ class SeveralMode:
         The "loss" is the sum of theirs.
         """
         outputs: Dict[str, Any] = {}
+        losses: Dict[str, Any] = {}
         total: Any = None
         for name, every, part in self._parts:
             if batch_idx % every:
@@ -67,7 +70,9 @@ class SeveralMode:
                 error.args = (f"in the step of optimizer {name!r}: {error}",)
                 raise
             part.progress.global_step += 1
-            total = returned["loss"] if total is None else total + returned["loss"]
+            loss = losses[name] = returned["loss"]
+            total = loss if total is None else total + loss
+        self.losses.append(losses)
         return {**outputs, "loss": total}
 
     def eval_step(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:

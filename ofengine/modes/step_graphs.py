@@ -140,6 +140,10 @@ class StepGraph(LateInputs):
 class _TrainStepGraph(StepGraph):
     trains = True
 
+    def __init__(self, run: Run, structure: Structure) -> None:
+        super().__init__(run.task, "training_step", structure, (run.name,) if run.name else ())
+        self.held = [run.others]  # in a list, as origin is
+
     def trained_loss(self, tensors: Sequence[Any], scale: Any) -> Any:
         """Forward and backward; (loss, outputs besides it, logged, its weight where it has one)."""
         outputs, logged = self.call_step(tensors)
@@ -159,8 +163,7 @@ class TrainGraph(_TrainStepGraph):
     """Forward, backward, clipping and update in one."""
 
     def __init__(self, run: Run, structure: Structure) -> None:
-        super().__init__(run.task, "training_step", structure, (run.name,) if run.name else ())
-        self.held = [run.others]  # in a list, as origin is
+        super().__init__(run, structure)
         self.run = run
         self.add_optimizer(run.made.optimizer)
 
@@ -177,7 +180,8 @@ class GradientGraph(_TrainStepGraph):
     """Forward and backward; the gradients are outputs."""
 
     def __init__(self, run: Run, structure: Structure) -> None:
-        super().__init__(run.task, "training_step", structure, ())
+        super().__init__(run, structure)
+        self.averages = run.settings.windows.most > 1
         self.parameters = [run.parameters]
         self.having: List[int] = []
         self.weighs = False
@@ -185,7 +189,8 @@ class GradientGraph(_TrainStepGraph):
         allow_backward(self)
 
     def build(self, tensors: List[Any], scale: Any, late: List[Any]) -> List[Any]:
-        """Trace forward and backward of ``loss * scale``."""
+        """Trace forward and backward of ``loss * scale``, of the loss where a batch is a step."""
+        scale = scale if self.averages else None
         loss, rest, logged, weights = self.trained_loss(tensors, scale)
         self.weighs = bool(weights)
         (parameters,) = self.parameters

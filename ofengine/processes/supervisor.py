@@ -31,6 +31,8 @@ import time
 from typing import Callable, Dict, FrozenSet, List, NoReturn, Optional
 
 VARIABLE = "OFENGINE_SUPERVISED"
+TRIAL = "OFENGINE_TRIAL"
+"""Says in a process that tries a part of the script what that is, and who asked for it."""
 PLACE_SIZE = 4096
 PLACE = "OFENGINE_PLACE"
 """The descriptor of what a supervised run notes of where it is, see :mod:`.crash_report`."""
@@ -69,6 +71,11 @@ def tries() -> Optional[int]:
     """
     told = _told()
     return None if told is None else int(told[0])
+
+
+def is_trial() -> bool:
+    """True in a process that tries a part of the script, and ends there."""
+    return os.environ.get(TRIAL, "").partition(" ")[0] == str(os.getppid())
 
 
 def supervised_by() -> str:

@@ -62,6 +62,7 @@ class Said(NamedTuple):
     stop: bool
     signal: int
     out_of_time: bool
+    order: bool
     absent: bool
     """It has no batch in this round."""
     check: int
@@ -70,7 +71,7 @@ class Said(NamedTuple):
     body: bytes
 
 
-_BEGINNING = struct.Struct("!B?i??q?")
+_BEGINNING = struct.Struct("!B?i???q?")
 
 
 class RestLeftOut(Exception):
@@ -84,6 +85,8 @@ class Wishes:
     stop: bool = False
     signal: int = 0
     out_of_time: bool = False
+    order: bool = False
+    """Rank 0 has been asked from outside for something."""
 
 
 class Meetings:
@@ -236,8 +239,9 @@ class Meetings:
         while True:
             wishes = self.wishes()
             beginning = _BEGINNING.pack(
-                purpose, wishes.stop, wishes.signal, wishes.out_of_time, self.absent, check, done
-            )
+                purpose, wishes.stop, wishes.signal, wishes.out_of_time, wishes.order,
+                self.absent, check, done,
+            )  # fmt: skip
             said = [_said(each) for each in self._exchange(beginning + body, meanwhile)]
             purposes = [each.purpose for each in said]
             if Purpose.PEEK not in purposes:  # or some ranks would know before others
@@ -307,6 +311,7 @@ class Meetings:
             any(each.stop for each in said),
             max(each.signal for each in said),
             any(each.out_of_time for each in said),
+            any(each.order for each in said),
         )
         self.told(self.agreed)
 

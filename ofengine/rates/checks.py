@@ -34,6 +34,8 @@ def check_rates(
         begin: the step at which the run begins, where it is resumed.
     """
     _check_finite(plan, plan.within(begin))
+    if plan.options is not None:
+        plan.options.check(plan.within(begin), total_steps)
     if not total_steps:
         return
     if total_steps <= _STEPS_TO_LOOK_AHEAD:

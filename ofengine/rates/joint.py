@@ -125,6 +125,17 @@ class JointPlan(RatePlan):
             for rate in part.plan.rates(max(self.own_steps(part, step + 1) - 1, 0))
         ]
 
+    def scheduled(self, step: int) -> Dict[str, List[Optional[float]]]:
+        found: Dict[str, List[Optional[float]]] = {}
+        before = 0
+        for part in self.parts:
+            own = part.plan.scheduled(max(self.own_steps(part, step + 1) - 1, 0))
+            for option, values in own.items():
+                every = found.setdefault(option, [None] * len(self.groups))
+                every[before : before + len(values)] = values
+            before += len(part.plan.groups)
+        return found
+
     def unscaled(self, step: int) -> List[float]:
         return [
             rate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import attrs
 from oneflow.nn.optimizer.lr_scheduler import LRScheduler
@@ -13,6 +13,7 @@ from oneflow.optim.lr_scheduler import ReduceLROnPlateau
 from ofengine.data.structure import describe_returned
 from ofengine.errors import ConfigurationError, RateError
 from ofengine.rates.counted import CountedSchedule, interval_of, is_counted
+from ofengine.rates.options import OPTION_OF_KEY, OptionSchedule, read_option_schedules
 from ofengine.rates.schedule import (
     ConstantSchedule,
     FunctionSchedule,
@@ -39,9 +40,11 @@ class Optimization:
     listed: bool = False
     """True for a scheduler in a list that says nothing of its interval: it moves on by epoch, as in
     Lightning."""
+    options: Tuple[OptionSchedule, ...] = ()
+    """The schedules of weight decay and momentum."""
 
 
-OPTIMIZER_KEYS = {"optimizer", "lr_scheduler"}
+OPTIMIZER_KEYS = {"optimizer", "lr_scheduler", *OPTION_OF_KEY}
 _SCHEDULER_KEYS = {"scheduler", "interval", "frequency", "monitor", "name", "strict"}
 
 
@@ -80,8 +83,10 @@ def read_optimizers(returned: Any, task_name: str, name: str = "") -> Optimizati
             f"{where} returned {describe_returned(optimizer)} for the optimizer: return a "
             'oneflow.optim optimizer, or {"optimizer": ..., "lr_scheduler": ...}.'
         )
+    given = returned if isinstance(returned, dict) else {}
+    moved = read_option_schedules(given, optimizer, where)
     if scheduler is None:
-        return Optimization(optimizer)
+        return Optimization(optimizer, options=moved)
     options: Dict[str, Any] = {}
     if isinstance(scheduler, dict) and not scheduler:
         raise ConfigurationError(
@@ -93,7 +98,8 @@ def read_optimizers(returned: Any, task_name: str, name: str = "") -> Optimizati
         options, scheduler = scheduler, scheduler["scheduler"]
     if is_listed:
         options = {**options, "interval": "epoch"}
-    return attrs.evolve(_with_scheduler(optimizer, scheduler, options, where), listed=is_listed)
+    made = _with_scheduler(optimizer, scheduler, options, where)
+    return attrs.evolve(made, listed=is_listed, options=moved)
 
 
 def _with_scheduler(
@@ -142,8 +148,9 @@ def _check_scheduler(optimizer: Optimizer, scheduler: Any, where: str) -> None:
             )
         if getattr(scheduler, "param_group_field", "lr") != "lr":
             raise RateError(
-                f"the scheduler of {where} moves {scheduler.param_group_field!r}: only rates are "
-                "scheduled, with param_group_field='lr'."
+                f"the scheduler of {where} moves {scheduler.param_group_field!r}, and an "
+                "lr_scheduler moves rates, with param_group_field='lr': weight decay and momentum "
+                "have 'weight_decay_schedule' and 'momentum_schedule' beside it."
             )
     elif isinstance(scheduler, (list, tuple)):
         numbers = [isinstance(f, (int, float)) and math.isfinite(f) and f >= 0 for f in scheduler]

@@ -19,6 +19,7 @@ from ofengine._oneflow.watched_options import set_quietly, watch_options
 from ofengine.errors import RateError
 from ofengine.rates.calendar import Calendar
 from ofengine.rates.groups import Group
+from ofengine.rates.options import ScheduledOptions
 from ofengine.rates.schedule import PlateauSchedule, Schedule
 
 _MOST_ENTRIES = 1_000_000
@@ -88,6 +89,8 @@ class RatePlan:
         """What :meth:`set_lr` was told so far: (step, group, lr)."""
         self.stop: Optional[int] = None
         """The steps of the run, or None where that is not known: no rate is asked for beyond."""
+        self.options: Optional[ScheduledOptions] = None
+        """The weight decay and momentum of all groups, where a schedule moves them."""
         self._decayed: Dict[int, List[float]] = {}
         self._latest: Tuple[Optional[Tuple[int, int]], List[float]] = (None, [])
         """What the rates of the step asked for last depend on, and these rates."""
@@ -134,6 +137,13 @@ class RatePlan:
         if step == self._before_change[0]:
             return list(self._before_change[1])
         return list(self._rates(step))
+
+    def scheduled(self, step: int) -> Dict[str, List[Optional[float]]]:
+        """What ``step`` has of the options that a schedule moves: "weight_decay", "momentum".
+
+        For each the values of all groups, in their order; None for a group that keeps its own.
+        """
+        return {} if self.options is None else self.options.at(step)
 
     def _rates(self, step: int) -> List[float]:
         if self._constant is not None:
@@ -203,8 +213,9 @@ class RatePlan:
         return steady and not self._decays
 
     def depends_on_epochs(self) -> bool:
-        """True where the length of epochs matters to a rate."""
-        return self.by_epoch or self._decays
+        """True where the length of epochs matters to a rate or an option."""
+        by_epoch = self.by_epoch or (self.options is not None and self.options.depends_on_epochs)
+        return by_epoch or self._decays
 
     # ------------------------------------------------------------------ changing
 
@@ -298,12 +309,16 @@ class RatePlan:
         )
 
     def write(self, step: int) -> None:
-        """Write the rates of ``step`` into the watched groups; none beyond the run."""
-        self.check_untouched()
-        if self._constant is self._standing or not self._options:
+        """Write the rates and options of ``step`` into the watched groups; none beyond the run."""
+        if self._mark.rates or self._optimizer.param_groups != self._live_groups:
+            self.check_untouched()
+        moved = self.options
+        if moved is None and (self._constant is self._standing or not self._options):
             return
         if self.stop is not None and step >= self.stop:
             return
+        if moved is not None:
+            moved.write(self._options, step)
         rates = self._rates(step)
         if rates != self._standing:
             for options, rate in zip(self._options, rates):

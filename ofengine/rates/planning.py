@@ -16,6 +16,7 @@ from ofengine.rates.optimizers import (
     make_schedule,
     read_optimizers,
 )
+from ofengine.rates.options import ScheduledOptions
 from ofengine.rates.plan import DecayEvents, RatePlan
 from ofengine.rates.several import is_by_name, read_named
 from ofengine.run.settings import Settings
@@ -103,6 +104,8 @@ def new_plan(
     calendar = Calendar(batches, settings.windows)
     plan = RatePlan(groups, calendar, schedule, made.interval, made.frequency)
     plan.stop = settings.total_steps(batches)
+    if made.options:
+        plan.options = ScheduledOptions(made.options, plan.names, made.optimizer, calendar)
     return plan
 
 

@@ -13,6 +13,7 @@ from ofengine.rates.calendar import ceil_div
 from ofengine.rates.canvas import LETTERS, Canvas, figure, in_columns, round_numbers, spread
 from ofengine.rates.checks import check_rates
 from ofengine.rates.joint import single_plans
+from ofengine.rates.options import in_short
 from ofengine.rates.plan import RatePlan
 from ofengine.rates.planning import Decays, plan_run
 from ofengine.run.settings import Settings
@@ -162,7 +163,8 @@ class Preview:
 
         Columns: the group; its parameters (tensors) and how many numbers they hold; ``lr``,
         ``lr_scale`` and ``lr_decay_scale``; the rate at the first step, at the largest
-        (``step:rate``, see :meth:`peak`), at the last step, and at each step of ``at``.
+        (``step:rate``, see :meth:`peak`), at the last step, the options that a schedule moves, and
+        the rate at each step of ``at``.
         """
         lines = tables.as_text(*self._cells(at))
         return "\n".join([self.heading(), *lines, *([self.note] if self.note else [])])
@@ -179,7 +181,8 @@ class Preview:
 
     def _cells(self, at: Sequence[int]) -> Tuple[List[str], List[List[str]]]:
         head = ["group", "params", "numbers", "lr", "lr_scale", "lr_decay_scale"]
-        head += ["start", "peak", "end", *(f"step {step}" for step in at)]
+        moved = [self.plan.scheduled(step) for step in self.steps]
+        head += ["start", "peak", "end", *moved[0], *(f"step {step}" for step in at)]
         for key, short in (("lr_scale", "scale"), ("lr_decay_scale", "decay")):
             head[head.index(key)] = short
         asked = [self.at(step) for step in at]
@@ -190,7 +193,8 @@ class Preview:
             cells = [group.name, f"{group.tensors:,}", f"{group.numbers:,}"]
             cells += [_short(x) for x in (group.lr, group.lr_scale, group.lr_decay_scale)]
             cells += [_short(self._sampled[0][index]), f"{step}:{_short(rate)}"]
-            cells += [_short(last[index]), *(_short(rates[group.name]) for rates in asked)]
+            options = [in_short([each[option][index] for each in moved]) for option in moved[0]]
+            cells += [_short(last[index]), *options, *(_short(r[group.name]) for r in asked)]
             rows.append(cells)
         return head, rows
 

@@ -13,6 +13,8 @@ from ofengine.rates.plan import DecayEvents, RatePlan
 from ofengine.rates.schedule import PlateauSchedule, as_read, describe_schedule, same_kind
 
 POLICIES = ("checkpoint", "config")
+Values = List[Optional[float]]
+"""What the groups have of an option, None where it is no schedule's."""
 _AHEAD = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 """So many steps ahead rates are noted, to tell where checkpoint and code part."""
 _NEAR = 10_000
@@ -36,6 +38,7 @@ def plan_state(plan: RatePlan, made: Optimization, step: int) -> Dict[str, Any]:
         "calendar": plan.calendar.state(step),
         "rates": _rates_ahead(plan, step),
         "positions": _rates_by_position(plan, step),
+        **({} if plan.options is None else {"options": _options_near(plan, step)}),
     }
 
 
@@ -52,6 +55,60 @@ def _rates_ahead(plan: RatePlan, step: int) -> Dict[str, List[float]]:
         except Exception:  # a user's function need not know the steps after the last
             break
     return rates
+
+
+def _options_near(plan: RatePlan, step: int) -> Dict[str, Dict[str, Values]]:
+    """The options that a schedule moves, at the steps whose rates are noted and the one before."""
+    noted: Dict[str, Dict[str, Values]] = {}
+    ahead = map(int, _rates_ahead(plan, step))
+    for near in dict.fromkeys((max(step - 1, 0), *(step + each for each in ahead))):
+        try:
+            values = plan.scheduled(near)
+        except Exception:  # a user's function need not know the steps after the last
+            break
+        for option, of_each in values.items():
+            noted.setdefault(option, {})[str(near)] = of_each
+    return noted
+
+
+def _check_options(plan: RatePlan, kept: Dict[str, Dict[str, Values]], policy: str) -> List[str]:
+    """A line for each option that a schedule moves otherwise than in the checkpoint.
+
+    Raises :class:`RateError` for the first, unless the ``policy`` is that the code counts.
+    """
+    now = {} if plan.options is None else plan.scheduled(0)
+    lines = []
+    for option in dict.fromkeys((*kept, *now)):
+        said = _other_option(plan, option, kept.get(option), option in now)
+        if said is None:
+            continue
+        if policy == "checkpoint":
+            raise RateError(
+                f"{said}: put configure_optimizers() back as it was, or take the code's with "
+                "fit(..., rates_on_resume='config')."
+            )
+        lines.append(f"{said}; the code's counts (rates_on_resume='config').")
+    return lines
+
+
+def _other_option(
+    plan: RatePlan, option: str, kept: Optional[Dict[str, Values]], is_moved: bool
+) -> Optional[str]:
+    """How the schedule of ``option`` differs from what was ``kept``; None where it does not."""
+    key = f"{option}_schedule"
+    if kept is None:
+        return f"the checkpoint has no {key}, and configure_optimizers() returns one"
+    if not is_moved:
+        return f"the checkpoint has a {key}, and configure_optimizers() returns none"
+    for step, before in kept.items():
+        for name, old, new in zip(plan.names, before, plan.scheduled(int(step))[option]):
+            if old != new:
+                was, is_now = ("its own" if each is None else f"{each:.9g}" for each in (old, new))
+                return (
+                    f"{key} gave group {name!r} {was} at step {step} in the checkpoint, and gives "
+                    f"{is_now} now"
+                )
+    return None
 
 
 def _rates_by_position(plan: RatePlan, step: int) -> Dict[str, List[float]]:
@@ -111,14 +168,17 @@ def resume_plan(
 
     Returns:
         A line for each group that has another rate by the code than by the checkpoint, at this
-        step or at one of those ahead that the checkpoint has noted.
+        step or at one of those ahead that the checkpoint has noted; and for each option that a
+        schedule moves otherwise.
 
     Raises:
         RateError: the checkpoint's schedule cannot go on, because the code has one of another
-            kind, or a function that gives other rates.
+            kind, or a function that gives other rates; or a schedule of weight decay or momentum
+            gives other values.
     """
     step = state["step"]
     plan.calendar.load_state(state["calendar"], step)
+    others = _check_options(plan, state.get("options", {}), policy)
     by_code = _rates_ahead(_by_code(plan, made, state, policy), step)
     if policy == "checkpoint":
         _take_over(plan, made, state)
@@ -135,7 +195,7 @@ def resume_plan(
                 f"{counting.get(ahead, kept)[index]:.9g} counts (rates_on_resume={policy!r})."
             )
             break
-    return lines
+    return lines + others
 
 
 def _by_code(plan: RatePlan, made: Optimization, state: Dict[str, Any], policy: str) -> RatePlan:

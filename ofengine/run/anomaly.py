@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict, Optional
 
 from ofengine._oneflow.session import synchronize
 from ofengine.errors import ConfigurationError, NonFiniteError
+from ofengine.run.losses import whose
 from ofengine.run.replay import Replay, gradients_odd
 from ofengine.run.state import Run
 from ofengine.run.undone import KeptRun, eager_step
@@ -38,24 +39,35 @@ class _Detecting:
     def __call__(self, batch: Any, batch_idx: int, window: int, closes: bool) -> Dict[str, Any]:
         kept = KeptRun(self._run, lends_gradients=False)
         outputs = self._step(batch, batch_idx, window, closes)
-        wrong = self._wrong(outputs["loss"])
+        parts = {name: outputs[name]["loss"] for name in self._run.parts if name in outputs}
+        wrong = self._wrong(outputs["loss"], parts)
         if wrong is not None:
             kept.put_back()
             raise NonFiniteError(self._told(wrong, batch, batch_idx))
         return outputs
 
-    def _wrong(self, loss: Any) -> Optional[str]:
-        """What is not finite after a step, in words; None where all is."""
+    def _wrong(self, loss: Any, parts: Dict[str, Any]) -> Optional[str]:
+        """What is not finite after a step, in words; None where all is.
+
+        ``parts`` are the losses of several optimizers.
+        """
         synchronize()  # to read what a graph's run writes does not wait for the run
         number = float(loss.numpy().reshape(-1)[0])
         if not isfinite(number):
-            return f"the loss is {number:g}"
+            return f"the loss is {number:g}{whose(parts)}"
         found = gradients_odd(list(self._run.training_mode.gradients().items()))
         broken = found or self._run.broken()
         return None if broken is None else f"the loss is {number:g}, and then {broken}"
 
     def _told(self, wrong: str, batch: Any, batch_idx: int) -> str:
         run = self._run
+        at = f"epoch {run.progress.epoch}, batch {batch_idx}"
+        if run.parts:
+            return (
+                f"in optimizer step {run.progress.global_step} (from 0; {at}) {wrong}. It is not "
+                "replayed operation by operation, for there are several optimizers. The task has "
+                "its weights of before that batch."
+            )
         replayed = KeptRun(run)
         try:
             found = Replay(run.task).find(eager_step(run), batch, batch_idx)
@@ -67,7 +79,6 @@ class _Detecting:
             "accumulated before"
         )
         return (
-            f"in optimizer step {run.progress.global_step} (from 0; epoch {run.progress.epoch}, "
-            f"batch {batch_idx}) {wrong}. Replayed operation by operation: {said}. The task has "
-            "its weights of before that step."
+            f"in optimizer step {run.progress.global_step} (from 0; {at}) {wrong}. Replayed "
+            f"operation by operation: {said}. The task has its weights of before that step."
         )

@@ -273,3 +273,6 @@ def _leave_rates_of(run: Run) -> None:
     rates = plan.unscaled(step if asked else max(step - 1, 0))
     for group, lr in zip(made.optimizer.param_groups, rates):
         group["lr"] = lr
+    if plan.options is not None:
+        groups = [group.options for group in made.optimizer.param_groups]
+        plan.options.put(groups, max(step - 1, 0))

@@ -10,7 +10,7 @@ from ofengine.checkpoint.resume import Resumed
 from ofengine.data.seeding import seed_everything
 from ofengine.rates.checks import check_rates
 from ofengine.rates.planning import plan_run
-from ofengine.run import connect, course, report, several, together
+from ofengine.run import connect, course, live, report, several, together
 from ofengine.run.devices import move
 from ofengine.run.finite import Expected
 from ofengine.run.hooks import HookRunner
@@ -32,6 +32,8 @@ def fit_run(
 ) -> None:
     """Train the task of ``run``, from its beginning or from where ``resumed`` was."""
     settings, task = run.settings, run.task
+    if not settings.max_epochs_given and settings.max_epochs != -1:  # as in a run that is tried
+        log.info("max_epochs was not given: training up to %d epochs.", settings.max_epochs)
     train, validation = connect.take_data(run, train_dataloaders, val_dataloaders)
     move(task, settings.device)
     together.share_start(run, train, validation, resumed)
@@ -58,7 +60,7 @@ def fit_run(
     if train.count == 0:
         log.info("limit_train_batches is 0: nothing is trained.")
     else:
-        with course.leaving_rates_behind(run):
+        with live.listening(run, resumed, rates_on_resume), course.leaving_rates_behind(run):
             fit_loop(run, hooks, eval_mode, train, validation, resumed)
         together.check_equal(run, "at the end of training")
     course.note_data_states(run, train, validation)

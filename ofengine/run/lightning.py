@@ -94,8 +94,8 @@ TRAINER_ARGUMENTS: Mapping[str, str] = {
     "weights_summary": "write enable_model_summary=True or False, and list a "
     "ModelSummary(max_depth=...) in callbacks for another depth",
     "auto_lr_find": "write trainer.lr_find(task, train_dataloader).suggestion() before fit",
-    "auto_scale_batch_size": "write trainer.scale_batch_size(task, train_dataloader) before fit, "
-    "which gives the largest size that there is memory for",
+    "auto_scale_batch_size": "list a BatchSizeFinder() in callbacks, or write "
+    "trainer.scale_batch_size(task, train_dataloader) before fit",
     "row_log_interval": "write log_every_n_steps",
     "flush_logs_every_n_steps": "write logger=CSVLogger(folder, flush_logs_every_n_steps=...), "
     "from ofengine.loggers",

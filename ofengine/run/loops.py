@@ -16,7 +16,7 @@ from ofengine.launch.heartbeat import beat
 from ofengine.metrics.base import evaluating
 from ofengine.modes.labels import LabelWatch, checking
 from ofengine.ranks.shares import ABSENT, ALONE
-from ofengine.run import course, report, together
+from ofengine.run import course, live, report, together
 from ofengine.run.anomaly import train_step_of
 from ofengine.run.connect import STEP_OF_STAGE
 from ofengine.run.hooks import HookRunner
@@ -121,7 +121,7 @@ def _train_epoch(
     log_every = settings.log_every_n_steps
     observes_steps = course.observes_steps(run)
     is_limited = settings.max_steps != -1 or run.deadline is not None
-    interrupts, ranks = run.interrupts, run.ranks
+    interrupts, ranks, orders = run.interrupts, run.ranks, run.orders
     share = settings.share or ALONE
     last_expected = share.rounds(run.rates.calendar.batches_per_epoch or 0) - 1
     seeds = course.batch_seeds(run)
@@ -206,6 +206,8 @@ def _train_epoch(
             validate()
             shapes = _NONE_YET  # those noted are of validation
         progress.point = _READY
+        if progress.batches_seen >= orders.due:
+            live.carry_out(run)
         if ranks is not None:
             ends = together.stop(run, ranks, closes, is_last)
         else:

@@ -7,7 +7,7 @@ finite they are let go; where it is not, all of them are read, to tell the first
 from __future__ import annotations
 
 from math import isfinite
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Mapping, Optional
 
 import numpy as np
 import oneflow as flow
@@ -35,6 +35,8 @@ class LossWatch:
         self._is_on = not any(getattr(each, "watches_losses", False) for each in run.callbacks)
         self.unread: List[Any] = []
         """The losses of this epoch that were not read, nor any that came later."""
+        self._of_each: List[Dict[str, Any]] = getattr(run.mode, "losses", [])
+        """The same of each of several optimizers."""
         self._first_step = 0
         self._noticed_in: Optional[int] = None
         self._noticed = "training is over"
@@ -45,6 +47,7 @@ class LossWatch:
         progress, window = self._run.progress, self._window
         self._first_step = progress.global_step - (progress.batch_idx + 1) // window
         self.unread.clear()
+        self._of_each.clear()
 
     @property
     def _window(self) -> int:
@@ -58,7 +61,7 @@ class LossWatch:
         losses = self.unread[:count]
         if losses and self._is_on and self._noticed_in is None and not isfinite(loss):
             self._tell(losses, loss)
-        del self.unread[:count]
+        del self.unread[:count], self._of_each[:count]
         return self._labels.read(loss)
 
     def _wait(self, loss: Any, count: int) -> Callable[..., Any]:
@@ -100,6 +103,7 @@ class LossWatch:
         self._noticed = (
             f"the loss of optimizer step {self._first_step + batch_idx // window} (from 0; epoch "
             f"{progress.epoch}, {until}batch {batch_idx}) is {value:g}"
+            f"{whose(self._of_each[first]) if len(odd) and self._of_each else ''}"
         )
         broken = self._run.broken() or "all parameters are still finite"
         warn(
@@ -107,6 +111,13 @@ class LossWatch:
             "goes on, and ModelCheckpoint saves nothing that is not finite; TerminateOnNaN() would "
             "end it here."
         )
+
+
+def whose(losses: Mapping[str, Any]) -> str:
+    """Of several optimizers the first whose loss is not finite, as the end of a clause."""
+    odd = (name for name, loss in losses.items() if not isfinite(read_losses([loss])[0]))
+    name = next(odd, None)
+    return "" if name is None else f", in the step of optimizer {name!r}"
 
 
 def read_losses(losses: List[Any]) -> np.ndarray:

@@ -136,6 +136,8 @@ class Settings:
     """This rank among all; None where one process is alone, or is to start the ranks."""
     max_epochs: int
     """-1 for no limit."""
+    max_epochs_given: bool
+    """False where nothing was said of how long to train."""
     max_steps: int
     """-1 for no limit."""
     min_epochs: int
@@ -180,6 +182,7 @@ class Settings:
         """
         refuse_arguments("Trainer", unknown, [*(name for name, _ in CHECKS), "callbacks", "logger"])
         values: Dict[str, Any] = {name: check(name, arguments[name]) for name, check in CHECKS}
+        values["max_epochs_given"] = True
         if values["eval_mode"] is None:
             values["eval_mode"] = values["mode"]
         if values["fast_dev_run"]:
@@ -191,8 +194,7 @@ class Settings:
         elif values["max_epochs"] is None:
             limited = values["max_steps"] != -1 or values["max_time"] is not None
             values["max_epochs"] = -1 if limited else 1000
-            if not limited:
-                log.info("max_epochs was not given: training up to 1000 epochs.")
+            values["max_epochs_given"] = limited
         for what in ("epochs", "steps"):
             least, most = values[f"min_{what}"], values[f"max_{what}"]
             if most != -1 and least > most:

@@ -22,6 +22,7 @@ from ofengine.rates.optimizers import Optimization
 from ofengine.rates.plan import RatePlan
 from ofengine.run.finite import Expected
 from ofengine.run.mode import Mode
+from ofengine.run.orders import Orders
 from ofengine.run.profile import Profile
 from ofengine.run.progress import Point, Progress
 from ofengine.run.settings import Settings
@@ -54,6 +55,8 @@ class Run:
     """What the batches of the open accumulation window weigh; the mode's to change."""
     place: Place = attrs.Factory(Place)
     """Where it is, for whoever speaks after a crash."""
+    orders: Orders = attrs.Factory(Orders)
+    """What it was told from outside to do between two steps."""
     id: str = attrs.Factory(_new_id)
     ranks: Optional[Meetings] = None
     """This rank's end of what all exchange; None where one process is alone."""

@@ -41,7 +41,7 @@ def begin(run: Run, verb: str) -> None:
     if ranks is None:
         return
     ranks.wishes = lambda: Wishes(
-        run.should_stop, run.interrupts.received or 0, run.is_out_of_time()
+        run.should_stop, run.interrupts.received or 0, run.is_out_of_time(), run.orders.wanted
     )
     ranks.told = lambda agreed: _take(run, agreed)
     settings = attrs.asdict(run.settings, recurse=False)
@@ -66,6 +66,8 @@ def share_folders(run: Run) -> None:
 
 def _take(run: Run, agreed: Wishes) -> None:
     run.should_stop = run.should_stop or agreed.stop
+    if agreed.order:
+        run.orders.came()
 
 
 def end(run: Run) -> None:

@@ -20,7 +20,7 @@ from ofengine.data.generators import (
     set_states_in,
     states_in,
 )
-from ofengine.errors import ConfigurationError
+from ofengine.errors import ConfigurationError, quoted
 from ofengine.metrics.held import metrics_held
 from ofengine.modes.steps import split_outputs, step_arity
 from ofengine.run.state import Run
@@ -138,6 +138,11 @@ def leaving_no_trace(run: Run) -> Iterator[Step]:
         raise ConfigurationError(
             "leaving_no_trace() computes a step of this process alone, and several ranks train "
             "together: use it with devices=1."
+        )
+    if run.parts:
+        raise ConfigurationError(
+            "leaving_no_trace() computes the step of a single optimizer, as ModelStatistics needs "
+            f"it, and there are {quoted(list(run.parts), most=8)}: leave it out."
         )
     kept = KeptRun(run)
     try:

@@ -277,6 +277,13 @@ class RunView(ToldView):
         self._run.rates.set_lr(group, lr, self.global_step)
         self._run.training_mode.rebuild(f"set_lr({group!r}, {lr:g})")
 
+    def scale_batch_size(self, task: Any, train_dataloaders: Any = None, **how: Any) -> int:
+        """The most rows in a batch of ``train_dataloaders`` that ``task`` can be trained on.
+
+        The script is run again for each try: see :meth:`ofengine.Trainer.scale_batch_size`.
+        """
+        raise ConfigurationError("this run cannot try others.")
+
     def set_weights_aside(self, weights: Dict[str, Any]) -> None:
         """While a callback has other weights in the task, let checkpoints hold these, by name."""
         self._run.weights_aside = weights

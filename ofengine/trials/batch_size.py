@@ -83,6 +83,8 @@ def scale_batch_size(
         _found.append(trial.found[len(_found)])  # a call before that which asked for this process
         return _found[-1]
     if trial is not None:
+        for each in task._trainer.loggers if task._trainer is not None else ():
+            each.finalize("failed")  # a fit that asks has claimed a folder, which goes again
         _train(settings, task, train_dataloaders, fit, trial.rows, steps_per_trial)
         trial.succeed()
     check_can_try()

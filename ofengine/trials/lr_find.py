@@ -230,7 +230,9 @@ class _Optimizers:
             group["lr"] = group["initial_lr"] = plan.groups[index].lr
             group["lr_scale"], group["lr_decay_scale"] = plan.scale(index), 1.0
         factors = [rate / self.reference for rate in self._rates]
-        return {"optimizer": made.optimizer, "lr_scheduler": _Sweep(made.optimizer, factors)}
+        moved = {each.key: each.given for each in made.options}
+        sweep = _Sweep(made.optimizer, factors)
+        return {"optimizer": made.optimizer, "lr_scheduler": sweep, **moved}
 
     def give_back(self) -> None:
         """Put the optimizer's own groups and states back."""

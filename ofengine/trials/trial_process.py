@@ -24,7 +24,6 @@ from ofengine.errors import ConfigurationError
 from ofengine.processes import supervisor
 from ofengine.trials.memory import bytes_of, in_mb
 
-VARIABLE = "OFENGINE_TRIAL"
 _PAUSE = 0.02
 """Seconds between two looks at the memory of a trial."""
 _FIRST_TO_DIE = "1000"
@@ -49,9 +48,8 @@ class Trial:
     @classmethod
     def of_this_process(cls) -> Optional[Trial]:
         """What this process was told; None where it is no child of a search."""
-        told = os.environ.get(VARIABLE, "")
-        parent, _, rest = told.partition(" ")
-        return cls(**json.loads(rest)) if parent == str(os.getppid()) else None
+        told = os.environ.get(supervisor.TRIAL, "").partition(" ")[2]
+        return cls(**json.loads(told)) if supervisor.is_trial() else None
 
     def succeed(self) -> None:
         """Tell the parent that the trial was carried out; does not return."""
@@ -82,7 +80,7 @@ def carry_out(found: List[int], rows: int, limit: int) -> Outcome:
     """
     read, write = os.pipe()
     told = json.dumps({"found": found, "rows": rows, "answer": write})
-    environment = {**os.environ, VARIABLE: f"{os.getpid()} {told}"}
+    environment = {**os.environ, supervisor.TRIAL: f"{os.getpid()} {told}"}
     command = [sys.executable, *supervisor.original_arguments()[1:]]
     prepare = supervisor.child_preparation(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
     with tempfile.TemporaryFile() as errors:

@@ -81,7 +81,7 @@ def _count_of_a_fit() -> int:
 
 
 class Dropping(Tiny):
-    """Graph mode traces it once more, to find its dropout."""
+    """Has a dropout layer, whose masks a compiled step is given."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -351,7 +351,7 @@ def test_terminate_on_nan_restores_the_latest_by_what_files_say(tmp_path: Path) 
             return loss * float("nan") if self.global_step == 5 else loss
 
         def on_train_epoch_start(self) -> None:
-            for path in tmp_path.iterdir():  # as if it had been copied
+            for path in tmp_path.glob("*.safetensors"):  # as if they had been copied
                 epoch = int(metadata_of(path)["epoch"])
                 os.utime(path, (1e9 - epoch, 1e9 - epoch))
 

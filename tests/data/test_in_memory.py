@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 
@@ -9,13 +10,17 @@ import numpy as np
 import oneflow as flow
 import pytest
 from flowvision import transforms
+from flowvision.data import Mixup, RandomErasing
 from flowvision.datasets import CIFAR10, MNIST
+from flowvision.transforms import functional
 from helpers import assert_same_weights, fill_deterministically, quiet_trainer
 from oneflow import nn
 from oneflow.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from oneflow.utils.data._utils.collate import default_collate
 
 from ofengine import Callback, ConfigurationError, ImageArrays, TaskModule, in_memory_loader
 
+ALL_JITTER = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)
 NORMALIZE = [transforms.ToTensor(), transforms.Normalize((0.49, 0.48, 0.44), (0.2, 0.3, 0.25))]
 TRANSFORMS: Dict[str, List[Any]] = {
     "ToTensor": [transforms.ToTensor()],
@@ -39,6 +44,37 @@ TRANSFORMS: Dict[str, List[Any]] = {
         transforms.Compose([transforms.RandomHorizontalFlip()]), transforms.Compose(NORMALIZE),
     ],
     "a crop that fits": [transforms.RandomCrop(12), *NORMALIZE],
+    "a crop that is padded where needed": [
+        transforms.RandomCrop((16, 11), pad_if_needed=True), *NORMALIZE,
+    ],
+    "Resize, which is done once": [
+        transforms.Resize((9, 14)), transforms.CenterCrop(8), transforms.Pad(1),
+        transforms.RandomHorizontalFlip(), *NORMALIZE,
+    ],
+    "Resize behind a crop": [transforms.RandomCrop(9), transforms.Resize(11), *NORMALIZE],
+    "RandomResizedCrop": [
+        transforms.RandomResizedCrop((10, 7)), transforms.RandomHorizontalFlip(),
+        transforms.RandomResizedCrop(9), *NORMALIZE,
+    ],
+    "ColorJitter": [
+        transforms.ColorJitter(0.4, 0.4, 0.4, 0.1), transforms.RandomHorizontalFlip(), *NORMALIZE,
+    ],
+    "ColorJitter of a part": [
+        transforms.RandomVerticalFlip(), transforms.ColorJitter(0, 0.4, hue=0.2),
+        transforms.ColorJitter(), *NORMALIZE,
+    ],
+    "RandomErasing": [*NORMALIZE, RandomErasing(0.8, device="cpu")],
+    "RandomErasing with colours": [
+        transforms.RandomHorizontalFlip(), *NORMALIZE, RandomErasing(mode="rand", device="cpu"),
+    ],
+    "RandomErasing before Normalize": [
+        NORMALIZE[0], RandomErasing(0.8, mode="pixel", max_count=3, device="cpu"),
+        RandomErasing(0.8, device="cpu"), NORMALIZE[1],
+    ],
+    "all that draws": [
+        transforms.Resize(13), transforms.RandomResizedCrop(12), ALL_JITTER,
+        transforms.RandomHorizontalFlip(), *NORMALIZE, RandomErasing(mode="pixel", device="cpu"),
+    ],
 }  # fmt: skip
 
 
@@ -56,11 +92,12 @@ def arrays(name: str = "as for CIFAR-10", **options: Any) -> ImageArrays:
 
 def passes(make: Callable[..., DataLoader], dataset: Any, **options: Any) -> List[bytes]:
     """All batches of three passes, and what the generators give afterwards."""
+    random.seed(2)
     np.random.seed(3)
     flow.manual_seed(4)
     if options.pop("given", True):
         options["generator"] = flow.Generator("cpu")
-    loader = make(dataset, batch_size=5, **options)
+    loader = make(dataset, **{"batch_size": 5, **options})
     generator = loader.generator
     generator.manual_seed(5)
     found = []
@@ -69,16 +106,14 @@ def passes(make: Callable[..., DataLoader], dataset: Any, **options: Any) -> Lis
             for each in batch:
                 found.append(repr((each.shape, each.dtype)).encode() + each.numpy().tobytes())
     after = np.random.rand(), flow.rand(1).item(), flow.rand(1, generator=generator).item()
-    return [*found, repr((after, len(loader))).encode()]
+    return [*found, repr((after, random.random(), len(loader))).encode()]
 
 
-def check(dataset: Any, **options: Any) -> None:
-    ours, theirs = (
-        passes(in_memory_loader, dataset, **options),
-        passes(DataLoader, dataset, **options),
-    )
+def check(dataset: Any, theirs: Callable[..., DataLoader] = DataLoader, **options: Any) -> None:
+    own = {name: options.pop(name) for name in ("batch_transform",) if name in options}
+    ours = passes(in_memory_loader, dataset, **own, **options)
     assert len(ours) > 15
-    assert ours == theirs
+    assert ours == passes(theirs, dataset, **options)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -93,6 +128,47 @@ def test_without_a_generator() -> None:
 
 def test_with_drop_last_and_a_transform_of_targets() -> None:
     check(arrays(target_transform=lambda target: target * 2.5), shuffle=True, drop_last=True)
+
+
+def test_with_a_transform_of_targets_that_draws_from_all_generators() -> None:
+    def change(target: int) -> float:
+        return target + random.random() + np.random.rand() + flow.rand(1).item()
+
+    check(arrays("all that draws", target_transform=change), shuffle=True)
+
+
+@pytest.mark.parametrize("most", [0, 2**30])
+def test_images_are_resized_once_where_there_is_room(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ofengine.data.in_memory._MOST_KEPT", most)
+    seen: List[Any] = []
+    resize = functional.resize
+    dataset = arrays("Resize, which is done once")
+    check(dataset, shuffle=True)
+    loader = in_memory_loader(Subset(dataset, range(10)), batch_size=5)
+    monkeypatch.setattr(functional, "resize", lambda *a: seen.append(1) or resize(*a))
+    for _ in range(3):
+        for _ in loader:
+            pass
+    assert len(seen) == (10 if most else 30)
+
+
+@pytest.mark.parametrize("alphas", [(0.8, 0.0), (0.8, 1.0)])
+def test_mixup(alphas: Tuple[float, float]) -> None:
+    mixup = Mixup(*alphas, num_classes=10)
+
+    def theirs(dataset: Any, **options: Any) -> DataLoader:
+        return DataLoader(
+            dataset, **options, collate_fn=lambda samples: mixup(*default_collate(samples))
+        )
+
+    dataset = arrays()
+    check(dataset, theirs, batch_size=4, shuffle=True, drop_last=True, batch_transform=mixup)
+    in_both = TensorDataset(flow.tensor(pixels()[0]).to(flow.float32), flow.tensor(pixels()[1]))
+    check(in_both, theirs, batch_size=4, drop_last=True, batch_transform=mixup)
+    before = flow.tensor(pixels()[0]).to(flow.float32).numpy()
+    assert np.array_equal(in_both.tensors[0].numpy(), before)  # Mixup writes into its images
 
 
 def test_parts_of_parts_of_a_dataset() -> None:
@@ -121,6 +197,8 @@ def test_flowvisions_mnist() -> None:
     dataset.data, dataset.targets = flow.tensor(data), flow.tensor(targets)
     dataset.transform = transforms.Compose(
         [
+            transforms.Resize(11),
+            transforms.ColorJitter(0.3, 0.3, 0.3, 0.1),
             transforms.RandomCrop(12, padding=1),
             transforms.ToTensor(),
             transforms.Normalize(0.1, 0.3),
@@ -154,7 +232,10 @@ class Saves(Callback):
 
 @pytest.mark.parametrize("seed", [None, 3])
 def test_a_run_goes_on_with_either_loader(mode: str, seed: Any, tmp_path: Path) -> None:
+    dataset = arrays("all that draws")
+
     def run(make: Any, **arguments: Any) -> TaskModule:
+        random.seed(0)
         np.random.seed(1)
         flow.manual_seed(2)
         generator = flow.Generator("cpu")
@@ -163,7 +244,7 @@ def test_a_run_goes_on_with_either_loader(mode: str, seed: Any, tmp_path: Path) 
         callbacks = Saves(tmp_path / "a.safetensors") if not arguments else None
         trainer = quiet_trainer(mode=mode, max_epochs=2, seed=seed, callbacks=callbacks)
         trainer.fit(
-            task, make(arrays(), batch_size=5, shuffle=True, generator=generator), **arguments
+            task, make(dataset, batch_size=5, shuffle=True, generator=generator), **arguments
         )
         return task
 
@@ -195,7 +276,30 @@ class OwnItems(ImageArrays):
         (Own(), "cannot take batches out of Own"),
         (OwnItems(*pixels()), "cannot take batches out of OwnItems"),
         (ImageArrays(*pixels()), "makes no tensors: add"),
-        (ImageArrays(*pixels(), transform=transforms.Resize(8)), "of the transform Resize"),
+        (ImageArrays(*pixels(), transform=transforms.Resize(8)), "makes no tensors: add"),
+        (
+            ImageArrays(*pixels(), transform=transforms.Compose([*NORMALIZE, NORMALIZE[0]])),
+            r"of the transform ToTensor\(\), or not at this place",
+        ),
+        (
+            ImageArrays(*pixels(), transform=transforms.RandomGrayscale()),
+            "of the transform RandomGrayscale",
+        ),
+        (
+            ImageArrays(
+                *pixels(), transform=transforms.Compose([transforms.RandomCrop(13), *NORMALIZE])
+            ),
+            r"RandomCrop\(size=\(13, 13\), padding=None\) is larger than the images, which are "
+            "12 x 12",
+        ),
+        (
+            ImageArrays(*pixels(), transform=transforms.Compose([*NORMALIZE, RandomErasing()])),
+            r"RandomErasing\(device='cuda'\) erases there, .* write RandomErasing\(..., device=",
+        ),
+        (
+            ImageArrays(*pixels(shape=(12, 12)), transform=transforms.Compose(NORMALIZE)),
+            r"Normalize\(.*\) does not fit images of 1 channel",
+        ),
         (ImageArrays(*pixels(), transform=abs), "of the transform <built-in function abs>"),
         (
             ImageArrays(*pixels(), transform=transforms.Pad(1, padding_mode="reflect")),
@@ -212,6 +316,29 @@ class OwnItems(ImageArrays):
 def test_what_has_no_form_for_batches_is_told(dataset: Any, match: str) -> None:
     with pytest.raises(ConfigurationError, match=match):
         in_memory_loader(dataset)
+
+
+@pytest.mark.parametrize(
+    "mixup, batch_size, match",
+    [
+        (3, 4, "batch_transform=3: give a function"),
+        (Mixup(num_classes=10), 5, "a batch has 5: give an even batch_size"),
+        (Mixup(num_classes=10), 4, r"a batch has 3: write drop_last=True"),
+        (Mixup(num_classes=9), 22, "a batch has 1: write drop_last=True"),
+        (Mixup(mode="elem", num_classes=10), 4, 'needs np.bool, .* write mode="batch"'),
+    ],
+)
+def test_what_mixup_would_fail_at_is_told(mixup: Any, batch_size: int, match: str) -> None:
+    with pytest.raises(ConfigurationError, match=match):
+        in_memory_loader(arrays(), batch_size=batch_size, batch_transform=mixup)
+
+
+def test_too_few_classes_for_mixup_are_told() -> None:
+    highest = int(max(pixels()[1]))
+    with pytest.raises(ConfigurationError, match=f"write num_classes={highest + 1} or more"):
+        in_memory_loader(
+            arrays(), batch_size=4, drop_last=True, batch_transform=Mixup(num_classes=highest)
+        )
 
 
 @pytest.mark.parametrize("batch_size", [0, 2.5, "4", True])

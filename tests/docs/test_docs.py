@@ -44,6 +44,12 @@ import numpy as np
 import oneflow as flow
 from flowvision.transforms import ToTensor
 from ofengine import ImageArrays
+from pathlib import Path
+from PIL import Image
+
+for name in ("cat", "dog"):
+    Path("photos", name).mkdir(parents=True)
+    Image.new("RGB", (48, 32)).save(f"photos/{name}/1.png")
 
 train_dataloader = [(flow.randn(8, 3, 32, 32), flow.tensor([3, 7] * 4)) for _ in range(2)]
 transform = ToTensor()

@@ -22,6 +22,7 @@ from rank_cases import (
     SavesAt,
     Skips,
     Synced,
+    by_schedule,
     dataset,
     ended_by_a_signal,
     rates_found,
@@ -128,6 +129,19 @@ def five_steps_of_sgd(place: Place) -> Result:
 @case
 def five_steps_of_adamw(place: Place) -> Result:
     return fitted(Net("adamw"), place.trainer(max_steps=5, max_epochs=-1), place.loader())
+
+
+@case
+def weight_decay_and_momentum_by_schedule(place: Place) -> Result:
+    """The optimizer makes its step on each rank, with the gradients of all."""
+
+    class Scheduled(Net):
+        def configure_optimizers(self) -> Any:
+            return by_schedule(self)
+
+    one, two = Scheduled(), Scheduled()
+    first = fitted(one, place.trainer(gradient_clip_val=0.05), place.loader(), place.loader())
+    return {"by batch": first, "by window": fitted(two, place.trainer(2), place.loader())}
 
 
 @case

@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Set
 
@@ -33,6 +34,8 @@ from ofengine.callbacks import (
     ModelCheckpoint,
     PredictionWriter,
 )
+from ofengine.cli.set_lr import change_rates
+from ofengine.loggers import CSVLogger
 from ofengine.metrics import AUROC, Accuracy, ConfusionMatrix, F1Score, Mean, MeanSquaredError
 
 Result = Dict[str, Any]
@@ -186,6 +189,26 @@ def a_frozen_layer_and_clipping_by_value(place: Place) -> Result:
     task.first.requires_grad_(False)
     trainer = place.trainer(gradient_clip_val=0.01, gradient_clip_algorithm="value")
     return fitted(task, trainer, DataLoader(dataset(), batch_size=4))
+
+
+def by_schedule(task: Any) -> Any:
+    """What ``configure_optimizers`` returns where weight decay and momentum move."""
+    optimizer = flow.optim.AdamW(task.parameters(), lr=0.02, weight_decay=0.1)
+    return {
+        "optimizer": optimizer,
+        "weight_decay_schedule": lambda step: 0.1 + 0.2 * step,
+        "momentum_schedule": lambda step: 0.8 + 0.03 * (step % 5),
+    }
+
+
+@slow_case
+def weight_decay_and_momentum_by_schedule(place: Place) -> Result:
+    class Scheduled(Net):
+        def configure_optimizers(self) -> Any:
+            return by_schedule(self)
+
+    trainer = place.trainer(accumulate=2, gradient_clip_val=0.05)
+    return fitted(Scheduled(), trainer, DataLoader(dataset(), batch_size=4, shuffle=True))
 
 
 @slow_case
@@ -874,6 +897,41 @@ def rates_that_are_found(place: Place) -> Result:
     result = rates_found(place, Net(dropout=0.2), DataLoader(dataset(50), 4, shuffle=True))
     assert [each[3] for each in result["found"]] == [False, True]
     return result
+
+
+class AsksForARate(Callback):
+    """As `ofengine set-lr` does, of rank 0 in its third step: all obey behind the fourth."""
+
+    fires_last = True
+
+    def __init__(self, place: Place, path: Path) -> None:
+        self.place, self.path = place, path
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if self.place.alone:
+            if trainer.global_step == 4 and not trainer.rates.changes:
+                trainer.set_lr(trainer.rates.names[0], 0.01)
+        elif trainer.global_step == 3:
+            trainer.save_checkpoint(self.path)
+            if trainer.is_global_zero:
+                change_rates(Path(trainer.log_dir), {"all": 0.01}, None)
+                while not trainer._run.orders.wanted:
+                    time.sleep(0.01)
+
+
+@case
+def a_rate_that_is_changed_from_outside(place: Place) -> Result:
+    """At the same step on all ranks; again at that step where the run is resumed from before."""
+    loader = DataLoader(dataset(), batch_size=4, shuffle=True)
+    path = place.folder / "before.safetensors"
+    trainer = place.trainer(callbacks=[AsksForARate(place, path)], logger=CSVLogger(place.folder))
+    result = fitted(Net(), trainer, loader)
+    if not place.alone:
+        again = place.trainer(logger=CSVLogger(place.folder))
+        resumed = fitted(Net(), again, loader, ckpt_path=path)
+        assert all((resumed["weights"][n] == w).all() for n, w in result["weights"].items())
+        assert again.rates.changes == [(4, "group_0", 0.01)], again.rates.changes
+    return {"weights": result["weights"], "changes": trainer.rates.changes}
 
 
 def run_case(name: str, place: Place) -> Result:

@@ -293,3 +293,15 @@ def test_the_sanity_check_leaves_nothing_in_callback_metrics() -> None:
 
     fitted_on(numbered_batches(1), numbered_batches(2), num_sanity_val_steps=2, callbacks=[Looks()])
     assert at_start == [{}]
+
+
+def test_that_there_is_no_limit_is_told_where_it_trains(caplog: pytest.LogCaptureFixture) -> None:
+    """A Trainer that only evaluates says nothing of epochs."""
+    caplog.set_level("INFO", "ofengine")
+    told = "max_epochs was not given: training up to 1000 epochs."
+    for given in ({}, {"max_steps": 1}, {"max_epochs": 1000}):
+        caplog.clear()
+        trainer = quiet_trainer(**given, limit_train_batches=0)
+        assert told not in caplog.messages
+        trainer.fit(MeanLine(), numbered_batches(2))
+        assert (told in caplog.messages) is (given == {})
