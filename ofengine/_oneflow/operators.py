@@ -1,4 +1,4 @@
-"""Single operators: the shortest way to a backward pass, and who draws random numbers."""
+"""Single operators: the shortest way to some of them, and who draws random numbers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from oneflow import nn
 
 _TensorTuple = flow._oneflow_internal.TensorTuple
 _backward = flow._oneflow_internal.autograd.backward
+_assign = flow._C.assign_local_tensor
 _OF_ONE = _TensorTuple()
 """No gradient to begin with: that of a single element is 1."""
 
@@ -16,6 +17,11 @@ _OF_ONE = _TensorTuple()
 def backward_of(loss: Any) -> None:
     """``loss.backward()`` of an eager loss of one element, without the calls on the way to it."""
     _backward(_TensorTuple([loss]), _OF_ONE, False, False)
+
+
+def write_into(tensor: Any, other: Any) -> None:
+    """``tensor.copy_(other)`` of eager ones of one shape, dtype and device, with no check."""
+    _assign(tensor, other)
 
 
 def functions_by_name(name: str) -> List[Tuple[Any, Any]]:

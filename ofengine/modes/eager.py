@@ -69,7 +69,7 @@ class EagerMode:
             # Of a batch its weight and 1, which travel as a gradient does.
             self._weights = nn.Parameter(flow.zeros(2, device=self._run.settings.device))
             every.append(self._weights)
-            self._exchange = GradientExchange(self._run.ranks, every, self._norms.room)
+            self._exchange = GradientExchange(self._run.ranks, every)
         self._shard()
         if self._sharded is not None:
             self._sharded.drop_others()
@@ -158,9 +158,10 @@ class EagerMode:
         train = self._run.train
         check = 0 if train is None else train.check_of(self._run.progress.batch_idx)
         norms = self._norms
-        most = exchange.add(check, 0 if norms is None else norms.note)
-        if norms is not None:
-            norms.finish(most)
+        if norms is None:
+            exchange.add(check)
+        else:
+            norms.finish(exchange.add(check, norms.done, norms.body))
         if closes:
             exchange.put()
             self._take_weights(self._weights.grad)

@@ -2,21 +2,27 @@
 
 Floating-point addition depends on its order: a ring all-reduce of three ranks gives other last
 bits than one process that accumulates three batches. Here each rank gathers what every rank has,
-with a flag for each parameter that the batch used, and adds it rank by rank to what the window has
-so far. All ranks then hold the same bits, which are those of the one process.
+and adds it rank by rank to what the window has so far. All ranks then hold the same bits, which
+are those of the one process.
+
+Which parameters a batch has used is known to Python while the device still computes: ranks tell
+each other at a meeting. All else the device does in its turn, and nothing waits for it.
 """
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
 import oneflow as flow
 
+from ofengine._oneflow.operators import write_into
 from ofengine.errors import RankError
 from ofengine.ranks.meetings import Meetings
 
-_WIDE, _NARROW = np.dtype(np.float64), np.dtype(np.float32)
+_Run = Tuple[int, int, bool]
+"""From where to where; True where the window has nothing there so far."""
+_Plan = List[List[_Run]]
 
 
 class GradientExchange:
@@ -25,54 +31,57 @@ class GradientExchange:
     Args:
         meetings: this rank's end of the exchange.
         parameters: the same on all ranks, in the same order.
-        room: so many numbers each meeting has to carry for others, which come often: no more
-            are in it. 0 for as many as it can.
 
     Raises:
         RankError: a parameter has a dtype that is not exchanged.
     """
 
-    def __init__(self, meetings: Meetings, parameters: Sequence[Any], room: int = 0) -> None:
+    def __init__(self, meetings: Meetings, parameters: Sequence[Any]) -> None:
         self._meetings = meetings
         self.parameters = list(parameters)
-        self._parts = [_Part(self.parameters, dtype) for dtype in (_NARROW, _WIDE)]
-        exchanged = sum(len(part.indices) for part in self._parts)
-        if exchanged != len(self.parameters):
+        parts = [_Part(meetings, self.parameters, of) for of in (flow.float32, flow.float64)]
+        self._parts = [each for each in parts if each.indices]
+        if sum(len(part.indices) for part in parts) != len(self.parameters):
             raise RankError(
                 "several ranks exchange gradients of float32 and float64, and a parameter has "
                 "another dtype: convert the model, as in task.float()."
             )
-        # The flags and the gradients of float32 travel together: one array, of two views.
-        numbers = len(self.parameters) + self._parts[0].size
-        self._own = np.empty(numbers, np.float32)
-        self._in_meeting = min(numbers, meetings.make_room(room or numbers, room))
+        self._used = b""
+        self._newest: Tuple[Any, Any] = None, None
+        """What was to be added last, which is mostly so the next time."""
         self.clear()
 
-    def add(self, check: int = 0, note: int = 0) -> int:
+    def add(self, check: int = 0, done: bool = False, body: bytes = b"") -> List[bytes]:
         """Take the gradients of this rank's batch out of ``.grad``, and add those of all ranks.
 
         A rank without a batch has none. ``check`` must be the same on all ranks. Returns the
-        largest ``note`` of all.
+        ``body`` of each rank, of one size.
         """
         gradients = [parameter.grad for parameter in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None
-        own, count = self._own, len(self.parameters)
-        own[:count] = [each is not None for each in gradients]
-        own[count:], wide = (part.flat(gradients) for part in self._parts)
-        rows, note = self._meetings.step(own[: self._in_meeting], check, note)
-        _add(self._total[: self._in_meeting], rows)
-        self._gather_into(self._total, own, self._in_meeting)
-        if wide.size:
-            self._gather_into(self._parts[1].total, wide, 0)
-        np.minimum(self._flags, 1.0, out=self._flags)
-        return note
+        count, having = len(gradients), bytes([each is not None for each in gradients])
+        with flow.no_grad():
+            said = self._meetings.step(having + body, check, done, lambda: self._take(gradients))
+            key = self._used, [each[:count] for each in said]
+            if key != self._newest[0]:
+                self._newest = key, self._plan(*key)
+            plans, self._used = self._newest[1]
+            for part, plan in zip(self._parts, plans):
+                part.add(plan)
+        return [each[count:] for each in said]
 
-    def _gather_into(self, total: np.ndarray, own: np.ndarray, first: int) -> None:
-        most = self._meetings.most_numbers
-        for start in range(first, own.size, most):
-            part = slice(start, start + most)
-            _add(total[part], self._meetings.gather(own[part]))
+    def _take(self, gradients: Sequence[Any]) -> None:
+        for part in self._parts:
+            part.take(gradients)
+
+    def _plan(self, used: bytes, by_rank: Sequence[bytes]) -> Tuple[List[_Plan], bytes]:
+        """What each part has to add, and what the window has used then."""
+        had = [np.frombuffer(used, np.bool_)]
+        for each in by_rank:
+            had.append(had[-1] | np.frombuffer(each, np.bool_))
+        having = [np.frombuffer(each, np.bool_) for each in by_rank]
+        return [part.plan(having, had) for part in self._parts], had[-1].tobytes()
 
     def put(self) -> None:
         """Give each parameter that any batch of the window has used its gradient; begin anew."""
@@ -82,13 +91,10 @@ class GradientExchange:
 
     def clear(self) -> None:
         """Begin a window anew."""
-        # Arrays of their own: gradients that were put may still be looked at.
-        self._total, count = np.empty(self._own.size, np.float32), len(self.parameters)
-        self._flags, self._parts[0].total = self._total[:count], self._total[count:]
-        self._parts[1].total = np.empty(self._parts[1].size, np.float64)
-        self._flags.fill(0.0)
+        self._used = bytes(len(self.parameters))
+        """Of each parameter, whether a batch of the window has used it."""
         for part in self._parts:
-            part.total.fill(-0.0)  # not 0.0: it changes no number that it is added to, and no sign
+            part.total = None
 
     def totals(self, names: Dict[int, str]) -> Dict[str, Any]:
         """What the window has so far, by the names of parameters, which are by ``id``."""
@@ -98,60 +104,107 @@ class GradientExchange:
     def load(self, totals: Dict[int, Any]) -> None:
         """Go on from these totals, by the ``id`` of parameters."""
         self.clear()
-        for index, parameter in enumerate(self.parameters):
-            if id(parameter) in totals:
-                self._flags[index] = 1.0
-                for part in self._parts:
-                    part.set(index, totals[id(parameter)].numpy())
+        given = [totals.get(id(each)) for each in self.parameters]
+        self._used = bytes([each is not None for each in given])
+        for part in self._parts:
+            part.load(given)
 
     def _split(self) -> List[Any]:
         gradients: List[Any] = [None] * len(self.parameters)
-        for part in self._parts:
-            for index, start, stop in zip(part.indices, part.starts, part.starts[1:]):
-                if self._flags[index]:
-                    parameter = self.parameters[index]
-                    array = part.total[start:stop].reshape(tuple(parameter.shape))
-                    gradients[index] = flow.from_numpy(array).to(parameter.device)
+        with flow.no_grad():
+            for part in self._parts:
+                for index, gradient in part.split():
+                    if self._used[index]:
+                        gradients[index] = gradient.to(self.parameters[index].device)
         return gradients
 
 
 class _Part:
-    """The parameters of one dtype, one after the other."""
+    """The parameters of one dtype, one after the other.
 
-    def __init__(self, parameters: Sequence[Any], dtype: np.dtype) -> None:
-        of_dtype = {_NARROW: flow.float32, _WIDE: flow.float64}[dtype]
-        self.indices = [i for i, p in enumerate(parameters) if p.dtype == of_dtype]
-        sizes = [int(parameters[i].numel()) for i in self.indices]
-        self.starts = [0, *np.cumsum(sizes).tolist()]
-        self.size = self.starts[-1]
-        self._dtype = dtype
-        self.total = np.empty(0, dtype)
-        """What the window has so far."""
+    Args:
+        meetings: this rank's end of the exchange.
+        parameters: of all dtypes.
+        dtype: which of them.
+    """
 
-    def flat(self, gradients: Sequence[Any]) -> np.ndarray:
-        """All ``gradients`` of this part in a row."""
-        having = [i for i in self.indices if gradients[i] is not None]
-        flat = np.full(self.size, -0.0, self._dtype)
+    def __init__(self, meetings: Meetings, parameters: Sequence[Any], dtype: Any) -> None:
+        self._meetings, self._dtype = meetings, dtype
+        self.indices = [i for i, p in enumerate(parameters) if p.dtype == dtype]
+        self._shapes = [tuple(parameters[i].shape) for i in self.indices]
+        self._sizes = [int(parameters[i].numel()) for i in self.indices]
+        self.total: Any = None
+        """What the window has so far, flat; None before its first batch."""
+        self._size = sum(self._sizes)
+        # Written again in each step, for new memory is slow: the device keeps the order.
+        self._own = self._new(self._size).zero_()
+        self._views = self._views_of(self._own)
+        self._starts = [0, *np.cumsum(self._sizes).tolist()]
+        self._at_once = max(1, min(self._size, meetings.most_numbers))
+        self._rows = self._new(meetings.size * self._at_once)
+
+    def take(self, gradients: Sequence[Any]) -> None:
+        """Take over those of this rank; None where its batch has not used a parameter."""
+        for index, view in zip(self.indices, self._views):
+            gradient = gradients[index]
+            if gradient is not None:
+                write_into(view, gradient.to(self._meetings.device))
+
+    def plan(self, having: Sequence[np.ndarray], had: Sequence[np.ndarray]) -> _Plan:
+        """Of each rank, what it adds: all ranks ``having`` it, and the window what it ``had``.
+
+        Only where there is a gradient: to add a zero may change the sign of another.
+        """
+        at = self.indices
+        return [_runs(new[at], old[at], self._starts) for new, old in zip(having, had)]
+
+    def add(self, plan: _Plan) -> None:
+        """Add what all ranks have taken over."""
+        if not any(plan):
+            return
+        if self.total is None:  # memory of its own: gradients that were put may still be looked at
+            self.total = self._new(self._size)
+        for first in range(0, self._size, self._at_once):
+            own = self._own[first : first + self._at_once]
+            size = int(own.numel())
+            rows = self._rows[: self._meetings.size * size]
+            self._meetings.gather_into(rows, own)
+            for rank, runs in enumerate(plan):
+                before = first - rank * size
+                for start, stop, is_first in runs:
+                    start, stop = max(start, first), min(stop, first + size)
+                    if start < stop:
+                        total = self.total[start:stop]
+                        row = rows[start - before : stop - before]
+                        write_into(total, row) if is_first else total.add_(row)
+
+    def split(self) -> List[Tuple[int, Any]]:
+        """The index and the total of each parameter, views of one tensor."""
+        return [] if self.total is None else list(zip(self.indices, self._views_of(self.total)))
+
+    def load(self, given: Sequence[Any]) -> None:
+        """Go on from these totals."""
+        having = [index for index in self.indices if given[index] is not None]
         if having:
-            parts = [gradients[i].contiguous().reshape(-1) for i in having]
-            together = (flow.cat(parts) if len(parts) > 1 else parts[0]).numpy()
-            if len(having) == len(self.indices):
-                return together
-            at = 0
-            for place, index in enumerate(self.indices):
-                if gradients[index] is not None:
-                    start, stop = self.starts[place], self.starts[place + 1]
-                    flat[start:stop] = together[at : at + stop - start]
-                    at += stop - start
-        return flat
+            self.total = self._new(self._size)
+            views = dict(zip(self.indices, self._views_of(self.total)))
+            for index in having:
+                write_into(views[index], given[index].to(self._meetings.device))
 
-    def set(self, index: int, gradient: np.ndarray) -> None:
-        if index in self.indices:
-            place = self.indices.index(index)
-            self.total[self.starts[place] : self.starts[place + 1]] = gradient.reshape(-1)
+    def _new(self, size: int) -> Any:
+        return flow.empty(size, dtype=self._dtype, device=self._meetings.device)
+
+    def _views_of(self, flat: Any) -> List[Any]:
+        parts = flow.split(flat, self._sizes)
+        return [part.view(shape) for part, shape in zip(parts, self._shapes)]
 
 
-def _add(total: np.ndarray, rows: np.ndarray) -> None:
-    """Add the rows to ``total``, which is changed, one after the other."""
-    for row in rows:
-        np.add(total, row, out=total)
+def _runs(having: np.ndarray, had: np.ndarray, starts: Sequence[int]) -> List[_Run]:
+    runs: List[_Run] = []
+    for place, has in enumerate(having.tolist()):
+        if has:
+            start, stop, is_first = starts[place], starts[place + 1], not had[place]
+            if runs and runs[-1][1:] == (start, is_first):
+                start = runs.pop()[0]
+            runs.append((start, stop, is_first))
+    return runs

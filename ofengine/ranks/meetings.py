@@ -1,9 +1,10 @@
 """Meetings: the points at which all ranks of a run exchange something.
 
 OneFlow's collectives hang, or mix numbers up, where one rank calls another one than the rest. So
-there is one kind of call: every rank sends a buffer of the same size, whose first numbers say what
-it has come for. Where they differ, the ranks see it, and either serve the one that asks for
-something or raise, all of them.
+there is one kind of call: every rank sends a message that begins with what it has come for. Where
+that differs, the ranks see it, and either serve the one that asks for something or raise, all of
+them. Messages go from host to host (:mod:`.wire`), so that no meeting waits for a device; what a
+device computes is gathered apart, once all have said that they will.
 
 A rank may ask to see the metrics of all (:meth:`Meetings.peek`) at any moment, alone too: the
 others serve it at their next meeting.
@@ -12,7 +13,8 @@ others serve it at their next meeting.
 from __future__ import annotations
 
 import enum
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+import struct
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence
 
 import attrs
 import numpy as np
@@ -23,12 +25,8 @@ from ofengine.errors import RankError
 from ofengine.launch.environment import World
 from ofengine.launch.heartbeat import exchange
 from ofengine.ranks.messages import decode, encode
+from ofengine.ranks.wire import Wire
 
-_CONTROL = 10
-_LEAST = 4
-"""So many numbers a meeting carries at least."""
-_MOST_IN_MEETING = 512 * 1024
-"""So many numbers a meeting carries at most; more are gathered apart."""
 _MOST_NUMBERS = 4 * 1024 * 1024
 """So many numbers all ranks together send at once, so that memory does not grow with them."""
 _MOST_BYTES = 64 * 1024 * 1024
@@ -57,6 +55,25 @@ class Purpose(enum.IntEnum):
     """What each has to say in a hook of the user's."""
     STATES = 10
     """What all keep of the optimizer's state, now, whatever the others do."""
+
+
+class Said(NamedTuple):
+    """What one rank says at a meeting."""
+
+    purpose: int
+    stop: bool
+    signal: int
+    out_of_time: bool
+    order: bool
+    absent: bool
+    """It has no batch in this round."""
+    check: int
+    done: bool
+    """Its step is over, and needs no statistics of others."""
+    body: bytes
+
+
+_BEGINNING = struct.Struct("!B?i???q?")
 
 
 class RestLeftOut(Exception):
@@ -104,15 +121,7 @@ class Meetings:
         """Takes what the batch norms of others have sent while this rank has no batch."""
         self.serve_states: Callable[[bool], None] = lambda takes: None
         """Tells what this rank keeps of the optimizer's state, by :meth:`trade`."""
-        self._room = _LEAST
-
-    def make_room(self, numbers: int, needed: int = 0) -> int:
-        """Let meetings carry so many numbers, or as many as there is room for; all ranks at once.
-
-        Returns how many, ``needed`` at least.
-        """
-        self._room = max(_LEAST, needed, min(numbers, _MOST_IN_MEETING, self.most_numbers))
-        return max(needed, min(numbers, self._room))
+        self._wire = Wire(world)
 
     @property
     def most_numbers(self) -> int:
@@ -121,31 +130,34 @@ class Meetings:
 
     # ------------------------------------------------------------------ what a rank calls
 
-    def step(self, body: np.ndarray, check: int, note: int) -> Tuple[np.ndarray, int]:
-        """Exchange ``body``, of the size that there is room for; one row for each rank.
+    def step(
+        self, body: bytes, check: int, done: bool, meanwhile: Callable[[], None]
+    ) -> List[bytes]:
+        """What each rank has to say of its batch's step: ``body``, of one size.
 
-        ``check`` is a number below 2**24 that must be the same on all ranks; of the ``note`` of
-        all, the largest is returned too.
+        ``check`` must be the same on all ranks; ``done`` tells that this rank's step is
+        over, and needs no statistics of others. ``meanwhile`` is called while others say theirs,
+        once or more often.
         """
-        rows = self._meet(Purpose.STEP, body, check, note=note)
-        return rows[:, _CONTROL : _CONTROL + body.size], int(rows[:, 7].max())
+        return [
+            each.body for each in self._meet(Purpose.STEP, body, check, done, meanwhile=meanwhile)
+        ]
 
     def statistics(self, own: np.ndarray, of: int) -> np.ndarray:
         """``own`` of each rank in a step, in float64; zeros of a rank that has no batch.
 
         ``of`` is a number from 1 on that tells what it is, the same on all ranks.
         """
-        rows = self._meet(Purpose.STATISTICS, own.view(np.float32), of)
-        return _statistics_in(rows)[:, : own.size]
+        return _statistics_in(self._meet(Purpose.STATISTICS, own.tobytes(), of))
 
     def line_up(self, numbers: Sequence[int], train: bool, check: int = 0) -> np.ndarray:
-        """Up to four ``numbers`` below 2**24 of each rank, before a compiled step; a row for each.
+        """Some whole ``numbers`` of each rank, before a compiled step; a row for each.
 
         ``check`` must be the same on all ranks.
         """
         purpose = Purpose.STEP if train else Purpose.LINE_UP
-        rows = self._meet(purpose, np.array(numbers, np.float32), check)
-        return rows[:, _CONTROL : _CONTROL + len(numbers)].astype(np.int64)
+        said = self._meet(purpose, np.array(numbers, np.int64).tobytes(), check)
+        return np.array([np.frombuffer(each.body, np.int64) for each in said])
 
     def skip(self) -> None:
         """Leave out this round and the rest of the epoch, as all do that have a batch.
@@ -185,13 +197,11 @@ class Meetings:
 
     def trade(self, message: Any) -> List[Any]:
         """What each rank says while all of them serve one that asked for it."""
-        return self._gather_messages(encode(message), None)
+        return [decode(each) for each in self._exchange(encode(message))]
 
     def talk(self, message: Any, purpose: Purpose = Purpose.TALK) -> List[Any]:
         """What each rank says, in the order of ranks: plain values, see :mod:`.messages`."""
-        said = encode(message)
-        rows = self._meet(purpose, message=said)
-        return self._gather_messages(said, rows)
+        return [decode(each.body) for each in self._meet(purpose, encode(message))]
 
     def broadcast(self, data: bytes) -> bytes:
         """What rank 0 gave; the others need to give nothing."""
@@ -209,13 +219,15 @@ class Meetings:
 
     def gather(self, own: np.ndarray) -> np.ndarray:
         """``own`` of each rank, of one size: one row for each."""
-        sent = flow.tensor(own, device=self.device)
-        shape = (self.size * own.size,)
-        all_of_them = flow.empty(shape, dtype=sent.dtype, device=self.device)
-        with exchange:
-            comm.all_gather_into_tensor(all_of_them, sent)
-            gathered: np.ndarray = all_of_them.numpy()
-        return gathered.reshape(self.size, own.size)
+        rows = [np.frombuffer(each, own.dtype) for each in self._exchange(own.tobytes())]
+        return np.stack(rows)
+
+    def gather_into(self, rows: Any, own: Any) -> None:
+        """Have the devices put ``own`` of each rank, a flat tensor, into ``rows``, one by one.
+
+        Nothing waits for it.
+        """
+        comm.all_gather_into_tensor(rows, own)
 
     def gather_large(self, own: np.ndarray) -> np.ndarray:
         """The same of any number of bytes."""
@@ -226,74 +238,72 @@ class Meetings:
 
     # ------------------------------------------------------------------ how it is done
 
+    def _exchange(self, own: bytes, meanwhile: Optional[Callable[[], None]] = None) -> List[bytes]:
+        return self._wire.exchange(own, meanwhile)
+
     def _meet(
         self,
         purpose: Purpose,
-        body: Optional[np.ndarray] = None,
+        body: bytes = b"",
         check: int = 0,
-        note: int = 0,
-        message: bytes = b"",
+        done: bool = False,
         mixed: bool = False,
+        meanwhile: Optional[Callable[[], None]] = None,
     ) -> Any:
-        """The buffers of all ranks, who came for the same; None for ``mixed`` where they did not.
+        """What all ranks say, who came for the same; None for ``mixed`` where they did not.
 
         Raises :class:`RankError` where they came for different things.
         """
         while True:
             wishes = self.wishes()
-            metrics = encode(self.give_metrics()) if purpose in _OF_METRICS else message
-            buffer = np.zeros(_CONTROL + self._room, np.float32)
-            buffer[:_CONTROL] = (
-                purpose, wishes.stop, wishes.signal, wishes.out_of_time, check,
-                *divmod(len(metrics), 2**20), note, self.absent, wishes.order,
+            beginning = _BEGINNING.pack(
+                purpose, wishes.stop, wishes.signal, wishes.out_of_time, wishes.order,
+                self.absent, check, done,
             )  # fmt: skip
-            if body is not None:
-                buffer[_CONTROL : _CONTROL + body.size] = body
-            rows = self.gather(buffer)
-            purposes = [Purpose(int(each)) for each in rows[:, 0]]
+            said = [_said(each) for each in self._exchange(beginning + body, meanwhile)]
+            purposes = [each.purpose for each in said]
             if not _ALONE & set(purposes):  # or some ranks would know before others
-                self._agree(rows)
+                self._agree(said)
             if Purpose.PEEK in purposes or purposes == [Purpose.METRICS] * self.size:
-                told = metrics if purpose in _OF_METRICS else encode(self.give_metrics())
-                lengths = rows if purposes == [purpose] * self.size else None
-                messages = self._gather_messages(told, lengths)
+                metrics = self._exchange(encode(self.give_metrics()))
+                messages = [decode(each) for each in metrics]
                 if Purpose.PEEK not in purposes:
                     self.take_metrics(messages)
-                    return rows
+                    return said
                 if purpose is Purpose.PEEK:
                     self.show_metrics(messages)
-                    return rows
+                    return said
                 continue
             if Purpose.STATES in purposes:
                 self.serve_states(purpose is Purpose.STATES)
                 if purpose is Purpose.STATES:
-                    return rows
+                    return said
                 continue
-            of = self._norm_that_is_served(purposes, rows)
+            of = self._norm_that_is_served(said)
             if of:
                 if Purpose.STOP not in purposes:
                     if purpose is Purpose.STATISTICS:
-                        return rows
-                    self.serve_statistics(of, _statistics_in(rows))
+                        return said
+                    self.serve_statistics(of, _statistics_in(said))
                 elif mixed:
                     return None
                 continue
             if purposes == [purpose] * self.size:
-                self._check_same(rows[:, 4], purpose)
-                return rows
+                self._check_same(said)
+                return said
             if Purpose.STOP in purposes and set(purposes) <= _AFTER_A_STOP:
                 if mixed:
                     return None
                 continue  # the batch of this rank is trained on; then all stop
             if Purpose.SKIP in purposes and set(purposes) <= _IN_A_ROUND:
-                self._leave_out(purposes, rows)
-                return rows
+                self._leave_out(said)
+                return said
             self.over = True
             raise _at_odds(purposes)
 
-    def _leave_out(self, purposes: List[Purpose], rows: np.ndarray) -> None:
+    def _leave_out(self, said: List[Said]) -> None:
         """Some leave a round out: raise where others do not, and where this rank has no batch."""
-        if any(each is not Purpose.SKIP and not row[8] for each, row in zip(purposes, rows)):
+        if any(each.purpose != Purpose.SKIP and not each.absent for each in said):
             self.over = True
             raise RankError(
                 "on_train_batch_start returned -1 on some ranks alone, and all end an epoch "
@@ -303,11 +313,11 @@ class Meetings:
         if self.absent:
             raise RestLeftOut
 
-    def _norm_that_is_served(self, purposes: List[Purpose], rows: np.ndarray) -> int:
+    def _norm_that_is_served(self, said: List[Said]) -> int:
         """Of what some bring statistics, where the others have no batch or will have one; or 0."""
-        which = {int(row[4]) for row, each in zip(rows, purposes) if each is Purpose.STATISTICS}
-        over = [row[7] for row, each in zip(rows, purposes) if each is Purpose.STEP]
-        others = set(purposes) - {Purpose.STATISTICS, Purpose.STEP, Purpose.STOP}
+        which = {each.check for each in said if each.purpose == Purpose.STATISTICS}
+        over = [each.done for each in said if each.purpose == Purpose.STEP]
+        others = {each.purpose for each in said} - _BESIDE_STATISTICS
         if not which or others:
             return 0
         if len(which) > 1 or any(over):
@@ -319,13 +329,18 @@ class Meetings:
             )
         return which.pop()
 
-    def _agree(self, rows: np.ndarray) -> None:
-        stop, order = bool(rows[:, 1].any()), bool(rows[:, 9].any())
-        self.agreed = Wishes(stop, int(rows[:, 2].max()), bool(rows[:, 3].any()), order)
+    def _agree(self, said: List[Said]) -> None:
+        self.agreed = Wishes(
+            any(each.stop for each in said),
+            max(each.signal for each in said),
+            any(each.out_of_time for each in said),
+            any(each.order for each in said),
+        )
         self.told(self.agreed)
 
-    def _check_same(self, checks: np.ndarray, purpose: Purpose) -> None:
-        if purpose is Purpose.STEP and len(set(checks.tolist())) > 1:
+    def _check_same(self, said: List[Said]) -> None:
+        first = said[0]
+        if first.purpose == Purpose.STEP and any(each.check != first.check for each in said):
             self.over = True
             raise RankError(
                 "the ranks of this run draw their batches in different orders, so that samples "
@@ -333,28 +348,23 @@ class Meetings:
                 "with a fixed seed, or from none of its own (Trainer(seed=...) sets the others)."
             )
 
-    def _gather_messages(self, own: bytes, rows: Optional[np.ndarray]) -> List[Any]:
-        """The messages of all ranks; ``rows`` tell their lengths, where they do."""
-        if rows is None:
-            lengths = self.gather(np.array([len(own)], np.int64))[:, 0]
-        else:
-            lengths = rows[:, 5].astype(np.int64) * 2**20 + rows[:, 6].astype(np.int64)
-        padded = np.zeros(int(lengths.max()), np.uint8)
-        padded[: len(own)] = np.frombuffer(own, np.uint8)
-        gathered = self.gather(padded)
-        return [decode(row[:length].tobytes()) for row, length in zip(gathered, lengths)]
+
+def _said(message: bytes) -> Said:
+    return Said._make((*_BEGINNING.unpack_from(message), message[_BEGINNING.size :]))
 
 
-def _statistics_in(rows: np.ndarray) -> np.ndarray:
+def _statistics_in(said: List[Said]) -> np.ndarray:
     """What each rank has brought, zeros where it came for something else."""
-    brought: np.ndarray = np.ascontiguousarray(rows[:, _CONTROL:]).view(np.float64)
-    brought[rows[:, 0] != Purpose.STATISTICS] = 0.0
-    return brought
+    brought = [
+        np.frombuffer(each.body) if each.purpose == Purpose.STATISTICS else None for each in said
+    ]
+    size = max(each.size for each in brought if each is not None)
+    return np.array([np.zeros(size) if each is None else each for each in brought])
 
 
 _ALONE = {Purpose.PEEK, Purpose.STATES}
 """What one rank may come for while the others do not."""
-_OF_METRICS = (Purpose.PEEK, Purpose.METRICS)
+_BESIDE_STATISTICS = {Purpose.STATISTICS, Purpose.STEP, Purpose.STOP}
 _AFTER_A_STOP = {Purpose.STOP, Purpose.STEP, Purpose.SKIP, Purpose.GATHER}
 _IN_A_ROUND = {Purpose.STEP, Purpose.SKIP, Purpose.STATISTICS}
 _WORDS = {
@@ -371,10 +381,10 @@ _WORDS = {
 }
 
 
-def _at_odds(purposes: Sequence[Purpose]) -> RankError:
+def _at_odds(purposes: Sequence[int]) -> RankError:
     return RankError(
         "the ranks of this run do different things: "
-        + ", ".join(f"rank {i} {_WORDS[each]}" for i, each in enumerate(purposes))
+        + ", ".join(f"rank {i} {_WORDS[Purpose(each)]}" for i, each in enumerate(purposes))
         + ". What a hook or a step does must not depend on the rank, unless it is about files and "
         "printing alone."
     )

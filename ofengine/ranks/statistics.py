@@ -3,7 +3,8 @@
 Each rank normalizes its batch by that batch alone, as one process does with each of the batches it
 accumulates. That process updates the running statistics once for each batch, ``r * (1 - momentum)
 + added``. Here a rank keeps what each of its calls adds, which is what the layer makes of 0, and
-all ranks then update theirs by what every rank has, one after the other.
+all ranks then update theirs by what every rank has, one after the other. The device does so in its
+turn; how often each layer was called, Python knows before.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ import numpy as np
 import oneflow as flow
 from oneflow import nn
 
+from ofengine._oneflow.operators import write_into
 from ofengine.errors import RankError
 from ofengine.ranks.meetings import Meetings
 
 KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _RUNNING = ("running_mean", "running_var")
+
+_MOST_KINDS = 8
+"""So many ways of being called are kept ready for the next time."""
 
 Pair = Tuple[np.ndarray, np.ndarray]
 """Of the running mean, and of the running variance."""
@@ -52,9 +57,10 @@ class RunningStatistics:
             self._layers.append(module)
             self._own.append((module, vars(module).get("forward")))
             replace_forward(module, self._call)
-        self.room = 0
-        """So many numbers each meeting has to carry for it: they come once a round, apart."""
-        self._size = sum(int(layer.running_mean.numel()) for layer in self._layers)
+        self.done = False
+        """Nothing that a meeting needs to know."""
+        self._alike: Dict[Any, List[_Alike]] = {}
+        """The layers by how often each rank has called them, for what was called so far."""
 
     def close(self) -> None:
         """Let go of the layers."""
@@ -76,8 +82,8 @@ class RunningStatistics:
         output = forward(*inputs)
         with flow.no_grad():
             added = [each.clone() for each in running]
-            for each, old, new in zip(running, before, added):
-                each.copy_(old * (1.0 - layer.momentum) + new)
+            for each, old in zip(running, before):
+                each.add_(old * (1.0 - layer.momentum))
         self._before.setdefault(id(layer), before)
         self._added.setdefault(id(layer), []).extend(added)
         return output
@@ -86,49 +92,84 @@ class RunningStatistics:
         """The step of a batch begins."""
 
     @property
-    def note(self) -> int:
-        """How often the layer that was called most was called in this round."""
-        return max(map(len, self._added.values()), default=0) // 2
+    def body(self) -> bytes:
+        """How often each layer was called in this round."""
+        added = self._added
+        calls = [len(added.get(id(layer), ())) // 2 for layer in self._layers]
+        return np.array(calls, np.uint32).tobytes()
 
-    def finish(self, most: int) -> None:
-        """The step is over on all ranks, none of which has more calls than so many."""
-        if most:
-            self._exchange(most)
-
-    def _exchange(self, most_calls: int) -> None:
-        """Update all layers by the calls of all ranks."""
-        own = np.zeros((most_calls, len(self._layers) + 2 * self._size), np.float64)
-        before, added = _read(self._before), _read(self._added)
-        for calls in range(most_calls):
-            row, at = own[calls], len(self._layers)
-            for number, layer in enumerate(self._layers):
-                arrays = added.get(id(layer), [])[2 * calls : 2 * calls + 2]
-                size = int(layer.running_mean.numel())
-                if arrays:
-                    row[number] = 1.0
-                    row[at : at + 2 * size] = np.concatenate(arrays)
-                at += 2 * size
-        rows = self._meetings.gather(own.reshape(-1)).reshape(-1, *own.shape)
-        at = len(self._layers)
-        for number, layer in enumerate(self._layers):
-            size, count = int(layer.running_mean.numel()), 0
-            old = before.get(id(layer))
-            now = running_of(layer) if old is None else (old[0], old[1])
-            dtype = now[0].dtype
-            for calls in rows:  # of one rank after the other
-                for call in calls:
-                    if call[number]:
-                        both = call[at : at + 2 * size].astype(dtype)
-                        now = updated(now, (both[:size], both[size:]), layer.momentum)
-                        count += 1
-            at += 2 * size
-            if count:
-                write(layer, now)
-            others = count - len(added.get(id(layer), [])) // 2
-            if others and layer.num_batches_tracked is not None:
-                layer.num_batches_tracked.add_(others)
+    def finish(self, bodies: Sequence[bytes]) -> None:
+        """The step is over on all ranks, which have made these calls."""
+        kinds = tuple((each.momentum, each.running_mean.dtype) for each in self._layers)
+        key = (kinds, *bodies)
+        if key not in self._alike:
+            if len(self._alike) >= _MOST_KINDS:
+                self._alike.clear()
+            self._alike[key] = self._by_calls([np.frombuffer(each, np.uint32) for each in bodies])
+        with flow.no_grad():
+            for alike in self._alike[key]:
+                alike.update(self._before, self._added)
         self._before.clear()
         self._added.clear()
+
+    def _by_calls(self, by_rank: Sequence[np.ndarray]) -> List[_Alike]:
+        groups: Dict[Any, List[Any]] = {}
+        for layer, calls in zip(self._layers, np.stack(by_rank, axis=1).tolist()):
+            if any(calls):
+                groups.setdefault((layer.running_mean.dtype, tuple(calls)), []).append(layer)
+        return [_Alike(self._meetings, group, key[1]) for key, group in groups.items()]
+
+
+class _Alike:
+    """Batch norms of one dtype that a rank has called ``calls`` times, each of them."""
+
+    def __init__(self, meetings: Meetings, layers: Sequence[Any], calls: Tuple[int, ...]) -> None:
+        self._meetings, self._layers, self._calls = meetings, layers, calls
+        sizes = [int(layer.running_mean.numel()) for layer in layers for _ in _RUNNING]
+        self._size = sum(sizes)
+        dtype = layers[0].running_mean.dtype
+
+        def new(size: int) -> Any:
+            return flow.empty(size, dtype=dtype, device=meetings.device)
+
+        numbers = max(calls) * self._size
+        self._own, self._rows = new(numbers), new(meetings.size * numbers)
+        self._views = flow.split(self._own, sizes * max(calls))
+        self._now = new(self._size)
+        self._views_now = flow.split(self._now, sizes)
+        kept = [1.0 - layer.momentum for layer in layers for _ in _RUNNING]
+        self._kept = flow.tensor(np.repeat(kept, sizes), dtype=dtype, device=meetings.device)
+
+    def update(self, before: Dict[int, List[Any]], added: Dict[int, List[Any]]) -> None:
+        """Let the layers' running statistics be what the calls of all ranks make of them."""
+        device, tensors = self._meetings.device, [_running(layer) for layer in self._layers]
+        views = iter(self._views)
+        for call in range(self._calls[self._meetings.rank]):
+            for layer in self._layers:
+                for each in added[id(layer)][2 * call : 2 * call + 2]:
+                    write_into(next(views), each.to(device))
+        self._meetings.gather_into(self._rows, self._own)
+        old = [before.get(id(layer), now) for layer, now in zip(self._layers, tensors)]
+        for view, each in zip(self._views_now, _flat(old)):
+            write_into(view, each.to(device))
+        for rank, calls in enumerate(self._calls):
+            first = rank * int(self._own.numel())
+            for start in range(first, first + calls * self._size, self._size):
+                self._now.mul_(self._kept).add_(self._rows[start : start + self._size])
+        for view, each in zip(self._views_now, _flat(tensors)):
+            write_into(each, view.to(each.device))
+        others = sum(self._calls) - self._calls[self._meetings.rank]
+        for layer in self._layers:
+            if others and layer.num_batches_tracked is not None:
+                layer.num_batches_tracked.add_(others)
+
+
+def _running(layer: Any) -> List[Any]:
+    return [getattr(layer, name) for name in _RUNNING]
+
+
+def _flat(pairs: Sequence[Sequence[Any]]) -> List[Any]:
+    return [each for pair in pairs for each in pair]
 
 
 def replace_forward(layer: Any, call: Callable[..., Any]) -> None:
@@ -176,18 +217,6 @@ def refuse_average(task: nn.Module, name: str, layer: Any) -> None:
             f"{type(task).__name__}.{name} has momentum=None, which several ranks do not "
             "keep to: give it a number, such as 0.1."
         )
-
-
-def _read(tensors: Dict[int, List[Any]]) -> Dict[int, List[np.ndarray]]:
-    """All of them as numpy has them, with one wait for the device."""
-    every = [each for of_layer in tensors.values() for each in of_layer]
-    if not every:
-        return {}
-    together = flow.cat([each.to(flow.float64) for each in every], dim=0).numpy()
-    parts = np.split(together, np.cumsum([each.numel() for each in every])[:-1])
-    names = [str(each.dtype).rpartition(".")[2] for each in every]  # float32 in float64 is exact
-    arrays = iter([part.astype(name) for part, name in zip(parts, names)])
-    return {key: [next(arrays) for _ in of_layer] for key, of_layer in tensors.items()}
 
 
 def running_of(layer: Any) -> Pair:

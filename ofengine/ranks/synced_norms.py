@@ -8,7 +8,7 @@ has no batch in a round is asked for none, and updates its running statistics wi
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, List, Tuple
+from typing import Any, List, Sequence, Tuple
 
 import numpy as np
 import oneflow as flow
@@ -49,8 +49,8 @@ class SyncedNorms:
             of_all = _function(self, number, layer)
             replace_forward(layer, partial(self._call, of_all))
         meetings.serve_statistics = self._update
-        most = max((int(layer.num_features) for layer in self._layers), default=0)
-        self.room = 2 * (1 + 2 * most)  # numbers of float64, in the place of two of float32
+        self.body = b""
+        """Nothing that the others need to know at the end of a step."""
 
     def close(self) -> None:
         """Let go of the layers."""
@@ -63,11 +63,11 @@ class SyncedNorms:
         self._in_step = True
 
     @property
-    def note(self) -> int:
-        """1 where this rank has a batch in this round, so that others need not wait for it."""
-        return int(self._in_step)
+    def done(self) -> bool:
+        """True where this rank has a batch in this round, so that others need not wait for it."""
+        return self._in_step
 
-    def finish(self, most: int) -> None:
+    def finish(self, bodies: Sequence[bytes]) -> None:
         """The step is over on all ranks."""
         self._in_step = False
 

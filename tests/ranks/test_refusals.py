@@ -12,7 +12,7 @@ from oneflow.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from ofengine import ConfigurationError, DataError, RankError, Trainer, rank_zero_only
 from ofengine.data.batches import Batches
-from ofengine.launch.environment import World, read
+from ofengine.launch.environment import read
 from ofengine.metrics import Mean
 from ofengine.ranks.meetings import Meetings
 from ofengine.ranks.messages import decode, encode, pack, unpack
@@ -152,15 +152,6 @@ def test_each_batch_is_one_rank_s(size: int, workers: int) -> None:
         assert [each[2] for each in rounds][-1] == (8 % size or size)
         assert OTHERS not in [each[0] for each in rounds]
     assert sorted(sum(seen, ())) == list(range(23))
-
-
-@pytest.mark.parametrize("size", [2, 8, 512])
-def test_memory_of_an_exchange_does_not_grow_with_the_ranks(size: int) -> None:
-    """In bytes of what all send at once; a batch norm of all ranks has the room that it needs."""
-    meetings = Meetings(World(1, size, 1, size, 0, 1))
-    at_once = max(meetings.make_room(10**9), meetings.most_numbers) * size * 4
-    assert at_once <= 16 * 1024 * 1024
-    assert meetings.make_room(10**9, needed=20_000) >= 20_000
 
 
 def test_a_message_keeps_all_bits_and_runs_nothing() -> None:
