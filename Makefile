@@ -9,7 +9,7 @@ PYTEST_WORKERS ?= 2
 
 PYTHON := .venv/bin/python
 APART := tests/rates tests/modes tests/checkpoint
-RESUMED := tests/checkpoint/test_resume.py tests/checkpoint/test_resume_optimizers.py
+SLOW_APART := tests/checkpoint/test_resume.py tests/checkpoint/test_resume_optimizers.py tests/rates
 PYTEST = $(PYTHON) -m pytest -n $(PYTEST_WORKERS)
 READY := .venv/.ready
 DOCS_PYTHON := .venv-docs/bin/python
@@ -34,8 +34,8 @@ test: $(READY)  ## run the tests but the slow ones (PYTEST_ARGS="-k rates")
 	@for part in $(APART); do $(PYTEST) -m "not slow" $(PYTEST_ARGS) $$part || [ $$? -eq 5 ] || exit; done
 
 test-slow: $(READY)  ## run the slow tests
-	@$(PYTEST) -m slow $(PYTEST_ARGS) $(RESUMED:%=--ignore %) || [ $$? -eq 5 ]
-	@for part in $(RESUMED); do $(PYTEST) -m slow $(PYTEST_ARGS) $$part || [ $$? -eq 5 ] || exit; done
+	@$(PYTEST) -m slow $(PYTEST_ARGS) $(SLOW_APART:%=--ignore %) || [ $$? -eq 5 ]
+	@for part in $(SLOW_APART); do $(PYTEST) -m slow $(PYTEST_ARGS) $$part || [ $$? -eq 5 ] || exit; done
 
 bench: $(READY)  ## run the benchmarks, write benchmarks/RESULTS.md (an hour on two idle cores)
 	@$(PYTHON) benchmarks/run_all.py $(BENCH_ARGS)
