@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterable, List
+from typing import Any, Callable, Iterable, List, Sequence
 
 import ofengine
 
@@ -78,12 +78,22 @@ def start(folder: Path, *arguments: object, **options: Any) -> subprocess.Popen[
 
 def end(process: subprocess.Popen[str], folder: Path) -> subprocess.CompletedProcess[str]:
     """Wait for the launcher's end, and see that no rank is left."""
-    try:
-        out, err = process.communicate(timeout=DEADLINE)
-    finally:
-        process.kill()
+    return end_all([process], folder)[0]
+
+
+def end_all(
+    processes: Sequence[subprocess.Popen[str]], folder: Path
+) -> List[subprocess.CompletedProcess[str]]:
+    """Wait for the launchers' ends, and see that no rank of any of them is left."""
+    done = []
+    for process in processes:
+        try:
+            out, err = process.communicate(timeout=DEADLINE)
+        finally:
+            process.kill()
+        done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
     assert [pid for pid in pids(folder) if is_alive(pid)] == []
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    return done
 
 
 def launch(folder: Path, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import List, Tuple
 
 import pytest
-from launching import end, is_alive, pids, program, start, wait_for, wait_for_files
+from launching import end_all, is_alive, pids, program, start, wait_for, wait_for_files
 
 from ofengine.launch import network
 from ofengine.launch.link import Link, Nodes
@@ -67,7 +67,7 @@ def test_both_hosts_end_and_name_the_same_rank(
     tmp_path: Path, how: str, ranks: int, code: int, said: str
 ) -> None:
     processes = both(tmp_path, how, ranks=ranks)
-    for done in [end(each, tmp_path) for each in processes[::-1]]:
+    for done in end_all(processes, tmp_path):
         assert done.returncode == code
         last = done.stderr.splitlines()[-1]
         assert f"rank {ranks} of {2 * ranks}, on host {os.uname().nodename}," in last
