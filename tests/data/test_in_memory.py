@@ -116,7 +116,7 @@ def check(dataset: Any, theirs: Callable[..., DataLoader] = DataLoader, **option
     assert ours == passes(theirs, dataset, **options)
 
 
-@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("shuffle", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_batches_are_the_same(name: str, shuffle: bool) -> None:
     check(arrays(name), shuffle=shuffle)
@@ -230,7 +230,7 @@ class Saves(Callback):
             trainer.save_checkpoint(self.path)
 
 
-@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("seed", [pytest.param(None, marks=pytest.mark.slow), 3])
 def test_a_run_goes_on_with_either_loader(mode: str, seed: Any, tmp_path: Path) -> None:
     dataset = arrays("all that draws")
 

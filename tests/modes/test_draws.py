@@ -141,7 +141,14 @@ class Drops(Net):
         return self.head(x + 0.1 * flow.randn(x.shape[0], 8))
 
 
-@pytest.mark.parametrize("other", MODES)
+@pytest.mark.parametrize(
+    ("mode", "other"),
+    [
+        ("eager", "graph"),
+        ("graph", "eager"),
+        *(pytest.param(each, each, marks=pytest.mark.slow) for each in MODES),
+    ],
+)
 def test_a_resumed_run_draws_on(
     mode: str, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
