@@ -84,16 +84,6 @@ class WeightAveraging(Callback):
         without = [name for name in self._names if name not in self._average]
         return {"averaged": self.averaged, "count": self.count, "without": without}
 
-    def evaluation_state_dict(self, task: TaskModule) -> Dict[str, Any]:
-        """The averages, where evaluation runs with them."""
-        if not self.evaluate or (self._left is not None and not self._is_left(task)):
-            return {}
-        return self._average
-
-    def _is_left(self, task: TaskModule) -> bool:
-        """True where ``task`` is as training has left it; the averages may be in it just now."""
-        return bool(self._kept) or _fingerprint(task) == self._left
-
     def check_state_dict(self, state: Dict[str, Any], task: TaskModule) -> None:
         """Raise :class:`CheckpointError` where ``state`` holds no averages of this ``task``."""
         check_fits(state, _STATE, f"the state of {self._name} is wrong")
@@ -238,10 +228,10 @@ class WeightAveraging(Callback):
         """Put the averages in the place of the weights."""
         if not self.evaluate or not self._average or self._kept:
             return
-        if self._stage != "fit" and not self._is_left(task):
+        if self._stage != "fit" and _fingerprint(task) != self._left:
             log.info(
-                "%s: %s uses the task's weights as they are, for they are not those that training "
-                "ended with. (Those of a checkpoint of this callback are the averages.)",
+                "%s: %s uses the task's weights as they are, not the averages: they are not those "
+                "that training ended with.",
                 self._name,
                 self._stage,
             )

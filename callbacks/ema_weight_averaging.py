@@ -23,16 +23,12 @@ class EMAWeightAveraging(WeightAveraging):
     update after that. Validation, test and prediction run with the averages in the task's
     place; the training weights come back after them bit for bit, after an exception or Ctrl-C
     in their middle too. Training goes on with its own weights and leaves them in the task:
-    :meth:`copy_to` writes the averages there.
-
-    The weights of a checkpoint are the averages, which its metric was computed with: who loads
-    it, or has "best" evaluated or restored, has what was scored. A run is resumed with the training
-    weights, which are kept beside them. With ``evaluate=False`` the weights are training's.
+    :meth:`copy_to` writes the averages there. Every checkpoint holds the training
+    weights.
 
     Outside of ``fit``, ``trainer.validate``, ``test`` and ``predict`` use the averages where the
     task's weights are still those that training ended with. Where they are not, because other
-    ones were loaded, such as those of a checkpoint, they are used as they are, and a log line says
-    so.
+    ones were loaded, they are used as they are, and a log line says so.
 
     In eager and graph mode the averages are the same bit for bit where the weights are. An
     update takes one more copy of the weights for a moment, an evaluation for its duration.

@@ -17,9 +17,8 @@ class StochasticWeightAveraging(WeightAveraging):
 
     At the end of epoch ``swa_epoch_start`` and of each ``every_n_epochs``-th after it the task's
     parameters, frozen ones too, go into the mean, each with the same weight. When training ends the
-    mean is written into the task. A resumed run goes on with the training weights. They are the
-    weights of every checkpoint, whose state has the mean; with ``evaluate=True`` the mean is, which
-    its metric was computed with, as soon as there is one, and training's are kept beside it.
+    mean is written into the task. Every checkpoint holds the training weights, with which a resumed
+    run goes on; the mean is in its state.
 
     The rates stay those of the task's own schedule: for a high constant rate while weights are
     averaged, declare it in ``configure_optimizers``.

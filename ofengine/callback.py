@@ -106,14 +106,6 @@ class Callback:
         """
         return {}
 
-    def evaluation_state_dict(self, task: TaskModule) -> Dict[str, Any]:
-        """What evaluation has in the place of weights of ``task``, live tensors by their names.
-
-        They are the weights of a checkpoint then, so that who loads it has what was evaluated; with
-        those of training, which are kept beside them, a run is resumed. Default: empty.
-        """
-        return {}
-
     def check_state_dict(self, state: Dict[str, Any], task: TaskModule) -> None:
         """Raise where :meth:`load_state_dict` cannot take ``state`` for ``task``; change nothing.
 

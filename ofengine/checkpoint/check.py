@@ -38,7 +38,7 @@ def check_run(run: Run, checkpoint: Checkpoint, policy: str, owners: Matches) ->
     state: Any = checkpoint.state
     where = f"{checkpoint.path} cannot be resumed"
     try:
-        check_weights(run.task, checkpoint.training_weights, str(checkpoint.path))
+        check_weights(run.task, checkpoint.weights, str(checkpoint.path))
         _check_names(run, checkpoint)
         for name, kept in of_each(state).items():
             of_whom = f"{where}, optimizer {name!r}" if name else where

@@ -61,7 +61,7 @@ class Checkpoint:
 
     Attributes:
         path: the file.
-        weights: the parameters and buffers by their names in the task, as evaluation has them.
+        weights: the parameters and buffers by their names in the task.
         state: all the rest, nested dicts and lists; None where the file holds weights only.
         metadata: the texts beside them: "epoch", "global_step", "ofengine", ...
     """
@@ -70,11 +70,6 @@ class Checkpoint:
     weights: Dict[str, np.ndarray]
     state: Optional[Dict[str, Any]]
     metadata: Dict[str, str]
-
-    @property
-    def training_weights(self) -> Dict[str, np.ndarray]:
-        """The weights that training goes on with, where evaluation runs with others."""
-        return {**self.weights, **(self.state or {}).get("training_weights", {})}
 
 
 # ---------------------------------------------------------------------- writing

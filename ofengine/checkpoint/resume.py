@@ -151,7 +151,7 @@ class Resumed:
         others = other_optimizers(run)
         undo = Undo(run, others.values())
         with self._taken_whole(self, "restore_run", undo):
-            copy_weights(run.task, self.checkpoint.training_weights)
+            copy_weights(run.task, self.checkpoint.weights)
             put_tensors(run.task, state.get("tensors", {}), run.settings.device)
             for owner, each in of_each(state).items():
                 part, optimizer = run.each()[owner], each["optimizer"]

@@ -195,7 +195,6 @@ _STATE = record(
         "data": listed(_ANY),
         "logger_keys": listed(record(_OWNER)),
         "tensors": by_name(array("biuf")),
-        "training_weights": by_name(array("biuf")),
         "optimizers": by_name(_OPTIMIZER),
         "seen": by_name(text),
         "weights": maybe(record({"batches": whole(1), "total": number(0)})),

@@ -54,23 +54,10 @@ def content_of(run: Run) -> Tuple[State, Optional[State], State]:
     if supervisor:
         metadata["supervised_by"] = supervisor
     weights = arrays_of(run.task)
-    evaluated = {} if state is None else _evaluated(run)
-    of_training: State = {}
     for name, tensor in run.task.state_dict(keep_vars=True).items():
         if id(tensor) in copies:
             weights[name] = array_of(copies[id(tensor)])
-        if id(tensor) in evaluated:
-            of_training[name], weights[name] = weights[name], array_of(evaluated[id(tensor)])
-    if state is not None and of_training:
-        state["training_weights"] = of_training
     return weights, state, metadata
-
-
-def _evaluated(run: Run) -> Dict[int, Any]:
-    """What evaluation has in the place of tensors of the task, by their ``id``."""
-    own = {**dict(run.task.named_buffers()), **dict(run.task.named_parameters())}
-    weights = [each.evaluation_state_dict(run.task) for each in run.callbacks]
-    return {id(own[n]): tensor for each in weights for n, tensor in each.items() if n in own}
 
 
 def _copies(run: Run) -> Dict[int, Any]:

@@ -72,9 +72,6 @@ def _describe_run(state: Mapping[str, Any]) -> Iterator[str]:
     for name, each in of_each(state).items():
         yield from _describe_optimizer(name, each["optimizer"], each["rates"])
     metrics = state["metrics"]["known"]
-    if "training_weights" in state:
-        other = _sum_up(state["training_weights"].values())
-        yield _row("training", f"goes on with other weights than those that are evaluated: {other}")
     if metrics:
         yield _row("metrics", ", ".join(f"{k}={v:.6g}" for k, v in metrics.items()))
     named = [each["class"] for each in state["callbacks"] if each["state"]]

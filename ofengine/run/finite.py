@@ -68,8 +68,6 @@ class Expected:
     ) -> Optional[str]:
         """As :meth:`broken`, of a checkpoint: of its optimizer and its gradients, too."""
         broken = self.broken(weights)
-        if broken is None and state is not None:
-            broken = self.broken(state.get("training_weights", {}))
         if broken is not None or state is None:
             return broken
         for name, tensor in _beside(state):
