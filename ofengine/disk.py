@@ -93,7 +93,7 @@ def _create(folder: Path) -> Tuple[BinaryIO, Path]:
         except FileExistsError:
             continue
         try:
-            if not _lock(file.fileno()):
+            if not take_lock(file.fileno()):
                 raise FileNotFoundError(path)  # or will be gone in a moment
             os.lstat(path)
         except FileNotFoundError:  # taken for a leftover in the moment before it was locked
@@ -105,7 +105,7 @@ def _create(folder: Path) -> Tuple[BinaryIO, Path]:
             return file, path
 
 
-def _lock(descriptor: int) -> bool:
+def take_lock(descriptor: int) -> bool:
     """Lock a file of one's own; False where somebody else has. True where there are no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from typing import Any, List
+from typing import Any, Callable, List
 
 import numpy as np
 from oneflow import optim
@@ -77,6 +77,15 @@ _WITHOUT = (optim.SGD, optim.RMSprop, optim.Adagrad, optim.Adadelta)
 def corrects_bias(optimizer: Any) -> bool:
     """False where ``optimizer`` has no bias to correct; True where that is not known."""
     return type(optimizer) not in _WITHOUT
+
+
+def step_as_graphs(step: Callable[[], Any]) -> None:
+    """Call an optimizer's ``step`` and have it compute its corrections as graphs do."""
+    STEPPING.on = True
+    try:
+        step()
+    finally:
+        STEPPING.on = False
 
 
 def let_optimizers_ask() -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import sys
@@ -26,7 +25,13 @@ from typing import Any, BinaryIO, Callable, Deque, Iterable, Iterator, List, Opt
 import numpy as np
 from tqdm.auto import tqdm
 
-from ofengine.disk import open_regular, remove_leftovers, sync_folder, temporary_file
+from ofengine.disk import (
+    open_regular,
+    remove_leftovers,
+    sync_folder,
+    take_lock,
+    temporary_file,
+)
 from ofengine.errors import DataError, said_by
 from ofengine.launch import heartbeat
 
@@ -214,7 +219,7 @@ def _locked(folder: Path, what: str) -> Iterator[None]:
     descriptor = os.open(folder / _LOCK, flags, 0o666)
     tells_at: Optional[float] = time.monotonic() + _WAITS_SILENTLY
     try:
-        while not _lock(descriptor):
+        while not take_lock(descriptor):
             heartbeat.beat()
             time.sleep(0.05)
             if tells_at is not None and time.monotonic() > tells_at:
@@ -223,14 +228,3 @@ def _locked(folder: Path, what: str) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _lock(descriptor: int) -> bool:
-    """False where another process has the lock. True where the file system has no locks."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True

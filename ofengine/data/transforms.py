@@ -7,6 +7,7 @@ then is *applied* to all of them. What does the same to each value of a channel 
 
 from __future__ import annotations
 
+import abc
 from typing import Any, Callable, FrozenSet, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -22,22 +23,23 @@ ONEFLOW, NUMPY, PYTHON = "oneflow", "numpy", "python"
 """The global generators that transforms draw from."""
 
 
-class Step:
+class Step(abc.ABC):
     """One transform, for batches. Subclasses say what they draw for a sample, and do it to all."""
 
     generators: FrozenSet[str] = frozenset()
     """What it draws from."""
 
     def draw(self) -> Any:
-        """What the transform draws for one sample."""
+        """What the transform draws for one sample: nothing, where a subclass does not say."""
+        return None
 
     def draw_all(self, samples: int) -> Any:
         """What ``draw`` gives so often; only where nothing else uses the same generators."""
         return [self.draw() for _ in range(samples)]
 
+    @abc.abstractmethod
     def apply(self, images: Any, drawn: Any) -> Any:
         """Transform the batch, which may be written to."""
-        raise NotImplementedError
 
 
 def draw(
@@ -144,9 +146,9 @@ class EachImage(Step):
         self.size = size
         """(height, width) of what comes out."""
 
+    @abc.abstractmethod
     def one(self, image: Any, drawn: Any) -> Any:
         """Transform one PIL image."""
-        raise NotImplementedError
 
     def apply(self, images: Images, drawn: Any) -> Images:
         made = np.empty((len(images), *self.size, images.shape[3]), dtype=np.uint8)

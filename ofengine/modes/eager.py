@@ -8,7 +8,7 @@ import oneflow as flow
 from oneflow import Tensor, nn
 
 from ofengine._oneflow import optimizer_state
-from ofengine._oneflow.bias_correction import STEPPING, corrects_bias, let_optimizers_ask
+from ofengine._oneflow.bias_correction import corrects_bias, let_optimizers_ask, step_as_graphs
 from ofengine._oneflow.operators import backward_of
 from ofengine._oneflow.optimizer_copies import replace_state
 from ofengine._oneflow.quick_updates import quick_update_of
@@ -125,11 +125,7 @@ class EagerMode:
                 clears = not self._before_zero_grad and "zero_grad" not in optimizer.__dict__
                 self._quick(optimizer, clears)
             elif self._corrects_bias:
-                STEPPING.on = True  # Adam and its like do so as graphs do
-                try:
-                    step()
-                finally:
-                    STEPPING.on = False
+                step_as_graphs(step)  # Adam and its like
             else:
                 step()
             if not clears:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Iterable, Optional, Tuple
 
-from ofengine._oneflow.bias_correction import STEPPING, let_optimizers_ask
+from ofengine._oneflow.bias_correction import let_optimizers_ask, step_as_graphs
 from ofengine._oneflow.global_tensors import local
 from ofengine.errors import ConfigurationError
 from ofengine.modes.own_graphs import has_own_graph
@@ -31,11 +31,7 @@ class EagerUpdate:
         for index, gradient in gradients:
             run.parameters[index].grad = local(gradient)
         clip(run)
-        STEPPING.on = True  # Adam and its like correct their bias with the bits of graphs
-        try:
-            optimizer.step()
-        finally:
-            STEPPING.on = False
+        step_as_graphs(optimizer.step)
         optimizer.zero_grad(set_to_none=True)
 
 
