@@ -9,6 +9,7 @@ import sys
 from typing import NamedTuple, Set
 
 from ofengine._oneflow.library import liboneflow, loaded_from
+from ofengine._oneflow.upper_halves import clear_upper_halves
 
 log = logging.getLogger("ofengine")
 
@@ -33,6 +34,8 @@ class Kernels(NamedTuple):
     """The one that OneFlow took by itself."""
     why: str
     """Why these, for people."""
+    mended: bool = False
+    """Their products no longer leave the processor slow, see :mod:`.upper_halves`."""
 
 
 _kernels = Kernels("", "", "not looked at yet")
@@ -71,7 +74,16 @@ def take_newer_kernels(oneflow_was_there: bool) -> None:
     if not why:
         _switch(library)
         why = f"OneFlow by itself takes those for {before}"
-    _kernels = Kernels(_core_of(library), before, why)
+    _kernels = Kernels(_core_of(library), before, why, _mend(library))
+
+
+def _mend(library: ctypes.PyDLL) -> bool:
+    if os.environ.get("OFENGINE_BLAS") == "as-is":
+        return False
+    try:
+        return clear_upper_halves(library, _core_of(library), _processor_flags())
+    except (OSError, AttributeError, ValueError):
+        return False  # another OpenBLAS, or no code may be loaded: it is slower, and as right
 
 
 def _reason_to_leave(core: str) -> str:

@@ -15,6 +15,7 @@ from typing import Dict, Iterator, Optional, Tuple
 import oneflow as flow
 
 from ofengine._oneflow.library import liboneflow, loaded_from
+from ofengine._oneflow.machine_code import PAGE, load_code, protect
 from ofengine._oneflow.session import synchronize
 
 log = logging.getLogger("ofengine")
@@ -31,7 +32,6 @@ _DEQUEUE = _QUEUE + "14DequeueNNGraphEv"
 _BUILD_ID = "86d122c0ae188a5409d042af2a0b45d794ab6810"
 """The liboneflow of OneFlow 0.9.0: the wheels for CPython 3.8, 3.9 and 3.10 have the same one."""
 _PT_NOTE, _NT_GNU_BUILD_ID = 4, 3
-_PAGE = mmap.PAGESIZE
 _DEQUEUE_AT = 0x80
 _launch_race: Optional[str] = None
 _told = False
@@ -120,15 +120,8 @@ def _notes(data: bytes) -> Iterator[Tuple[bytes, int, bytes]]:
 
 def _load_queue_code() -> Tuple[int, int]:
     """Put :func:`_queue_code` into memory; the addresses of its two functions."""
-    # Not shared: a forked process must not count the runs of this one.
-    page = mmap.mmap(-1, 2 * _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    base = ctypes.addressof(ctypes.c_char.from_buffer(page))
     wait, dequeue = _queue_code()
-    page[: len(wait)] = wait
-    page[_DEQUEUE_AT : _DEQUEUE_AT + len(dequeue)] = dequeue
-    _protect(base, _PAGE, mmap.PROT_READ | mmap.PROT_EXEC)
-    # Kept for ever: OneFlow's threads may run it when Python has already cleared its modules.
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(page))
+    base = load_code(wait.ljust(_DEQUEUE_AT, b"\xcc") + dequeue)
     return base, base + _DEQUEUE_AT
 
 
@@ -143,7 +136,7 @@ def _queue_code() -> Tuple[bytes, bytes]:
     """
 
     def data_from(offset: int) -> bytes:
-        return struct.pack("<i", _PAGE - offset)
+        return struct.pack("<i", PAGE - offset)
 
     sleep = b"\xb8\x01\x00\x00\x00\x41\x87\x41\x0c"  # mov eax, 1; xchg [r9+12], eax
     sleep += b"\x49\x8d\x79\x08"  # lea rdi, [r9+8]
@@ -187,15 +180,15 @@ def _overwrite(codes: Dict[int, bytes]) -> None:
     A copy of their pages is changed, and moved to their place when it is finished. So they are
     never writable, and no failure and no other thread finds them half written.
     """
-    start = min(codes) // _PAGE * _PAGE
+    start = min(codes) // PAGE * PAGE
     end = max(address + len(code) for address, code in codes.items())
-    length = (end - start + _PAGE - 1) // _PAGE * _PAGE
+    length = (end - start + PAGE - 1) // PAGE * PAGE
     copy = _map_new(length)
     try:
         ctypes.memmove(copy, start, length)
         for address, code in codes.items():
             ctypes.memmove(copy + address - start, code, len(code))
-        _protect(copy, length, mmap.PROT_READ | mmap.PROT_EXEC)
+        protect(copy, length, mmap.PROT_READ | mmap.PROT_EXEC)
         _move(copy, start, length)
     except BaseException:
         _libc.munmap(ctypes.c_void_p(copy), ctypes.c_size_t(length))
@@ -223,8 +216,3 @@ def _move(pages: int, to: int, length: int) -> None:
     size, flags = ctypes.c_size_t(length), _MREMAP_MAYMOVE | _MREMAP_FIXED
     if _libc.mremap(ctypes.c_void_p(pages), size, size, flags, ctypes.c_void_p(to)) == _FAILED:
         raise OSError(ctypes.get_errno(), "code cannot be put in the place of other code")
-
-
-def _protect(start: int, length: int, protection: int) -> None:
-    if _libc.mprotect(ctypes.c_void_p(start), ctypes.c_size_t(length), protection):
-        raise OSError(ctypes.get_errno(), "memory protection cannot be changed")

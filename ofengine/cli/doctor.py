@@ -352,8 +352,9 @@ def _blas_rows(facts: Facts) -> List[str]:
     found = facts.passed.get("blas")
     if not isinstance(found, list):
         return []
-    core, _, why = found
-    return [_row("BLAS kernels", f"for {core}, {why}" if core else why)]
+    core, _, why, mended = found
+    slow = "; mended: after a product other operators are no slower" if mended else ""
+    return [_row("BLAS kernels", f"for {core}, {why}{slow}" if core else why)]
 
 
 def _has_nvidia_card() -> bool:

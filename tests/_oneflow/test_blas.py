@@ -164,6 +164,7 @@ def test_another_library_s_openblas_that_stands_before_is_left() -> None:
         "core": "",
         "by_oneflow": "",
         "why": "not known here: another library's OpenBLAS stands before OneFlow's",
+        "mended": False,
     }
 
 

@@ -41,15 +41,15 @@ class _Queue:
 
     @property
     def last(self) -> int:
-        return ctypes.c_uint64.from_address(self.at + _launch_race._PAGE).value
+        return ctypes.c_uint64.from_address(self.at + _launch_race.PAGE).value
 
     @property
     def in_flight(self) -> int:
-        return ctypes.c_int32.from_address(self.at + _launch_race._PAGE + 8).value
+        return ctypes.c_int32.from_address(self.at + _launch_race.PAGE + 8).value
 
     @property
     def someone_sleeps(self) -> bool:
-        return ctypes.c_int32.from_address(self.at + _launch_race._PAGE + 12).value == 1
+        return ctypes.c_int32.from_address(self.at + _launch_race.PAGE + 12).value == 1
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_the_code_is_not_writable_and_nothing_is_shared_with_forked_processes(
     runs: _Queue,
 ) -> None:
     assert _permissions(runs.at) == "r-xp"
-    assert _permissions(runs.at + _launch_race._PAGE) == "rw-p"
+    assert _permissions(runs.at + _launch_race.PAGE) == "rw-p"
 
 
 def test_what_was_mended_is_not_writable() -> None:
@@ -186,7 +186,7 @@ class _Library:
         memory[:] = b"\xcc" * len(memory)
         for at in self.at:
             ctypes.memmove(at, self.returning(1), 6)
-        _launch_race._protect(self.base, 2 * page, mmap.PROT_READ | mmap.PROT_EXEC)
+        _launch_race.protect(self.base, 2 * page, mmap.PROT_READ | mmap.PROT_EXEC)
 
     @staticmethod
     def returning(number: int) -> bytes:
@@ -221,7 +221,7 @@ def test_functions_in_two_pages_are_replaced_and_nothing_else_is() -> None:
     assert library.permissions == ["r-xp", "r-xp"]
 
 
-@pytest.mark.parametrize("step", ["_map_new", "_protect", "_move"])
+@pytest.mark.parametrize("step", ["_map_new", "protect", "_move"])
 @pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
 def test_where_a_part_of_it_fails_nothing_is_changed_or_left(
     monkeypatch: pytest.MonkeyPatch, step: str, kind: Type[BaseException]
@@ -253,7 +253,7 @@ def test_what_the_kernel_refuses_is_an_error() -> None:
     with pytest.raises(OSError, match="memory cannot be had"):
         _launch_race._map_new(1 << 60)
     with pytest.raises(OSError, match="memory protection cannot be changed"):
-        _launch_race._protect(0x1000, mmap.PAGESIZE, mmap.PROT_READ)
+        _launch_race.protect(0x1000, mmap.PAGESIZE, mmap.PROT_READ)
     copy = _launch_race._map_new(mmap.PAGESIZE)
     with pytest.raises(OSError, match="in the place of other code"):
         _launch_race._move(copy, copy + 1, mmap.PAGESIZE)
@@ -265,7 +265,7 @@ def test_where_it_cannot_be_done_the_reason_is_told(monkeypatch: pytest.MonkeyPa
     def refuse(start: int, length: int, protection: int) -> None:
         raise OSError(13, "memory protection cannot be changed")
 
-    monkeypatch.setattr(_launch_race, "_protect", refuse)
+    monkeypatch.setattr(_launch_race, "protect", refuse)
     monkeypatch.setattr(_launch_race, "_launch_race", None)
     found = mend_launch_race()
     assert found.startswith("not possible here: ")

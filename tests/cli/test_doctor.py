@@ -305,7 +305,9 @@ def test_without_a_command_the_usage_is_shown(capsys: pytest.CaptureFixture[str]
 
 def test_the_blas_kernels_are_told() -> None:
     assert "BLAS" not in report(facts(PASSED), [])
-    found = {**PASSED, "blas": ["Haswell", "Barcelona", "chosen for a test"]}
+    found = {**PASSED, "blas": ["Haswell", "Barcelona", "chosen for a test", False]}
     assert "  BLAS kernels         for Haswell, chosen for a test\n" in report(facts(found), [])
-    found["blas"] = ["", "", "not known here"]
+    found["blas"] = ["Haswell", "Barcelona", "chosen for a test", True]
+    assert "for Haswell, chosen for a test; mended: after a product" in report(facts(found), [])
+    found["blas"] = ["", "", "not known here", False]
     assert "  BLAS kernels         not known here\n" in report(facts(found), [])
