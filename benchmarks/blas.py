@@ -1,7 +1,8 @@
 """What the kernels that ofengine lets OneFlow's OpenBLAS take do on this machine.
 
-Processes take turns: one with ``OFENGINE_BLAS=as-is``, which leaves OneFlow's own choice, one
-without::
+Processes take turns: one with ``OFENGINE_BLAS=as-is``, which leaves OneFlow's own choice, one with
+the kernels that ofengine takes, named to OpenBLAS and left as they are (they slow whatever comes
+after a product), and one as it is with ofengine::
 
     python benchmarks/blas.py
 """
@@ -23,10 +24,11 @@ PRODUCTS: Dict[str, Tuple[int, int, int]] = {
     "64 x 1024 x 576, a 3x3 convolution's": (64, 1024, 576),
     "197 x 192 x 192, a ViT-tiny's": (197, 192, 192),
 }
-STEPS: Dict[str, Tuple[str, int, int]] = {
-    "ResNet-18, batch 8 of 3x32x32": ("resnet18", 8, 32),
-    "ViT-tiny, batch 1 of 3x224x224": ("vit_tiny", 1, 224),
-    "MLP, batch 32 of 3x32x32": ("mlp", 32, 32),
+STEPS: Dict[str, Tuple[str, int, int, str]] = {
+    "ResNet-18, batch 8 of 3x32x32": ("resnet18", 8, 32, "SGD"),
+    "ViT-tiny, batch 1 of 3x224x224": ("vit_tiny", 1, 224, "SGD"),
+    "MLP, batch 32 of 3x32x32": ("mlp", 32, 32, "SGD"),
+    "MLP with Adam": ("mlp", 32, 32, "Adam"),
 }
 
 
@@ -72,12 +74,13 @@ def kernels_child(blocks: int) -> Dict[str, Any]:
     for name, (m, n, k) in PRODUCTS.items():
         product = partial(flow.matmul, flow.randn(m, k), flow.randn(k, n))
         found[name] = _medians(product, blocks, 0.1)
-    for name, (network, images, size) in STEPS.items():
+    for name, (network, images, size, optimizer) in STEPS.items():
         for mode in ("eager", "graph"):
             flow.manual_seed(0)
             model = _vit_tiny() if network == "vit_tiny" else getattr(_cases, network)()
             batch = flow.randn(images, 3, size, size), flow.randint(0, 10, (images,))
-            step = _cases.hand_step(mode, model, nn.CrossEntropyLoss(), batch)
+            adam = flow.optim.Adam(model.parameters(), lr=1e-9) if optimizer == "Adam" else None
+            step = _cases.hand_step(mode, model, nn.CrossEntropyLoss(), batch, adam)
             found[f"{name}, {mode}"] = _medians(step, blocks, 0.3)
     return found
 
@@ -91,31 +94,39 @@ def main() -> None:
     os.environ.pop("OPENBLAS_CORETYPE", None)  # ofengine would leave what it names
     rounds, blocks = (1, 1) if options.quick else (5, 3)
     runs = {
-        kind: partial(
-            child, [__file__, "--child", str(blocks)], {"OFENGINE_BLAS": value}, timeout=1800
+        kind: partial(child, [__file__, "--child", str(blocks)], variables, timeout=1800)
+        for kind, variables in (
+            ("as it is", {"OFENGINE_BLAS": "as-is"}),
+            ("newer alone", {"OFENGINE_BLAS": "as-is", "OPENBLAS_CORETYPE": "Haswell"}),
+            ("with ofengine", {"OFENGINE_BLAS": ""}),
         )
-        for kind, value in (("as it is", "as-is"), ("with ofengine", ""))
     }
     seen = alternate(runs, rounds, tell)
-    before, after = seen["as it is"], seen["with ofengine"]
+    before, alone, after = seen["as it is"], seen["newer alone"], seen["with ofengine"]
     report = Report("blas", "BLAS kernels")
     report.raw = seen
     report.note(
         f"""OneFlow's own OpenBLAS took the kernels for {before[0]["core"]} on this processor, and
-        computes with those for {after[0]["core"]} once ofengine was imported. {rounds} process(es)
-        of each kind, in turns; in each the median of {blocks} blocks. Loops by hand, SGD with
-        momentum. Median and quartiles; ratios round by round, of the time by the clock and of what
-        all threads of the process have computed, which a busy machine disturbs less."""
+        computes with those for {after[0]["core"]} once ofengine was imported; "alone": with these
+        left as OpenBLAS has them, so that they slow whatever comes after a product. {rounds}
+        process(es) of each kind, in turns; in each the median of {blocks} blocks. Loops by hand,
+        SGD with momentum where nothing else is said. Median and quartiles; ratios round by round,
+        of the time by the clock and of what all threads of the process have computed, which a
+        busy machine disturbs less."""
     )
     rows: List[List[str]] = []
     for name in [key for key in before[0] if key != "core"]:
         digits = 3 if name in PRODUCTS else 1
-        cells = [show([each[name][0] / 1000 for each in runs], digits) for runs in (before, after)]
+        cells = [
+            show([each[name][0] / 1000 for each in found], digits)
+            for found in (before, alone, after)
+        ]
         for clock in (0, 1):
             cells.append(show([b[name][clock] / a[name][clock] for a, b in zip(before, after)], 2))
         rows.append([name, *cells])
-    cores = [f"{each[0]['core']}, ms" for each in (before, after)]
-    report.table(["what", *cores, "ratio", "of the processor's time"], rows)
+    old, new = before[0]["core"], after[0]["core"]
+    header = ["what", f"{old}, ms", f"{new} alone, ms", f"{new}, ms", "ratio"]
+    report.table([*header, "of the processor's time"], rows)
     report.save(options.json)
 
 
