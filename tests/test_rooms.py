@@ -66,6 +66,7 @@ ROOMS: List[List[str]] = [
 """From the top down. A name is a module, or a package with all modules that have no other room."""
 
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
+LONGEST_TEST_FILE = 600
 LOOP_OVER_BATCHES = ("run/loops.py", "_train_epoch")
 PRIVATE = re.compile(
     r"_oneflow_internal|flow\._C\b|_c_nn_graph|_generate_conf_for_graph|\b_job_proto|"
@@ -164,6 +165,13 @@ def test_every_room_exists() -> None:
     for room in ROOMS:
         for name in room:
             assert name in MODULES, name
+
+
+def test_no_file_of_tests_is_too_long() -> None:
+    files = Path(__file__).parent.rglob("*.py")
+    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert len(lines) > 200
+    assert {name: count for name, count in lines.items() if count > LONGEST_TEST_FILE} == {}
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -14,20 +14,12 @@ from typing import Any, Callable, Dict, Optional
 
 import numpy as np
 import oneflow as flow
+from cases_of_batches import Synced, by_schedule
+from cases_of_checkpoints import SavesAt, rates_found
+from cases_of_decisions import Skips, ended_by_a_signal
 from oneflow import nn
 from oneflow.utils.data import DataLoader
-from rank_cases import (
-    Place as EagerPlace,
-    Result,
-    SavesAt,
-    Skips,
-    Synced,
-    by_schedule,
-    dataset,
-    ended_by_a_signal,
-    rates_found,
-    weights,
-)
+from rank_basics import Place as EagerPlace, Result, dataset, weights
 
 from ofengine import Callback, OFEngineError, TaskModule, Trainer
 from ofengine.callbacks import EMAWeightAveraging, LRDecayCallback, PredictionWriter

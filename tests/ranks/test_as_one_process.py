@@ -8,7 +8,8 @@ from typing import Any, Dict, List
 import numpy as np
 import pytest
 from launched import results_of
-from rank_cases import CASES, CLOSE, SLOW, Place, run_case
+from rank_basics import CASES, CLOSE, SLOW, Place
+from rank_cases import run_case
 
 SCRIPT = Path(__file__).with_name("rank_cases.py")
 QUICK = [name for name in CASES if name not in SLOW]
