@@ -74,14 +74,15 @@ def take_newer_kernels(oneflow_was_there: bool) -> None:
     if not why:
         _switch(library)
         why = f"OneFlow by itself takes those for {before}"
-    _kernels = Kernels(_core_of(library), before, why, _mend(library))
+    core = _core_of(library)
+    _kernels = Kernels(core, before, why, _mend(library, core))
 
 
-def _mend(library: ctypes.PyDLL) -> bool:
+def _mend(library: ctypes.PyDLL, core: str) -> bool:
     if os.environ.get("OFENGINE_BLAS") == "as-is":
         return False
     try:
-        return clear_upper_halves(library, _core_of(library), _processor_flags())
+        return clear_upper_halves(library, core, _processor_flags())
     except (OSError, AttributeError, ValueError):
         return False  # another OpenBLAS, or no code may be loaded: it is slower, and as right
 

@@ -40,11 +40,10 @@ def clear_upper_halves(library: ctypes.PyDLL, core: str, flags: Set[str]) -> boo
     """
     if core not in _OF_AVX or "avx" not in flags:
         return False
-    table = ctypes.c_void_p.in_dll(library, "gotoblas").value
-    functions = (ctypes.c_uint64 * _MOST_FUNCTIONS).from_address(table or 0)
+    functions = ctypes.POINTER(ctypes.c_uint64).in_dll(library, "gotoblas")
     kernels = [_address(library, f"{kind}{core.upper()}") for kind in _KERNELS]
-    listed = list(functions)
-    places = [listed.index(kernel) for kernel in kernels]  # both, or none is changed
+    table = functions[:_MOST_FUNCTIONS]
+    places = [table.index(kernel) for kernel in kernels]  # both, or none is changed
     codes = [_calling(kernel) for kernel in kernels]
     start = load_code(b"".join(codes))
     for place, code in zip(places, codes):

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import textwrap
 from pathlib import Path
 from typing import Any, Dict
 
 import numpy as np
 import pytest
-from helpers import run_python
+from openblas import found_by, needs_avx2
 
 from ofengine._oneflow import blas
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-
-needs_avx2 = pytest.mark.skipif(
-    bool(blas._NEEDED - blas._processor_flags()), reason="this processor has no AVX2 and FMA"
-)
 needs_numpy_s_own = pytest.mark.skipif(
     not list(Path(np.__file__).parent.parent.glob("numpy.libs/libopenblas*.so")),
     reason="this numpy brings no OpenBLAS",
@@ -49,11 +41,7 @@ def take():
 
 def run(code: str, **environment: str) -> Dict[str, Any]:
     """What ``code`` left in ``found``, run in a process whose OneFlow took Prescott's kernels."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("OPENBLAS_CORETYPE", "OFENGINE_BLAS")}
-    program = f"{BEGIN}\nfound = {{}}\n{textwrap.dedent(code)}\nprint(json.dumps(found))"
-    ended = run_python("-c", program, env={**kept, "PYTHONPATH": str(ROOT), **environment})
-    assert ended.returncode == 0, ended.stderr
-    return {**json.loads(ended.stdout.splitlines()[-1]), "said": ended.stderr}
+    return found_by(BEGIN, code, **environment)
 
 
 @needs_avx2

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import json
-import os
-import textwrap
-from pathlib import Path
 from typing import Any, Dict
 
 import pytest
-from helpers import run_python
+from openblas import FLAGS, found_by, needs_avx2
 
 from ofengine._oneflow import blas, upper_halves
 from ofengine._oneflow.machine_code import load_code
 from ofengine._oneflow.upper_halves import clear_upper_halves
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-FLAGS = blas._processor_flags()
-
-needs_avx2 = pytest.mark.skipif(
-    bool(blas._NEEDED - FLAGS), reason="this processor has no AVX2 and FMA"
-)
+needs_avx = pytest.mark.skipif("avx" not in FLAGS, reason="this processor has no AVX")
 tells_what_is_in_use = pytest.mark.skipif(
     not {"avx2", "fma", "xgetbv1"} <= FLAGS, reason="this processor does not tell"
 )
@@ -64,12 +55,7 @@ def in_use():
 
 def run(code: str, **environment: str) -> Dict[str, Any]:
     """What ``code`` left in ``found``."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("OPENBLAS_CORETYPE", "OFENGINE_BLAS")}
-    program = f"{BEGIN}\nfound = {{}}\n{textwrap.dedent(code)}\nprint(json.dumps(found))"
-    ended = run_python("-c", program, env={**kept, "PYTHONPATH": str(ROOT), **environment})
-    assert ended.returncode == 0, ended.stderr
-    found: Dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
-    return found
+    return found_by(BEGIN, code, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +101,7 @@ def test_nothing_is_in_use_after_a_product(mended: Dict[str, Any]) -> None:
     assert as_is["in use"][0] == [0, 1, 64.0, 64.0]
 
 
+@needs_avx
 def test_the_code_hands_on_all_arguments_and_what_comes_back() -> None:
     function = ctypes.CFUNCTYPE(
         ctypes.c_int, *[ctypes.c_long] * 3, ctypes.c_float, *[ctypes.c_void_p] * 3, ctypes.c_long
@@ -126,8 +113,6 @@ def test_the_code_hands_on_all_arguments_and_what_comes_back() -> None:
         seen.append(arguments)
         return 7
 
-    if "avx" not in FLAGS:
-        pytest.skip("this processor has no AVX")
     at = ctypes.cast(kernel, ctypes.c_void_p).value
     assert at is not None
     called = function(load_code(upper_halves._calling(at)))
@@ -164,5 +149,4 @@ def test_a_table_without_the_kernels_is_left_as_it_is(monkeypatch: pytest.Monkey
         clear_upper_halves(library, "Haswell", {"avx"})
     assert list((ctypes.c_uint64 * 480).from_address(table)) == before
     monkeypatch.delenv("OFENGINE_BLAS", raising=False)
-    monkeypatch.setattr(blas, "_core_of", lambda library: "Haswell")
-    assert not blas._mend(library)
+    assert not blas._mend(library, "Haswell")
