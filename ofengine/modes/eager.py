@@ -159,9 +159,16 @@ class EagerMode:
         else:
             norms.finish(exchange.add(check, norms.done, norms.body))
         if closes:
-            exchange.put()
+            exchange.put(kept=self._gradients_may_be_kept())
             self._take_weights(self._weights.grad)
             self._weights.grad = None
+
+    def _gradients_may_be_kept(self) -> bool:
+        """True where a hook or an optimizer's own code could keep a gradient beyond the update."""
+        optimizer = self._optimizer
+        hooks = self._before_update or self._before_zero_grad or "zero_grad" in optimizer.__dict__
+        quick = self._step_of_all is None and optimizer.step is self._step_of_quick
+        return bool(hooks) or not quick
 
     def _take_weights(self, sums: Any) -> None:
         """What the batches of all ranks weigh together, and how many of them said so."""

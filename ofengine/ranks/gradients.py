@@ -3,7 +3,7 @@
 Floating-point addition depends on its order: a ring all-reduce of three ranks gives other last
 bits than one process that accumulates three batches. Here each rank gathers what every rank has,
 and adds it rank by rank to what the window has so far. All ranks then hold the same bits, which
-are those of the one process.
+are those of the one process. Of two ranks an all-reduce has the same bits, for a + b is b + a.
 
 Which parameters a batch has used is known to Python while the device still computes: ranks tell
 each other at a meeting. All else the device does in its turn, and nothing waits for it.
@@ -11,7 +11,7 @@ each other at a meeting. All else the device does in its turn, and nothing waits
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import oneflow as flow
@@ -83,10 +83,17 @@ class GradientExchange:
         having = [np.frombuffer(each, np.bool_) for each in by_rank]
         return [part.plan(having, had) for part in self._parts], had[-1].tobytes()
 
-    def put(self) -> None:
-        """Give each parameter that any batch of the window has used its gradient; begin anew."""
+    def put(self, kept: bool = True) -> None:
+        """Give each parameter that any batch of the window has used its gradient; begin anew.
+
+        Where these are not ``kept`` by anybody, their memory is written again from the next
+        :meth:`add` on.
+        """
         for parameter, gradient in zip(self.parameters, self._split()):
             parameter.grad = gradient
+        if not kept:
+            for part in self._parts:
+                part.reclaim()
         self.clear()
 
     def clear(self) -> None:
@@ -94,7 +101,7 @@ class GradientExchange:
         self._used = bytes(len(self.parameters))
         """Of each parameter, whether a batch of the window has used it."""
         for part in self._parts:
-            part.total = None
+            part.clear()
 
     def totals(self, names: Dict[int, str]) -> Dict[str, Any]:
         """What the window has so far, by the names of parameters, which are by ``id``."""
@@ -115,12 +122,29 @@ class GradientExchange:
             for part in self._parts:
                 for index, gradient in part.split():
                     if self._used[index]:
-                        gradients[index] = gradient.to(self.parameters[index].device)
+                        gradients[index] = gradient
         return gradients
 
 
+class _Flat:
+    """Memory for the parameters of one dtype, one after the other.
+
+    Args:
+        shapes: theirs.
+        sizes: so many numbers each has.
+    """
+
+    def __init__(
+        self, shapes: Sequence[Any], sizes: Sequence[int], dtype: Any, device: Any
+    ) -> None:
+        self.tensor = flow.empty(sum(sizes), dtype=dtype, device=device)
+        parts = flow.split(self.tensor, list(sizes))
+        self.views = [part.view(shape) for part, shape in zip(parts, shapes)]
+        """A view of each parameter's place, in its shape."""
+
+
 class _Part:
-    """The parameters of one dtype, one after the other.
+    """The parameters of one dtype.
 
     Args:
         meetings: this rank's end of the exchange.
@@ -131,24 +155,30 @@ class _Part:
     def __init__(self, meetings: Meetings, parameters: Sequence[Any], dtype: Any) -> None:
         self._meetings, self._dtype = meetings, dtype
         self.indices = [i for i, p in enumerate(parameters) if p.dtype == dtype]
-        self._shapes = [tuple(parameters[i].shape) for i in self.indices]
-        self._sizes = [int(parameters[i].numel()) for i in self.indices]
-        self.total: Any = None
-        """What the window has so far, flat; None before its first batch."""
+        own = [parameters[i] for i in self.indices]
+        self._shapes = [tuple(each.shape) for each in own]
+        self._sizes = [int(each.numel()) for each in own]
+        self._homes = [None if p.device == meetings.device else p.device for p in own]
+        """Where each one is, unless it is where the ranks exchange."""
         self._size = sum(self._sizes)
-        # Written again in each step, for new memory is slow: the device keeps the order.
-        self._own = self._new(self._size).zero_()
-        self._views = self._views_of(self._own)
         self._starts = [0, *np.cumsum(self._sizes).tolist()]
         self._at_once = max(1, min(self._size, meetings.most_numbers))
-        self._rows = self._new(meetings.size * self._at_once)
+        self._total: Optional[_Flat] = None
+        """What the window has so far; None before its first batch."""
+        self._own: Optional[_Flat] = None
+        """What this rank's batch has; None where it was made the total."""
+        # New memory is slow, and the device keeps the order: it is written again where that can be.
+        self._spare: Optional[_Flat] = None
+        self._rows: Any = None
 
     def take(self, gradients: Sequence[Any]) -> None:
         """Take over those of this rank; None where its batch has not used a parameter."""
-        for index, view in zip(self.indices, self._views):
+        if self._own is None:
+            self._own = self._memory()
+        for index, home, view in zip(self.indices, self._homes, self._own.views):
             gradient = gradients[index]
             if gradient is not None:
-                write_into(view, gradient.to(self._meetings.device))
+                write_into(view, gradient if home is None else gradient.to(self._meetings.device))
 
     def plan(self, having: Sequence[np.ndarray], had: Sequence[np.ndarray]) -> _Plan:
         """Of each rank, what it adds: all ranks ``having`` it, and the window what it ``had``.
@@ -162,10 +192,20 @@ class _Part:
         """Add what all ranks have taken over."""
         if not any(plan):
             return
-        if self.total is None:  # memory of its own: gradients that were put may still be looked at
-            self.total = self._new(self._size)
+        assert self._own is not None, "take() comes first"
+        if self._is_a_sum(plan):
+            start, stop, _ = plan[0][0]
+            self._meetings.add_other(self._own.tensor[start:stop])
+            self._total, self._own = self._own, None
+            return
+        if self._total is None:
+            self._total = self._memory()
+        if self._rows is None:
+            size = self._meetings.size * self._at_once
+            self._rows = flow.empty(size, dtype=self._dtype, device=self._meetings.device)
+        whole = self._total.tensor
         for first in range(0, self._size, self._at_once):
-            own = self._own[first : first + self._at_once]
+            own = self._own.tensor[first : first + self._at_once]
             size = int(own.numel())
             rows = self._rows[: self._meetings.size * size]
             self._meetings.gather_into(rows, own)
@@ -174,29 +214,46 @@ class _Part:
                 for start, stop, is_first in runs:
                     start, stop = max(start, first), min(stop, first + size)
                     if start < stop:
-                        total = self.total[start:stop]
+                        total = whole[start:stop]
                         row = rows[start - before : stop - before]
                         write_into(total, row) if is_first else total.add_(row)
 
+    def _is_a_sum(self, plan: _Plan) -> bool:
+        """True where two ranks have the same, in one piece, and the window has nothing so far."""
+        if len(plan) != 2 or self._total is not None or [len(runs) for runs in plan] != [1, 1]:
+            return False
+        return plan[0][0][2] and plan[1][0] == (*plan[0][0][:2], False)
+
     def split(self) -> List[Tuple[int, Any]]:
         """The index and the total of each parameter, views of one tensor."""
-        return [] if self.total is None else list(zip(self.indices, self._views_of(self.total)))
+        if self._total is None:
+            return []
+        return [
+            (index, view if home is None else view.to(home))
+            for index, home, view in zip(self.indices, self._homes, self._total.views)
+        ]
+
+    def reclaim(self) -> None:
+        """Let the memory of the totals be written again: nobody will look at them."""
+        self._spare = self._total
+
+    def clear(self) -> None:
+        """Begin a window anew."""
+        self._total = None
 
     def load(self, given: Sequence[Any]) -> None:
         """Go on from these totals."""
-        having = [index for index in self.indices if given[index] is not None]
-        if having:
-            self.total = self._new(self._size)
-            views = dict(zip(self.indices, self._views_of(self.total)))
-            for index in having:
-                write_into(views[index], given[index].to(self._meetings.device))
+        if any(given[index] is not None for index in self.indices):
+            self._total = self._memory()
+            for index, view in zip(self.indices, self._total.views):
+                if given[index] is not None:
+                    write_into(view, given[index].to(self._meetings.device))
 
-    def _new(self, size: int) -> Any:
-        return flow.empty(size, dtype=self._dtype, device=self._meetings.device)
-
-    def _views_of(self, flat: Any) -> List[Any]:
-        parts = flow.split(flat, self._sizes)
-        return [part.view(shape) for part, shape in zip(parts, self._shapes)]
+    def _memory(self) -> _Flat:
+        flat, self._spare = self._spare, None
+        if flat is None:
+            flat = _Flat(self._shapes, self._sizes, self._dtype, self._meetings.device)
+        return flat
 
 
 def _runs(having: np.ndarray, had: np.ndarray, starts: Sequence[int]) -> List[_Run]:

@@ -229,6 +229,10 @@ class Meetings:
         """
         comm.all_gather_into_tensor(rows, own)
 
+    def add_other(self, own: Any) -> None:
+        """Of two ranks: have the devices add the other's to ``own``, in its place; as above."""
+        comm.all_reduce(own)
+
     def gather_large(self, own: np.ndarray) -> np.ndarray:
         """The same of any number of bytes."""
         most = _MOST_BYTES // self.size
