@@ -3,7 +3,7 @@
 Floating-point addition depends on its order: a ring all-reduce of three ranks gives other last
 bits than one process that accumulates three batches. Here each rank gathers what every rank has,
 and adds it rank by rank to what the window has so far. All ranks then hold the same bits, which
-are those of the one process. Of two ranks an all-reduce has the same bits, for a + b is b + a.
+are those of the one process. Of two ranks an all-reduce in float32 has them too: a + b is b + a.
 
 Which parameters a batch has used is known to Python while the device still computes: ranks tell
 each other at a meeting. All else the device does in its turn, and nothing waits for it.
@@ -219,8 +219,13 @@ class _Part:
                         write_into(total, row) if is_first else total.add_(row)
 
     def _is_a_sum(self, plan: _Plan) -> bool:
-        """True where two ranks have the same, in one piece, and the window has nothing so far."""
-        if len(plan) != 2 or self._total is not None or [len(runs) for runs in plan] != [1, 1]:
+        """True where two ranks have the same, in one piece, and the window has nothing so far.
+
+        In float64 OneFlow's own addition makes +0 of -0 and -0, and its all-reduce does not.
+        """
+        if self._dtype != flow.float32 or self._total is not None:
+            return False
+        if len(plan) != 2 or [len(runs) for runs in plan] != [1, 1]:
             return False
         return plan[0][0][2] and plan[1][0] == (*plan[0][0][:2], False)
 

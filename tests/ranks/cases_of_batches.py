@@ -92,6 +92,37 @@ def float64(place: Place) -> Result:
     return fitted(task, place.trainer(), DataLoader(data, batch_size=4))
 
 
+@case
+def zeros_of_both_signs_and_the_smallest_numbers(place: Place) -> Result:
+    """The gradients of a step, as bytes: -0 equals 0."""
+    found: Result = {}
+
+    class Products(TaskModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.narrow = nn.Parameter(flow.zeros(600))
+            self.broad = nn.Parameter(flow.zeros(600, dtype=flow.float64))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            (x,) = batch
+            products = (self.broad * x).sum()
+            return products.to(flow.float32) + (self.narrow * x.to(flow.float32)).sum()
+
+        def configure_optimizers(self) -> Any:
+            return flow.optim.SGD(self.parameters(), lr=1.0)
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            for name, each in self.named_parameters():
+                found[name] = each.grad.numpy().tobytes()
+
+    rng = np.random.default_rng(2)
+    x = rng.choice([-0.0, 0.0, 1e-39, -1e-39, 3e-45, 0.25, -1.5], (12, 600))
+    task = Products()
+    loader = DataLoader(TensorDataset(flow.tensor(x)), batch_size=1)
+    place.trainer(max_epochs=1, max_steps=1).fit(task, loader)
+    return found
+
+
 @slow_case
 def plateau_and_early_stopping(place: Place) -> Result:
     class OnPlateau(Net):

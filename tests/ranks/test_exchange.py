@@ -56,7 +56,7 @@ class Played(Meetings):
         size = int(own.numel())
         self.reduced.append(size)
         # Both have a piece that begins with the first parameter, in this test.
-        own.copy_(flow.tensor(other[:size], dtype=own.dtype) + own)
+        own.copy_(flow.tensor(other[:size].astype(own.numpy().dtype) + own.numpy()))
 
     def gather_into(self, rows: Any, own: Any) -> None:
         size, start = int(own.numel()), self.at[own.dtype]
@@ -131,8 +131,8 @@ def test_gradients_are_added_in_the_order_of_one_process(
         for put, expected in held:
             check_same(put, expected)
     assert max(meetings.gathered) <= at_once * ranks
-    # Where two ranks have the same and a window begins: two dtypes, four times.
-    assert len(meetings.reduced) == (8 if ranks == 2 else 0)
+    # Where two ranks have the same and a window begins, in float32.
+    assert len(meetings.reduced) == (4 if ranks == 2 else 0)
 
 
 @pytest.mark.parametrize(("kept", "values"), [(True, 8), (False, 1)])
