@@ -33,6 +33,7 @@ SCRIPTS = (
     "threads",
     "blas",
     "cpu_speedups",
+    "operators",
     "guards",
     "ranks_eager",
     "ranks_graph",
