@@ -20,9 +20,6 @@ def operators(framework_name: str, name: str, rounds: int) -> Dict[str, List[flo
     nn = importlib.import_module(f"{framework_name}.nn")
     model = network(name, nn)
     loss_fn = nn.CrossEntropyLoss()
-    for layer in model.modules():
-        if getattr(layer, "inplace", False):
-            layer.inplace = False  # PyTorch refuses it on the random numbers, which are leaves
     images, labels = (
         framework.randn(BATCH, 3, 32, 32),
         framework.zeros(BATCH, dtype=framework.int64),
@@ -54,6 +51,8 @@ class LayerTimes:
         self._calls: List[Tuple[Any, Tuple[int, ...], bool]] = []
         leaves = [layer for layer in model.modules() if not list(layer.children())]
         for layer in leaves:
+            if getattr(layer, "inplace", False):
+                layer.inplace = False  # refused on the random numbers, which are leaves
             layer.register_forward_hook(self._note)
         step()
         for layer in leaves:

@@ -23,15 +23,25 @@ _FASTER: Dict[type, type] = {
 }
 
 
+def _faster(own: type) -> Optional[type]:
+    """The subclass of ``own`` that computes in faster operators, or None."""
+    if (own.__module__, own.__name__) == ("flowvision.models.convnext", "LayerNorm"):
+        from ofengine.speedups import convnext
+
+        return convnext.LayerNorm
+    return _FASTER.get(own)
+
+
 class cpu_speedups:
     """Have the layers of ``model`` compute on a CPU in faster operators, from now on.
 
-    These are ``nn.LayerNorm``, ``nn.GELU``, ``nn.SiLU``, and such ``nn.Conv2d`` of stride 1 as have
-    one filter of 25 elements or more for each channel; a subclass of a user's own stays as it is,
-    and so does what a forward method calls as a function. Parameters, names, ``state_dict`` and
-    ``isinstance`` are untouched; last bits differ from those of OneFlow's own kernels, and values
-    and gradients are within 1e-6 of the largest one from float64. Only float32 on a CPU is computed
-    so; of a layer norm, GELU and SiLU first derivatives alone can be taken.
+    These are ``nn.LayerNorm`` and that of flowvision's ConvNeXt, ``nn.GELU``, ``nn.SiLU``, and such
+    ``nn.Conv2d`` of stride 1 as have one filter of 25 elements or more for each channel; a subclass
+    of a user's own stays as it is, and so does what a forward method calls as a function.
+    Parameters, names, ``state_dict`` and ``isinstance`` are untouched; last bits differ from those
+    of OneFlow's own kernels, and values and gradients are within 1e-6 of the largest one from
+    float64. Only float32 on a CPU is computed so; of a layer norm, GELU and SiLU first derivatives
+    alone can be taken.
 
     As in ``with cpu_speedups(model):``, which ends it, or until :meth:`undo`.
 
@@ -50,8 +60,9 @@ class cpu_speedups:
         self._changed: List[Tuple[Any, type]] = []
         for layer in model.modules():
             own = type(layer)
-            if own in _FASTER and layers.has_faster(layer):
-                layer.__class__ = _FASTER[own]
+            faster = _faster(own)
+            if faster is not None and layers.has_faster(layer):
+                layer.__class__ = faster
                 self._changed.append((layer, own))
         self.layers = dict(Counter(own.__name__ for _, own in self._changed))
         """How many layers of each class compute so."""

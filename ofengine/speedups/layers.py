@@ -17,7 +17,7 @@ from ofengine.speedups import activations, convolutions, norms
 _LEAST_KERNEL, _MOST_COLUMNS = 25, 64
 
 
-def _is_for_cpu(x: Any) -> bool:
+def is_for_cpu(x: Any) -> bool:
     """True for what the faster operators are for: float32 on this process's CPU."""
     return x.dtype == flow.float32 and x.is_local and x.device.type == "cpu" and x.numel() > 0
 
@@ -29,7 +29,7 @@ class LayerNorm(nn.LayerNorm):
         """The normalized input, of its shape."""
         shape = tuple(self.normalized_shape)
         fits = x.ndim > len(shape) and tuple(x.shape[-len(shape) :]) == shape
-        if not fits or not _is_for_cpu(x):
+        if not fits or not is_for_cpu(x):
             return nn.LayerNorm.forward(self, x)
         return norms.layer_norm(x, math.prod(shape), self.weight, self.bias, self.eps)
 
@@ -39,7 +39,7 @@ class GELU(nn.GELU):
 
     def forward(self, input: Any) -> Any:
         """GELU of each element."""
-        return activations.gelu(input) if _is_for_cpu(input) else nn.GELU.forward(self, input)
+        return activations.gelu(input) if is_for_cpu(input) else nn.GELU.forward(self, input)
 
 
 class SiLU(nn.SiLU):
@@ -47,7 +47,7 @@ class SiLU(nn.SiLU):
 
     def forward(self, x: Any) -> Any:
         """SiLU of each element."""
-        return activations.silu(x) if _is_for_cpu(x) else nn.SiLU.forward(self, x)
+        return activations.silu(x) if is_for_cpu(x) else nn.SiLU.forward(self, x)
 
 
 class Conv2d(nn.Conv2d):
@@ -56,7 +56,7 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Any) -> Any:
         """The convolution of a batch of images."""
         fits = x.ndim == 4 and x.shape[1] == self.in_channels and x.shape[3] <= _MOST_COLUMNS
-        if not fits or not _is_for_cpu(x):
+        if not fits or not is_for_cpu(x):
             return nn.Conv2d.forward(self, x)
         y = convolutions.depthwise(x, self.weight)
         return y if self.bias is None else convolutions.with_bias(y, self.bias)

@@ -9,6 +9,7 @@ from typing import Any
 
 import oneflow as flow
 import pytest
+from flowvision.models import convnext
 from helpers import MODES, bits, fill_deterministically, quiet_trainer
 from oneflow import nn
 
@@ -109,6 +110,38 @@ def test_both_modes_train_to_the_same_bits_and_the_task_is_as_it_was() -> None:
     assert bits(own) != bits(eager)  # it was really computed otherwise
     for name, weights in own.state_dict().items():
         assert abs(weights.numpy() - eager.state_dict()[name].numpy()).max() < 1e-3, name
+
+
+class ConvNeXt(Net):
+    """Over channels first and last, by the norms that flowvision's network has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.over_channels = convnext.LayerNorm(6, data_format="channels_first")
+        self.norm = convnext.LayerNorm(6)
+        fill_deterministically(self)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        x = self.norm(self.over_channels(self.stem(x)).permute(0, 2, 3, 1))
+        return nn.functional.cross_entropy(self.head(x.flatten(1, 2).mean(1)), y)
+
+
+def test_the_norms_of_convnext_train_alike_in_both_modes_and_are_pickled() -> None:
+    tasks = []
+    for mode in MODES:
+        tasks.append(ConvNeXt())
+        quiet_trainer(mode=mode, max_epochs=2, seed=1, cpu_speedups=True).fit(tasks[-1], images())
+    assert bits(tasks[0]) == bits(tasks[1])
+    own = ConvNeXt()
+    quiet_trainer(max_epochs=2, seed=1).fit(own, images())
+    for name, weights in own.state_dict().items():
+        assert abs(weights.numpy() - tasks[0].state_dict()[name].numpy()).max() < 1e-3, name
+    with cpu_speedups(own) as speedups:
+        assert speedups.layers["LayerNorm"] == 2
+        assert type(pickle.loads(pickle.dumps(own.norm))) is type(own.norm)
+        assert isinstance(own.norm, convnext.LayerNorm)
+    assert type(own.norm) is convnext.LayerNorm
 
 
 def test_in_a_graph_of_one_s_own_they_compute_as_in_eager_mode() -> None:

@@ -8,6 +8,7 @@ from typing import Any, Callable, Dict, List, Tuple
 import numpy as np
 import oneflow as flow
 import pytest
+from flowvision.models import convnext
 from oneflow import nn
 
 from ofengine import ConfigurationError, cpu_speedups
@@ -19,6 +20,10 @@ CASES: Dict[str, Tuple[Callable[[], nn.Module], Tuple[int, ...]]] = {
     "layer norm": (lambda: nn.LayerNorm(24, eps=1e-6), (3, 5, 24)),
     "layer norm of two dimensions": (lambda: nn.LayerNorm((4, 6)), (5, 4, 6)),
     "layer norm of one row": (lambda: nn.LayerNorm(7), (1, 7)),
+    "layer norm of ConvNeXt": (lambda: convnext.LayerNorm(24), (2, 3, 5, 24)),
+    "layer norm of ConvNeXt over channels": (
+        lambda: convnext.LayerNorm(6, data_format="channels_first"), (2, 6, 3, 5)
+    ),
     "gelu": (nn.GELU, (4, 50)),
     "silu": (nn.SiLU, (4, 50)),
     "depthwise": (lambda: nn.Conv2d(6, 6, 5, padding=2, groups=6), (3, 6, 5, 7)),
