@@ -20,6 +20,7 @@ _FASTER: Dict[type, type] = {
     nn.GELU: layers.GELU,
     nn.SiLU: layers.SiLU,
     nn.Conv2d: layers.Conv2d,
+    nn.LSTM: layers.LSTM,
 }
 
 
@@ -35,13 +36,14 @@ def _faster(own: type) -> Optional[type]:
 class cpu_speedups:
     """Have the layers of ``model`` compute on a CPU in faster operators, from now on.
 
-    These are ``nn.LayerNorm`` and that of flowvision's ConvNeXt, ``nn.GELU``, ``nn.SiLU``, and such
-    ``nn.Conv2d`` of stride 1 as have one filter of 25 elements or more for each channel; a subclass
-    of a user's own stays as it is, and so does what a forward method calls as a function.
-    Parameters, names, ``state_dict`` and ``isinstance`` are untouched; last bits differ from those
-    of OneFlow's own kernels, and values and gradients are within 1e-6 of the largest one from
-    float64. Only float32 on a CPU is computed so; of a layer norm, GELU and SiLU first derivatives
-    alone can be taken.
+    These are ``nn.LayerNorm`` and that of flowvision's ConvNeXt, ``nn.GELU``, ``nn.SiLU``, an
+    ``nn.LSTM`` of one direction without ``proj_size`` (in training, with dropout between its layers
+    it computes as before), and such ``nn.Conv2d`` of stride 1 as have one filter of 25 elements or
+    more for each channel; a subclass of a user's own stays as it is, and so does what a forward
+    method calls as a function. Parameters, names, ``state_dict`` and ``isinstance`` are untouched;
+    last bits differ from those of OneFlow's own kernels, and values and gradients are within 1e-6
+    of the largest one from float64. Only float32 on a CPU is computed so; of a layer norm, GELU,
+    SiLU and LSTM first derivatives alone can be taken.
 
     As in ``with cpu_speedups(model):``, which ends it, or until :meth:`undo`.
 

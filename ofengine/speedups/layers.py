@@ -11,7 +11,7 @@ from typing import Any
 import oneflow as flow
 from oneflow import nn
 
-from ofengine.speedups import activations, convolutions, norms
+from ofengine.speedups import activations, convolutions, norms, recurrent
 
 # What benchmarks/cpu_speedups.py found: beyond these OneFlow's own are as fast, or faster.
 _LEAST_KERNEL, _MOST_COLUMNS = 25, 64
@@ -62,12 +62,44 @@ class Conv2d(nn.Conv2d):
         return y if self.bias is None else convolutions.with_bias(y, self.bias)
 
 
+class LSTM(nn.LSTM):
+    """See :mod:`ofengine.speedups.recurrent`."""
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """The last layer's output, and the last (h, c) of each layer."""
+        if not _fits_cells(self, input, hx):
+            return nn.LSTM.forward(self, input, hx)
+        kinds = ["weight_ih", "weight_hh", *["bias_ih", "bias_hh"] * bool(self.bias)]
+        weights = [
+            tuple(getattr(self, f"{kind}_l{number}") for kind in kinds)
+            for number in range(self.num_layers)
+        ]
+        x = input.transpose(0, 1).contiguous() if self.batch_first else input
+        if hx is None:
+            zeros = x.new_zeros((self.num_layers, x.shape[1], self.hidden_size))
+            hx = zeros, zeros
+        y, h, c = recurrent.lstm(x, weights, *hx)
+        return y.transpose(0, 1).contiguous() if self.batch_first else y, (h, c)
+
+
+def _fits_cells(layer: Any, x: Any, hx: Any) -> bool:
+    if not isinstance(x, flow.Tensor) or x.ndim != 3 or not is_for_cpu(x):
+        return False
+    drops = layer.dropout and layer.num_layers > 1 and layer.training
+    if drops or x.shape[2] != layer.input_size:
+        return False
+    state = layer.num_layers, x.shape[0 if layer.batch_first else 1], layer.hidden_size
+    return hx is None or all(tuple(each.shape) == state and is_for_cpu(each) for each in hx)
+
+
 def has_faster(layer: nn.Module) -> bool:
     """True where ``layer``, with the options it has, can compute in faster operators."""
     if isinstance(layer, nn.LayerNorm):
         return layer.weight is not None and layer.bias is not None
     if isinstance(layer, nn.GELU):
         return layer.approximate == "none"
+    if isinstance(layer, nn.LSTM):
+        return not layer.bidirectional and layer.proj_size == 0
     if not isinstance(layer, nn.Conv2d):
         return True
     kernel = tuple(layer.kernel_size)

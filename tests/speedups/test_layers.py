@@ -72,6 +72,8 @@ def test_layers_keep_all_but_their_class_and_get_it_back() -> None:
         OwnNorm(4),
         nn.LayerNorm(4, elementwise_affine=False),
         nn.GELU("tanh"),
+        nn.LSTM(3, 4, bidirectional=True),
+        nn.LSTM(3, 4, proj_size=2),
         nn.Conv2d(4, 4, 1, stride=2),
         nn.Conv2d(4, 4, 1),
         nn.Conv2d(4, 4, 3, padding=1, groups=4),
@@ -110,6 +112,36 @@ def test_both_modes_train_to_the_same_bits_and_the_task_is_as_it_was() -> None:
     assert bits(own) != bits(eager)  # it was really computed otherwise
     for name, weights in own.state_dict().items():
         assert abs(weights.numpy() - eager.state_dict()[name].numpy()).max() < 1e-3, name
+
+
+class Sentences(TaskModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(9, 5)
+        self.lstm = nn.LSTM(5, 6, num_layers=2, batch_first=True)
+        self.head = nn.Linear(6, 9)
+        fill_deterministically(self)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        found, (_, cells) = self.lstm(self.words(batch))
+        scores = self.head(found[:, :-1]).reshape(-1, 9)
+        return nn.functional.cross_entropy(scores, batch[:, 1:].reshape(-1)) + cells.mean()
+
+    def configure_optimizers(self) -> Any:
+        return flow.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def test_an_lstm_trains_alike_in_both_modes() -> None:
+    flow.manual_seed(4)
+    batches = [flow.randint(0, 9, (3, 7)) for _ in range(4)]
+    tasks = []
+    for mode, faster in ((MODES[0], True), (MODES[1], True), ("eager", False)):
+        tasks.append(Sentences())
+        trainer = quiet_trainer(mode=mode, max_epochs=2, seed=1, cpu_speedups=faster)
+        trainer.fit(tasks[-1], batches)
+    assert bits(tasks[0]) == bits(tasks[1])
+    for name, weights in tasks[2].state_dict().items():
+        assert abs(weights.numpy() - tasks[0].state_dict()[name].numpy()).max() < 1e-3, name
 
 
 class ConvNeXt(Net):

@@ -24,6 +24,9 @@ CASES: Dict[str, Tuple[Callable[[], nn.Module], Tuple[int, ...]]] = {
     "layer norm of ConvNeXt over channels": (
         lambda: convnext.LayerNorm(6, data_format="channels_first"), (2, 6, 3, 5)
     ),
+    "lstm": (lambda: nn.LSTM(5, 6), (7, 3, 5)),
+    "lstm of three layers": (lambda: nn.LSTM(5, 4, num_layers=3, batch_first=True), (3, 7, 5)),
+    "lstm without biases": (lambda: nn.LSTM(5, 4, bias=False), (1, 1, 5)),
     "gelu": (nn.GELU, (4, 50)),
     "silu": (nn.SiLU, (4, 50)),
     "depthwise": (lambda: nn.Conv2d(6, 6, 5, padding=2, groups=6), (3, 6, 5, 7)),
@@ -43,6 +46,8 @@ def results(layer: nn.Module, x: np.ndarray) -> List[np.ndarray]:
     """What comes out, and the gradients of the input and of each parameter."""
     given = flow.tensor(x, requires_grad=True)
     y = layer(given)
+    if isinstance(y, tuple):  # an LSTM's
+        y = flow.cat([each.reshape(-1) for each in (y[0], *y[1])])
     weights = np.random.RandomState(2).randn(*y.shape).astype(x.dtype)
     (y * flow.tensor(weights)).sum().backward()
     gradients = [given.grad, *(each.grad for each in layer.parameters())]
@@ -60,6 +65,59 @@ def test_values_and_gradients_are_those_of_float64(case: str) -> None:
         assert ours.dtype == np.float32
         assert ours.shape == true.shape
         assert np.abs(ours - true).max() <= TOLERANCE * np.abs(true).max()
+
+
+def test_an_lstm_goes_on_from_a_given_state_and_passes_its_gradient_on() -> None:
+    layer = filled(nn.LSTM(5, 4, num_layers=2))
+    random = np.random.RandomState(5)
+    x, h, c = random.randn(6, 3, 5), random.randn(2, 3, 4), random.randn(2, 3, 4)
+    found = []
+    for model, dtype in ((copy.deepcopy(layer).double(), np.float64), (layer, np.float32)):
+        if dtype is np.float32:
+            assert cpu_speedups(model).layers == {"LSTM": 1}
+        given = [flow.tensor(each.astype(dtype), requires_grad=True) for each in (x, h, c)]
+        y, (last_h, last_c) = model(given[0], (given[1], given[2]))
+        assert (y[-1].numpy() == last_h[-1].numpy()).all()
+        (last_h.sum() * 2 + (last_c * last_c).sum()).backward()
+        found.append([each.grad.numpy() for each in given])
+    for ours, true in zip(found[1], found[0]):
+        assert np.abs(ours - true).max() <= TOLERANCE * np.abs(true).max()
+
+
+@pytest.mark.parametrize("used", ["all outputs", "the last output", "the last cells"])
+@pytest.mark.parametrize("frozen", ["nothing", "weight_ih_l0", "weight_hh_l0", "everything"])
+def test_an_lstm_of_which_a_part_is_used_or_trained(used: str, frozen: str) -> None:
+    layer = filled(nn.LSTM(5, 4))
+    x = np.random.RandomState(6).randn(3, 2, 5)
+    found = []
+    for model, dtype in ((copy.deepcopy(layer).double(), np.float64), (layer, np.float32)):
+        if dtype is np.float32:
+            cpu_speedups(model)
+        for name, each in model.named_parameters():
+            each.requires_grad_(frozen not in (name, "everything"))
+        given = flow.tensor(x.astype(dtype), requires_grad=True)
+        y, (last_h, last_c) = model(given)
+        {"all outputs": y, "the last output": last_h, "the last cells": last_c}[
+            used
+        ].sum().backward()
+        found.append([given.grad, *[each.grad for each in model.parameters()]])
+    for true, ours in zip(*found):
+        assert (true is None) == (ours is None)
+        if true is not None:
+            true, ours = true.numpy(), ours.numpy()
+            assert np.abs(ours - true).max() <= TOLERANCE * np.abs(true).max()
+
+
+def test_what_is_no_batch_of_sequences_is_computed_by_oneflow() -> None:
+    """A sequence by itself, and dropout between layers."""
+    layer = filled(nn.LSTM(5, 4, num_layers=2, dropout=0.5))
+    x = flow.randn(6, 5)
+    flow.manual_seed(1)
+    own = layer(x)[0].numpy(), layer(x.unsqueeze(1))[0].numpy()
+    cpu_speedups(layer)
+    flow.manual_seed(1)
+    assert (layer(x)[0].numpy() == own[0]).all()
+    assert (layer(x.unsqueeze(1))[0].numpy() == own[1]).all()
 
 
 @pytest.mark.parametrize("kind", [nn.GELU, nn.SiLU])
@@ -115,11 +173,13 @@ def test_a_frozen_layer_passes_gradients_through() -> None:
     assert all(each.grad is None for each in model[1].parameters())
 
 
-@pytest.mark.parametrize("kind", ["gelu", "silu", "layer norm"])
+@pytest.mark.parametrize("kind", ["gelu", "silu", "layer norm", "lstm"])
 def test_a_second_derivative_is_refused(kind: str) -> None:
     make, shape = CASES[kind]
     layer = make()
     cpu_speedups(layer)
     x = flow.randn(*shape).requires_grad_(True)
     with pytest.raises(ConfigurationError, match=r"no second derivatives.*create_graph=True"):
-        flow.autograd.grad(flow.square(layer(x)).sum(), x, create_graph=True)
+        y = layer(x)
+        y = y[0] if isinstance(y, tuple) else y
+        flow.autograd.grad(flow.square(y).sum(), x, create_graph=True)
