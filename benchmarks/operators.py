@@ -118,7 +118,8 @@ def rows_of(name: str, found: Dict[str, Any]) -> List[List[str]]:
     others = [0.0, 0.0, 0.0]
     for kind, (count, before) in sorted(own.items(), key=lambda item: -faster[item[0]][1]):
         after = faster[kind][1]
-        if after < LEAST * faster_step and before < LEAST * own_step:
+        is_small = after < LEAST * faster_step and before < LEAST * own_step
+        if is_small or kind == "other layers":
             others = [a + b for a, b in zip(others, (count, before, after))]
         else:
             rows.append((kind, count, before, after))
