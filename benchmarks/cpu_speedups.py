@@ -1,4 +1,4 @@
-"""What ``cpu_speedups`` does to a training step of models from flowvision, in both modes.
+"""What ``cpu_speedups`` does to a training step, in both modes: flowvision's models, text models.
 
 In one process a model with and one without take turns, step by step; loops by hand, SGD with
 momentum::
@@ -15,21 +15,13 @@ import time
 from typing import Any, Callable, Dict, List, Tuple
 
 from _measure import Report, child, parser, show, tell
+from _models import LENGTH, MODELS, SENTENCES, TEXT, WIDTH, network
 
-MODELS: Dict[str, Tuple[str, int]] = {
-    "ViT-tiny": ("vit_tiny_patch16_224", 2),
-    "Swin-tiny": ("swin_tiny_patch4_window7_224", 1),
-    "ConvNeXt-tiny": ("convnext_tiny_224", 1),
-    "MobileNetV2": ("mobilenet_v2", 4),
-    "MobileNetV3-small": ("mobilenet_v3_small", 4),
-    "EfficientNet-B0": ("efficientnet_b0", 2),
-}
-"""flowvision's name, and images of 3x224x224 in a batch."""
+NAMES = (*MODELS, *TEXT)
 
 
 def steps(name: str, mode: str, pairs: int) -> Dict[str, Any]:
     """Milliseconds of each step, by the clock and of all threads; how far the losses are apart."""
-    import flowvision.models
     import oneflow as flow
     from _cases import hand_step
     from oneflow import nn
@@ -40,11 +32,9 @@ def steps(name: str, mode: str, pairs: int) -> Dict[str, Any]:
 
     mend_launch_race()
     flow.manual_seed(0)
-    network, images = MODELS[name]
-    own = getattr(flowvision.models, network)(num_classes=10)
+    own, *batch = network(name)
     faster = copy.deepcopy(own)
     speedups = cpu_speedups(faster)
-    batch = flow.randn(images, 3, 224, 224), flow.randint(0, 10, (images,))
     made = [hand_step(mode, each, nn.CrossEntropyLoss(), batch) for each in (own, faster)]
 
     def timed(step: Callable[[], Any]) -> Tuple[float, float]:
@@ -71,13 +61,14 @@ def main() -> int:
         return 0
     report = Report("cpu_speedups", "Faster operators on a CPU")
     report.note(
-        """A training step in milliseconds, OneFlow's own operators and those of `cpu_speedups` in
+        f"""A training step in milliseconds, OneFlow's own operators and those of `cpu_speedups` in
         turns, step by step; ratios pair by pair, of the time by the clock and of what all threads
         of the process have computed, which a busy machine disturbs less. The last column is how far
-        the losses of the first step are apart, as a share."""
+        the losses of the first step are apart, as a share. LSTM and transformer: two layers of
+        width {WIDTH}, sentences of {LENGTH} words."""
     )
     rows: List[List[str]] = []
-    for name in MODELS if not options.quick else list(MODELS)[:1]:
+    for name in NAMES if not options.quick else TEXT:
         for mode in ("eager", "graph"):
             tell(f"{name}, {mode}")
             pairs = 1 if options.quick else 7
@@ -89,7 +80,7 @@ def main() -> int:
             layers = ", ".join(f"{count} {kind}" for kind, count in found["layers"].items())
             rows.append(
                 [
-                    f"{name}, batch {MODELS[name][1]} ({layers})",
+                    f"{name}, batch {MODELS[name][1] if name in MODELS else SENTENCES} ({layers})",
                     mode,
                     show([own for own, _ in walls], 0),
                     show([faster for _, faster in walls], 0),
