@@ -120,9 +120,8 @@ class GradientExchange:
         gradients: List[Any] = [None] * len(self.parameters)
         with flow.no_grad():
             for part in self._parts:
-                for index, gradient in part.split():
-                    if self._used[index]:
-                        gradients[index] = gradient
+                for index, gradient in part.split(self._used):
+                    gradients[index] = gradient
         return gradients
 
 
@@ -229,13 +228,14 @@ class _Part:
             return False
         return plan[0][0][2] and plan[1][0] == (*plan[0][0][:2], False)
 
-    def split(self) -> List[Tuple[int, Any]]:
-        """The index and the total of each parameter, views of one tensor."""
+    def split(self, used: bytes) -> List[Tuple[int, Any]]:
+        """The index and the total of each parameter that was ``used``, where the parameter is."""
         if self._total is None:
             return []
         return [
             (index, view if home is None else view.to(home))
             for index, home, view in zip(self.indices, self._homes, self._total.views)
+            if used[index]
         ]
 
     def reclaim(self) -> None:
