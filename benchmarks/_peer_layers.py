@@ -20,10 +20,8 @@ def operators(framework_name: str, name: str, rounds: int) -> Dict[str, List[flo
     nn = importlib.import_module(f"{framework_name}.nn")
     model = network(name, nn)
     loss_fn = nn.CrossEntropyLoss()
-    images, labels = (
-        framework.randn(BATCH, 3, 32, 32),
-        framework.zeros(BATCH, dtype=framework.int64),
-    )
+    images = framework.randn(BATCH, 3, 32, 32)
+    labels = framework.zeros(BATCH, dtype=framework.int64)
     times = LayerTimes(framework, model, lambda: loss_fn(model(images), labels).backward())
     optimizer = sgd(framework, model.parameters())
     found = times.by_class(rounds)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from typing import Any, Dict, List, Tuple
 
 from _measure import Report, child, parser, tell
@@ -39,10 +38,8 @@ def layers(name: str, quick: bool) -> Dict[str, Any]:
     rounds = 1 if quick else 5
     times = LayerTimes(flow, model, step)
     own, own_step = times.by_class(rounds), times.timed(step, rounds)
-    start = time.perf_counter()
     with cpu_speedups(model):
         faster, faster_step = times.by_class(rounds), times.timed(step, rounds)
-    tell(f"{name}: {time.perf_counter() - start:.0f} s")
     return {"own": own, "faster": faster, "steps": [own_step, faster_step]}
 
 
@@ -89,6 +86,7 @@ def main() -> int:
     rows: List[List[str]] = []
     report = Report("operators", "Layers on a CPU, one by one")
     for name in NAMES if not options.quick else ("transformer",):
+        tell(name)
         found = child([__file__, "--child", name, *quick], timeout=1800)
         report.raw[name] = found
         rows += rows_of(name, found)

@@ -8,7 +8,8 @@ from typing import Any, Dict
 
 import numpy as np
 import pytest
-from openblas import found_by, needs_avx2
+from numpy.core._multiarray_umath import __cpu_features__
+from openblas import FLAGS, found_by, needs_avx2
 
 from ofengine._oneflow import blas
 
@@ -42,6 +43,12 @@ def take():
 def run(code: str, **environment: str) -> Dict[str, Any]:
     """What ``code`` left in ``found``, run in a process whose OneFlow took Prescott's kernels."""
     return found_by(BEGIN, code, **environment)
+
+
+def test_what_the_processor_can_is_what_numpy_finds_by_itself() -> None:
+    """Or tests that need AVX would be skipped on processors that have it."""
+    for flag, of_numpy in (("avx", "AVX"), ("avx2", "AVX2"), ("fma", "FMA3")):
+        assert (flag in FLAGS) == __cpu_features__[of_numpy], flag
 
 
 @needs_avx2

@@ -42,6 +42,10 @@ def filled(layer: nn.Module) -> nn.Module:
     return layer
 
 
+def assert_near(ours: np.ndarray, true: np.ndarray) -> None:
+    assert np.abs(ours - true).max() <= TOLERANCE * np.abs(true).max()
+
+
 def results(layer: nn.Module, x: np.ndarray) -> List[np.ndarray]:
     """What comes out, and the gradients of the input and of each parameter."""
     given = flow.tensor(x, requires_grad=True)
@@ -64,7 +68,7 @@ def test_values_and_gradients_are_those_of_float64(case: str) -> None:
     for ours, true in zip(results(layer, x), exact):
         assert ours.dtype == np.float32
         assert ours.shape == true.shape
-        assert np.abs(ours - true).max() <= TOLERANCE * np.abs(true).max()
+        assert_near(ours, true)
 
 
 def test_an_lstm_goes_on_from_a_given_state_and_passes_its_gradient_on() -> None:
@@ -81,7 +85,7 @@ def test_an_lstm_goes_on_from_a_given_state_and_passes_its_gradient_on() -> None
         (last_h.sum() * 2 + (last_c * last_c).sum()).backward()
         found.append([each.grad.numpy() for each in given])
     for ours, true in zip(found[1], found[0]):
-        assert np.abs(ours - true).max() <= TOLERANCE * np.abs(true).max()
+        assert_near(ours, true)
 
 
 @pytest.mark.parametrize("used", ["all outputs", "the last output", "the last cells"])
@@ -97,15 +101,13 @@ def test_an_lstm_of_which_a_part_is_used_or_trained(used: str, frozen: str) -> N
             each.requires_grad_(frozen not in (name, "everything"))
         given = flow.tensor(x.astype(dtype), requires_grad=True)
         y, (last_h, last_c) = model(given)
-        {"all outputs": y, "the last output": last_h, "the last cells": last_c}[
-            used
-        ].sum().backward()
+        outputs = {"all outputs": y, "the last output": last_h, "the last cells": last_c}
+        outputs[used].sum().backward()
         found.append([given.grad, *[each.grad for each in model.parameters()]])
     for true, ours in zip(*found):
         assert (true is None) == (ours is None)
         if true is not None:
-            true, ours = true.numpy(), ours.numpy()
-            assert np.abs(ours - true).max() <= TOLERANCE * np.abs(true).max()
+            assert_near(ours.numpy(), true.numpy())
 
 
 def test_what_is_no_batch_of_sequences_is_computed_by_oneflow() -> None:
