@@ -122,7 +122,7 @@ class EagerMode:
                 clip(self._run)
             clears, step = False, self._step_of_all or optimizer.step
             if step is self._step_of_quick:
-                clears = self._clears_alone(optimizer)
+                clears = not self._before_zero_grad and "zero_grad" not in optimizer.__dict__
                 self._quick(optimizer, clears)
             elif self._corrects_bias:
                 step_as_graphs(step)  # Adam and its like
@@ -166,12 +166,9 @@ class EagerMode:
     def _gradients_may_be_kept(self) -> bool:
         """True where a hook or an optimizer's own code could keep a gradient beyond the update."""
         optimizer = self._optimizer
-        is_quick = self._step_of_all is None and optimizer.step is self._step_of_quick
-        return not is_quick or bool(self._before_update) or not self._clears_alone(optimizer)
-
-    def _clears_alone(self, optimizer: Any) -> bool:
-        """True where nobody else has a part in the clearing of gradients."""
-        return not self._before_zero_grad and "zero_grad" not in optimizer.__dict__
+        hooks = self._before_update or self._before_zero_grad or "zero_grad" in optimizer.__dict__
+        quick = self._step_of_all is None and optimizer.step is self._step_of_quick
+        return bool(hooks) or not quick
 
     def _take_weights(self, sums: Any) -> None:
         """What the batches of all ranks weigh together, and how many of them said so."""
