@@ -273,7 +273,7 @@ def _generators_as_they_were() -> Iterator[None]:
     np.random.set_state(state)
 
 
-@pytest.mark.parametrize("name", some_slow(MOMENTS, "in a window", "of several optimizers"))
+@pytest.mark.parametrize("name", some_slow(MOMENTS, "in a window"))
 def test_a_change_of_the_state_is_refused_whole_or_taken_whole(name: str, tmp_path: Path) -> None:
     tried = trial(name, "eager", tmp_path)
     start = 100_000 * list(MOMENTS).index(name)

@@ -30,7 +30,8 @@ def decaying() -> List[Callback]:
 @pytest.mark.parametrize(
     ("mode", "other"),
     [
-        *(("eager", "graph"), ("graph", "eager")),
+        ("graph", "eager"),
+        pytest.param("eager", "graph", marks=pytest.mark.slow),
         pytest.param("eager", "eager", marks=pytest.mark.slow),
         pytest.param("graph", "graph", marks=pytest.mark.slow),
     ],

@@ -7,6 +7,7 @@ segmentation fault where they are wrong.
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,16 @@ def generator(kind: str, drawn: int = 3) -> Any:
 
 
 KINDS = ["cpu", "auto"]
+
+
+@functools.lru_cache(maxsize=None)
+def _state(kind: str) -> Any:
+    return state_of(generator(kind))
+
+
+def a_state(kind: str) -> Any:
+    """Where a generator of the ``kind`` stands; to be changed as one likes."""
+    return copy.deepcopy(_state(kind))
 
 
 def refused(kind: str, state: Any) -> None:
@@ -57,7 +68,7 @@ def test_those_of_the_other_kind() -> None:
 @pytest.mark.parametrize("place", range(4))
 @pytest.mark.parametrize("value", [-1, 0, 2, 99, 2**31, 2**62, -(2**63)])
 def test_numbers_of_the_header_that_lie(place: int, value: int) -> None:
-    state = copy.deepcopy(state_of(generator("auto")))
+    state = a_state("auto")
     header = state["oneflow"][:40].view(np.int64)
     where = place + 1  # behind the seed
     if header[where] == value:
@@ -68,14 +79,14 @@ def test_numbers_of_the_header_that_lie(place: int, value: int) -> None:
 
 @pytest.mark.parametrize("name", [b"cuda0", b"cpu:1", b"cpu,0", b"\xff\xff\xff\xff\xff", b",,,,,"])
 def test_devices_that_are_not_here(name: bytes) -> None:
-    state = copy.deepcopy(state_of(generator("auto")))
+    state = a_state("auto")
     state["oneflow"][40:45] = np.frombuffer(name, dtype="uint8")
     refused("auto", state)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_words_that_are_none(kind: str) -> None:
-    state = copy.deepcopy(state_of(generator(kind)))
+    state = a_state(kind)
     at = 0 if kind == "cpu" else 45
     for value in (2**32, 2**64 - 1):
         state["oneflow"][at : at + 8] = np.array([value], dtype="uint64").view("uint8")
@@ -90,7 +101,7 @@ def test_words_that_are_none(kind: str) -> None:
 def test_whatever_is_written_into_the_header_is_taken_or_refused(
     start: int, values: bytes, position: Any
 ) -> None:
-    state = copy.deepcopy(state_of(generator("auto")))
+    state = a_state("auto")
     state["oneflow"][start : start + len(values)] = np.frombuffer(values, dtype="uint8")
     if position is not None:
         state["position"] = position

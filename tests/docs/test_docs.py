@@ -15,6 +15,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import attrs
 import pytest
+from helpers.resuming import some_slow
 from oneflow import nn
 
 import ofengine
@@ -113,7 +114,11 @@ def definitions_of(path: Path) -> Iterator[str]:
 # ---------------------------------------------------------------------- the code
 
 
-@pytest.mark.parametrize("page", [page for page in ENGLISH if python_of(page)], ids=name_of)
+PROGRAMS = [page for page in ENGLISH if python_of(page)]
+QUICK = [page for page in PROGRAMS if page.name not in ("prove.md", "tutorial.md")]
+
+
+@pytest.mark.parametrize("page", some_slow(PROGRAMS, *QUICK), ids=name_of)
 def test_the_python_of_a_page_runs_and_prints_what_it_says(page: Path, tmp_path: Path) -> None:
     before = [] if page in READMES else definitions_of(READMES[0])
     script = tmp_path / "page.py"

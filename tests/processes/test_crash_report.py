@@ -189,8 +189,8 @@ class Task(TaskModule):
 def batches():
     for _ in range(3):
         yield flow.ones(8, 64)
-    # One tensor of 8 GB does not fit, whatever is small does: where the C library has no bytes for a
-    # thread of its own, it ends the process with 127 before anyone can tell.
+    # One tensor of 8 GB does not fit, and whatever is small does: a C library without bytes for a
+    # thread of its own ends the process with 127 before anyone can tell.
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 1_000_000_000,) * 2)
     yield flow.ones(500_000, 64)

@@ -59,7 +59,10 @@ def refer_to(trainer: Trainer, task: Any, batches: List[Any]) -> Dict[str, Any]:
     return {name: weakref.ref(each) for name, each in made.items()}
 
 
-@pytest.mark.parametrize("ends", ["well", "with an error", "with graphs for accumulation"])
+@pytest.mark.parametrize(
+    "ends",
+    ["well", "with an error", pytest.param("with graphs for accumulation", marks=pytest.mark.slow)],
+)
 def test_nothing_of_an_earlier_fit_is_kept(
     mode: str, ends: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

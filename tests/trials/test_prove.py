@@ -12,7 +12,15 @@ from typing import Any, Dict
 import numpy as np
 import oneflow as flow
 import pytest
-from helpers import OfUnknownLength, bits, fill_deterministically, image_batches, quiet_trainer
+from helpers import (
+    MODES,
+    OfUnknownLength,
+    bits,
+    fill_deterministically,
+    image_batches,
+    quiet_trainer,
+)
+from helpers.resuming import some_slow
 from oneflow import nn
 from oneflow.utils.data import DataLoader, TensorDataset
 
@@ -209,6 +217,7 @@ def test_what_graph_mode_refuses_is_a_row() -> None:
     assert not any(row.equal for name, row in rows.items() if name != "eager, resumed")
 
 
+@pytest.mark.parametrize("mode", some_slow(MODES, "graph"))
 def test_all_is_put_back(mode: str) -> None:
     """Weights, gradients, attributes, generators and the trainer itself; a fit is what it was."""
 
