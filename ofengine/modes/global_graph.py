@@ -25,7 +25,7 @@ from ofengine.launch.heartbeat import exchange
 from ofengine.modes.batch_norms import BatchNorms, BatchNormsOfAll
 from ofengine.modes.compiled import Compilations, Compiled
 from ofengine.modes.compiling import refuse_what_graphs_ignore
-from ofengine.modes.graph import GraphMode
+from ofengine.modes.graph import USED_UP, GraphMode
 from ofengine.modes.own_graphs import has_own_graph, loss_of
 from ofengine.modes.shared_state import StateOfRanks
 from ofengine.modes.spread import Round, Spread
@@ -87,7 +87,7 @@ class GlobalGraphMode(GraphMode):
         key = (accumulates, structure, spread.round.is_cut, *map(KIND, tensors))
         compiled = self._steps.get(key)
         if compiled is not None and run.progress.global_step >= compiled.rates_until:
-            self.rebuild("the rates compiled in are used up")
+            self.rebuild(USED_UP)
             compiled = None
         if compiled is None:
             self._spread = spread

@@ -52,6 +52,7 @@ log = logging.getLogger("ofengine")
 _EMPTY = flatten({}, [])
 _TABLE_STEPS = 10_000
 """How many steps of rates are compiled in at first where the run's length is not known."""
+USED_UP = "the rates compiled in are used up"
 
 
 class GraphMode:
@@ -102,7 +103,7 @@ class GraphMode:
         if compiled is None or (compiled.looks and compiled.watch.may_differ()):
             compiled = self._steps.find(key)
         if compiled is not None and self._run.progress.global_step >= compiled.rates_until:
-            self.rebuild("the rates compiled in are used up")
+            self.rebuild(USED_UP)
             compiled = None
         if compiled is None:
             compiled = self._compile_step(structure, tensors)
@@ -156,6 +157,9 @@ class GraphMode:
             self._update(zip(having, gradients))
             return
         apply = self._applies.active.get(having) or self._applies.find(having)
+        if apply is not None and self._run.progress.global_step >= apply.rates_until:
+            self._applies.clear()  # only these have rates
+            apply = None
         if apply is None:
             apply = self._trace_apply(having, gradients)
             self._watch(apply, updates=True)
@@ -363,6 +367,7 @@ class GraphMode:
         graph = compiled.graph
         self._check(inputs, what)
         is_ours = isinstance(graph, (StepGraph, ApplyGraph))
+        self._rates_until = math.inf  # unless it is told so before the trace
         configure(graph, self.task, self._run.settings, is_ours)
         if updates or (self._update is not None and isinstance(graph, GradientGraph)):
             for call in self._before_compile:
@@ -373,7 +378,6 @@ class GraphMode:
         is_step = isinstance(graph, StepGraph)
         if is_step:
             inputs = [*inputs, graph.late]
-        self._rates_until = math.inf
         trace(self.task, self._guards, graph, compiling, inputs, what)
         compiled.rates_until = self._rates_until
         if is_step:

@@ -19,6 +19,8 @@ from measured_rates import (
 )
 from oneflow.optim import lr_scheduler
 
+import ofengine.modes.graph
+import ofengine.rates.plan
 from ofengine.callbacks import LRDecayCallback
 
 # Short runs of long schedules, which the engine rightly finds strange.
@@ -206,6 +208,31 @@ def test_schedule_decay_and_accumulation_together(mode: str, interval: str) -> N
     decay = LRDecayCallback(every_n_batches=2, per_epoch=False)
     meter = measure(mode, task, data, 3, callbacks=[decay], accumulate_grad_batches=2)
     check(meter, task, rates_by_hand(task, lengths, 2, 2, per_epoch=False))
+
+
+# ---------------------------------------------------------------------- rates that are used up
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_graph_has_the_rates_of_all_steps_to_come(
+    accumulate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody knows how many there are, those of some steps are compiled in at a time."""
+    monkeypatch.setattr(ofengine.modes.graph, "_TABLE_STEPS", 3)
+    task, length = ConstantGradient(LAYERWISE, SCHEDULES["StepLR"][0]), 13 * accumulate
+    data = OfUnknownLength(batches(length))
+    meter = measure("graph", task, data, 1, accumulate_grad_batches=accumulate)
+    check(meter, task, rates_by_hand(task, [length], accumulate))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_graph_has_no_more_rates_than_it_may(
+    accumulate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ofengine.rates.plan, "_MOST_ENTRIES", 24)
+    task, length = ConstantGradient(LAYERWISE, SCHEDULES["ExponentialLR"][0]), 13 * accumulate
+    meter = measure("graph", task, batches(length), 1, accumulate_grad_batches=accumulate)
+    check(meter, task, rates_by_hand(task, [length], accumulate))
 
 
 # ---------------------------------------------------------------------- anything together
