@@ -77,6 +77,10 @@ class Calendar:
             self.batches_per_epoch = batches
         return batches != expected
 
+    def in_whole_windows(self, epoch: int, batches: int) -> int:
+        """How many of the first ``batches`` of ``epoch`` are in windows that are full."""
+        return batches - batches % self.windows.at(epoch)
+
     def _record_regular(self, epoch: int) -> None:
         """Write down the epochs before ``epoch`` that were as long as expected, and no others."""
         while len(self._lengths) < epoch and self.batches_per_epoch is not None:

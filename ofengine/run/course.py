@@ -71,7 +71,8 @@ def skips_the_rest(run: Run, answers: List[Any]) -> bool:
 def leave_rest_out(run: Run) -> None:
     """End the epoch before this batch.
 
-    What an accumulation window has so far is let go, for no step is made of it.
+    What an accumulation window has so far is let go, for no step is made of it, and its batches
+    count for no rate.
     """
     progress = run.progress
     progress.batch_idx -= 1
@@ -80,7 +81,7 @@ def leave_rest_out(run: Run) -> None:
         log.info("the window of batch %d, that is not full, is left out.", progress.batch_idx)
         run.weighing.load(None, None)  # first: ranks keep it with the gradients
         run.training_mode.load_gradients({})
-    _note_length(run)
+    _note_length(run, run.rates.calendar.in_whole_windows(progress.epoch, progress.batches_done))
 
 
 def epoch_ended(run: Run, train: Batches) -> None:
@@ -88,11 +89,11 @@ def epoch_ended(run: Run, train: Batches) -> None:
     if run.progress.batches_done == 0:
         end = f": {describe_once(train.source)}." if train.once else "."
         raise DataError(f"{train.what} gave no batch in epoch {run.progress.epoch}{end}")
-    _note_length(run)
+    _note_length(run, run.progress.batches_done)
 
 
-def _note_length(run: Run) -> None:
-    surprise = run.rates.calendar.epoch_ended(run.progress.epoch, run.progress.batches_done)
+def _note_length(run: Run, batches: int) -> None:
+    surprise = run.rates.calendar.epoch_ended(run.progress.epoch, batches)
     if surprise and run.rates.depends_on_epochs():
         run.training_mode.rebuild("the epoch had another length than was expected")
 

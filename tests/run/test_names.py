@@ -13,7 +13,7 @@ from oneflow import nn
 from oneflow.optim.lr_scheduler import LambdaLR
 
 from ofengine import Callback, ConfigurationError, OFEngineWarning, TaskModule
-from ofengine.callbacks import EarlyStopping, ModelCheckpoint, ModelSummary
+from ofengine.callbacks import EarlyStopping, LRDecayCallback, ModelCheckpoint, ModelSummary
 from ofengine.loggers import CSVLogger
 
 
@@ -171,6 +171,16 @@ def test_a_window_that_is_not_full_is_left_out(mode: str) -> None:
     arguments = {"mode": mode, "accumulate_grad_batches": 2, "max_epochs": 2}
     quiet_trainer(callbacks=Skips(2), **arguments).fit(whole, batches(4))  # of two full windows
     quiet_trainer(callbacks=Skips(3), **arguments).fit(cut, batches(4))
+    assert bits(whole) == bits(cut)
+
+
+def test_no_rate_counts_the_batches_of_such_a_window(mode: str) -> None:
+    whole, cut = Moved(), Moved()
+    cut.load_state_dict(whole.state_dict())
+    arguments = {"mode": mode, "accumulate_grad_batches": 2, "max_epochs": 3}
+    for task, at in ((whole, 2), (cut, 3)):
+        decay = LRDecayCallback(every_n_batches=3, per_epoch=False)
+        quiet_trainer(callbacks=[Skips(at), decay], **arguments).fit(task, batches(4))
     assert bits(whole) == bits(cut)
 
 
