@@ -50,7 +50,8 @@ class WeightAveraging(Callback):
         self._loaded: Optional[Dict[str, np.ndarray]] = None
         self._loaded_without: List[str] = []
         self._flats: List[_Flat] = []
-        self._trained: Optional[List[Any]] = None
+        self._trained: Optional[List[int]] = None
+        """Whose weights are averaged, in which epoch."""
         self._left: Optional[bytes] = None
 
     @property
@@ -166,8 +167,11 @@ class WeightAveraging(Callback):
         the same: ``average += (w - average) / updates``.
         """
         joining: List[Tuple[Any, Any]] = []
-        if self._trained is not trainer.parameters:  # a new list in each epoch
-            joining = self._follow(task, trainer.parameters)
+        parameters = [p for g in trainer.param_groups for p in g.parameters if p.requires_grad]
+        trained = [trainer.current_epoch, *map(id, parameters)]
+        if trained != self._trained:
+            self._trained = trained
+            joining = self._follow(task, parameters)
         self.count += 1
         with flow.no_grad():
             for flat in self._flats:
@@ -180,7 +184,6 @@ class WeightAveraging(Callback):
         The weights of all parameters are averaged as one long vector, which costs a handful of
         operations instead of some for each parameter.
         """
-        self._trained = parameters
         own = self._tensors_of(task)
         training = {id(parameter) for parameter in parameters}
         modules = dict(task.named_modules())

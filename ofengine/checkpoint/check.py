@@ -159,9 +159,8 @@ def _check_optimizer(run: Run, state: State) -> None:
         lacking = sorted(set(keys or ()) - set(kept)) if same and kept else []
         if lacking:
             raise Misfit(f"optimizer/states/{name} lacks {lacking[0]!r}")
-    loop = state["loop"]
-    training = {name for name in parameters if name not in set(loop["frozen"])}
-    by_name(array("f"), training & set(of_parameter))(state["gradients"], "gradients")
+    loop = state["loop"]  # a parameter may have been frozen within the window
+    by_name(array("f"), set(parameters) & set(of_parameter))(state["gradients"], "gradients")
     for name, gradient in state["gradients"].items():
         parameter = parameters[name]
         array("f", tuple(parameter.shape), parameter.numpy().dtype)(gradient, f"gradients/{name}")

@@ -200,6 +200,27 @@ def test_what_is_unfrozen_later_joins_with_its_first_step(mode: str, first: str)
     assert set(ours) == set(expected)
 
 
+def test_so_does_what_is_unfrozen_within_an_epoch(mode: str) -> None:
+    class All(Small):
+        def param_groups(self) -> Any:
+            return [{"params": [*self.parameters()]}]
+
+    class Unfreezes(Callback):
+        def on_train_batch_start(self, trainer: Any, task: Any, batch: Any, i: int) -> None:
+            if (trainer.current_epoch, i) == (0, 2):
+                task.scale.requires_grad_(True)
+
+    task = All()
+    task.scale.requires_grad_(False)
+    ema, seen = EMAWeightAveraging(decay=0.75), Weights()
+    fit(ema, task, also=[Unfreezes(), seen], mode=mode)
+    expected = averaged_by_hand(seen.steps, [name for name in TRAINABLE if name != "scale"], 0.75)
+    expected.update(averaged_by_hand(seen.steps[2:], ["scale"], 0.75))
+    ours = numbers(ema.averaged)
+    assert_same_arrays(ours, {name: expected[name] for name in ours})
+    assert set(ours) == set(expected)
+
+
 def test_both_modes_have_the_same_averages() -> None:
     found = []
     for mode in ("eager", "graph"):

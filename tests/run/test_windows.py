@@ -135,6 +135,35 @@ def test_a_run_goes_on_exactly(mode: str, tmp_path: Path) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("thaws", [False, True])
+def test_a_run_goes_on_in_a_window_in_which_a_parameter_was_frozen(
+    mode: str, thaws: bool, tmp_path: Path
+) -> None:
+    class Freezes(Callback):
+        fires_last = True
+
+        def on_train_batch_start(self, trainer: Any, task: Any, batch: Any, i: int) -> None:
+            if i in (1, 2):
+                next(task.parameters()).requires_grad_(thaws and i == 2)
+
+        def on_train_batch_end(self, trainer: Any, task: Any, *rest: Any) -> None:
+            if rest[-1] == 1 and trainer.resumed_from is None:
+                trainer.save_checkpoint(tmp_path / "frozen.safetensors")
+
+    def trained(mode: str, path: Any = None) -> Any:
+        task = Tiny()
+        trainer = quiet_trainer(
+            mode=mode, max_epochs=1, accumulate_grad_batches=3, callbacks=Freezes()
+        )
+        trainer.fit(task, three, ckpt_path=path)
+        return bits(task)
+
+    three = [(flow.full((2, 2), i + 1.0), flow.ones(2, 1)) for i in range(3)]
+    whole = trained(mode)
+    assert trained(mode, tmp_path / "frozen.safetensors") == whole
+    assert trained("graph" if mode == "eager" else "eager") == whole
+
+
 def test_other_windows_on_resume_are_told(tmp_path: Path) -> None:
     class SavesWithin(Callback):
         def on_train_batch_end(self, trainer: Any, task: Any, *_: Any) -> None:
