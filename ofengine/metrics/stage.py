@@ -112,6 +112,12 @@ def take_loss(stage: Stage) -> None:
 def check_spec(spec: LogSpec) -> None:
     if not isinstance(spec.name, str) or not spec.name:
         raise ConfigurationError(f"log({spec.name!r}, ...): a metric's name is a text.")
+    if spec.name in ("epoch", "step"):
+        raise ConfigurationError(
+            f"log({spec.name!r}, ...): every logger has a column of this name, the "
+            f"{'number of the epoch' if spec.name == 'epoch' else 'optimizer steps done'}, which is "
+            "the axis of all metrics: give yours another name."
+        )
     if not spec.on_step and not spec.on_epoch:
         raise ConfigurationError(
             f"log({spec.name!r}, ...) with on_step=False and on_epoch=False would report nothing: "

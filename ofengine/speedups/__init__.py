@@ -6,6 +6,7 @@ its parameters, names and hooks; only its class is a subclass of its own class m
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from types import TracebackType
 from typing import Any, Dict, List, Optional, Tuple, Type
@@ -24,9 +25,12 @@ _FASTER: Dict[type, type] = {
 }
 
 
-def _faster(own: type) -> Optional[type]:
-    """The subclass of ``own`` that computes in faster operators, or None."""
-    if (own.__module__, own.__name__) == ("flowvision.models.convnext", "LayerNorm"):
+def _faster(layer: nn.Module) -> Optional[type]:
+    """The subclass of its class with which ``layer`` computes in faster operators, or None."""
+    if not layers.has_faster(layer):
+        return None
+    own = type(layer)
+    if own is getattr(sys.modules.get("flowvision.models.convnext"), "LayerNorm", None):
         from ofengine.speedups import convnext
 
         return convnext.LayerNorm
@@ -61,9 +65,8 @@ class cpu_speedups:
             )
         self._changed: List[Tuple[Any, type]] = []
         for layer in model.modules():
-            own = type(layer)
-            faster = _faster(own)
-            if faster is not None and layers.has_faster(layer):
+            own, faster = type(layer), _faster(layer)
+            if faster is not None:
                 layer.__class__ = faster
                 self._changed.append((layer, own))
         self.layers = dict(Counter(own.__name__ for _, own in self._changed))

@@ -166,6 +166,8 @@ def lr_find(
         eval_mode=settings.mode,
         max_epochs=-1,
         max_steps=num_steps,
+        min_epochs=0,
+        min_steps=0,
         max_time=None,
         limit_val_batches=None,
         val_check_interval=None,
@@ -173,6 +175,7 @@ def lr_find(
         num_sanity_val_steps=0,
         fast_dev_run=0,
         restart_on_crash=0,
+        detect_anomaly=False,
     )
     source = train_dataloaders if train_dataloaders is not None else task.train_dataloader()
     source = together(source)

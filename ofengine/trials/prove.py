@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import tempfile
 from pathlib import Path
@@ -26,6 +27,7 @@ from ofengine.rates.several import read_all
 from ofengine.run.devices import move
 from ofengine.run.precision import FULL
 from ofengine.run.settings import Settings
+from ofengine.speedups import cpu_speedups
 from ofengine.task import TaskModule
 from ofengine.trials.proof import Difference, Report, Row
 from ofengine.trials.recording import QUANTITIES, Record, Recorder, recording_outputs
@@ -198,10 +200,11 @@ class Proof:
             lent = _Lent(self.task)
             self.task.__dict__["configure_optimizers"] = lent.configure
             try:
-                if outputs:
-                    with recording_outputs(self.task):
-                        self.fit(settings, callbacks, self.task, self.source, resumed)
-                else:
+                with contextlib.ExitStack() as around:
+                    if outputs:
+                        if settings.cpu_speedups and settings.device.type == "cpu":
+                            around.enter_context(cpu_speedups(self.task))
+                        around.enter_context(recording_outputs(self.task))
                     self.fit(settings, callbacks, self.task, self.source, resumed)
             finally:
                 lent.give_back()

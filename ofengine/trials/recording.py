@@ -40,8 +40,8 @@ class Recorder(Callback):
     Args:
         save_to: where to save a checkpoint on the way, or None.
         save_after: how many optimizer steps are done before that.
-        whole_at: the batch, from 1, of which all numbers are kept; the run stops there. None for
-            none.
+        whole_at: the batch, from 1, of which all numbers are kept; none after it is recorded, and
+            the run stops there, unless it has to go on. None for none.
     """
 
     fires_last = True
@@ -70,6 +70,8 @@ class Recorder(Callback):
         self, trainer: RunView, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Record the batch; save after it, or stop, where that was asked for."""
+        if self._whole_at is not None and trainer.batches_seen > self._whole_at:
+            return
         trainer.settle()
         synchronize()  # a graph's run is not waited for by reading what it writes
         closed, self._steps = trainer.global_step > self._steps, trainer.global_step

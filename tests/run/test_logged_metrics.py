@@ -265,14 +265,14 @@ def test_a_metric_logged_in_a_hook_reaches_loggers_and_callbacks(mode: str, hook
 def test_the_end_of_an_epoch_logs_one_value_for_the_epoch(mode: str) -> None:
     class Logs(SquaredLine):
         def on_train_epoch_end(self) -> None:
-            self.log("epoch", float(self.current_epoch))
+            self.log("trainings", float(self.current_epoch))
 
         def on_validation_epoch_end(self) -> None:
             self.log("validations", float(self.current_epoch))
 
     notes = Notes()
     fitted(Logs(), numbered_batches(2), numbered_batches(2), mode=mode, max_epochs=2, logger=notes)
-    assert notes.values("epoch") == [(2, 0.0), (4, 1.0)]
+    assert notes.values("trainings") == [(2, 0.0), (4, 1.0)]
     assert notes.values("validations") == [(2, 0.0), (4, 1.0)]
 
 
