@@ -241,7 +241,7 @@ class Metrics:
             logged = Logged([], [(spec, 0, 0)]) if is_counted else Logged([(spec, 0, 0)])
             known = self._logged[key] = (spec, logged)
         if is_plain:
-            value = value.detach()
+            value = value.detach().clone()  # for what is in its memory may be written over
         elif is_counted:
             check_metric(name, value)
         else:
