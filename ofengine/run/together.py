@@ -12,6 +12,7 @@ import attrs
 import numpy as np
 import oneflow as flow
 
+from ofengine.checkpoint.file import as_read
 from ofengine.checkpoint.resume import Resumed
 from ofengine.data.batches import Batches
 from ofengine.data.generators import (
@@ -76,8 +77,11 @@ def end(run: Run) -> None:
     if ranks is None or ranks.over:
         return
     run.metrics.settle()
-    own = [each.state_dict() if each.rank_zero_only else {} for each in run.callbacks]
-    said = ranks.talk({"callbacks": own if ranks.rank == 0 else []})
+    own: Any = {}
+    if ranks.rank == 0:
+        states = [each.state_dict() if each.rank_zero_only else {} for each in run.callbacks]
+        own = as_read({"callbacks": states})
+    said = ranks.talk(own)
     if ranks.rank:
         for callback, state in zip(run.callbacks, said[0]["callbacks"]):
             if callback.rank_zero_only and state:
