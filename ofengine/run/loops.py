@@ -143,12 +143,9 @@ def _train_epoch(
         progress.batch_idx, progress.is_last_batch = batch_idx, is_last
         beat()
         if batch is ABSENT and ranks is not None:
-            if not together.take_part(run, ranks, batch_idx, window, closes):
+            if not together.take_part(run, ranks, batch_idx, window, closes, after_update):
                 course.leave_rest_out(run)
                 break
-            if closes:
-                for call in after_update:
-                    call()
         elif batch is not STEPPED:
             place[0] = batch_idx
             now = shapes_of(batch)

@@ -245,7 +245,14 @@ def check_equal(run: Run, when: str) -> None:
 # ---------------------------------------------------------------------- in the loops
 
 
-def take_part(run: Run, ranks: Meetings, batch_idx: int, window: int, closes: bool) -> bool:
+def take_part(
+    run: Run,
+    ranks: Meetings,
+    batch_idx: int,
+    window: int,
+    closes: bool,
+    after_update: Sequence[Callable[[], Any]],
+) -> bool:
     """A round in which this rank has no batch; False where the others leave theirs out."""
     progress = run.progress
     progress.point = Point.STEP
@@ -257,6 +264,10 @@ def take_part(run: Run, ranks: Meetings, batch_idx: int, window: int, closes: bo
     finally:
         ranks.absent = False
     progress.global_step += closes
+    if closes:
+        for call in after_update:
+            call()
+    run.metrics.commit(ABSENT)
     if run.train is not None:
         progress.batches_done += run.train.in_round
         progress.batches_seen += run.train.in_round
