@@ -166,3 +166,34 @@ def test_a_task_that_writes_into_the_loss_it_returned() -> None:
     trainer = quiet_trainer(mode="eager", max_epochs=1, log_every_n_steps=1000)
     trainer.fit(OneMemory(), BATCHES[:1])
     assert trainer.callback_metrics["loss"] == 8.0
+
+
+class OfTwo(TaskModule):
+    """Each of two weights is the loss of an optimizer that has it alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Parameter(flow.tensor(1.0))
+        self.two = nn.Parameter(flow.tensor(10.0))
+
+    def training_step(self, batch: Any, batch_idx: int, optimizer_name: str) -> Any:
+        return getattr(self, optimizer_name) * batch.mean()
+
+    def configure_optimizers(self) -> Any:
+        one, two = (flow.optim.SGD([each], lr=0.0) for each in (self.one, self.two))
+        return {"one": one, "two": {"optimizer": two, "every_n_batches": 2}}
+
+
+class IntoEachLoss(Callback):
+    """Writes into the loss of each optimizer."""
+
+    def on_train_batch_end(self, trainer: Any, task: Any, outputs: Any, *_: Any) -> None:
+        for name in ("one", "two"):
+            if name in outputs:
+                outputs[name]["loss"] += 1000
+
+
+def test_the_losses_of_several_optimizers(mode: str) -> None:
+    rows = Rows()
+    quiet_trainer(mode=mode, max_epochs=1, callbacks=[IntoEachLoss(), rows]).fit(OfTwo(), BATCHES)
+    assert [row["loss"] for row in rows.rows] == [11.0, 2.0, 33.0, 4.0]
