@@ -7,7 +7,7 @@ in which one process would have logged them: by batch, then by rank.
 from __future__ import annotations
 
 from math import isfinite
-from typing import Any, ContextManager, Dict, List, Tuple
+from typing import Any, Callable, ContextManager, Dict, List, Tuple
 
 import attrs
 
@@ -17,16 +17,22 @@ from ofengine.metrics.base import Metric, shared_with
 from ofengine.metrics.log import MOST_PENDING, Metrics
 from ofengine.metrics.stage import LOSS, LogSpec, Stage, of_batch, read_all
 from ofengine.ranks.meetings import Meetings
+from ofengine.ranks.shares import ABSENT
 from ofengine.run.progress import Progress
 from ofengine.shared_sums import OUTSIDE, Key, SharedSums
 
-Row = Tuple[int, LogSpec, Any, float, str]
+Row = Tuple[int, LogSpec, Any, float, str, int]
 """The batch's index, how it is reported, the value, its weight in the epoch's mean; of a metric
-that is computed at the end of the epoch, where it is held."""
+that is computed at the end of the epoch, where it is held; and one of these three:"""
+_OF_BATCH, _OF_UPDATE, _OF_UPDATE_WITHOUT_BATCH = range(3)
 Last = Dict[str, Tuple[LogSpec, Any, int]]
 Sums = Dict[str, List[Any]]
 Counted = Dict[str, Tuple[LogSpec, Metric]]
 """As a :class:`~ofengine.metrics.stage.Stage` has them."""
+
+
+class _OfUpdate(Tuple[Any, Any]):
+    """What a hook of an update has logged, which fires on all ranks, with a batch or without."""
 
 
 class SharedMetrics(Metrics):
@@ -90,6 +96,18 @@ class SharedMetrics(Metrics):
         super().end_batches()
         self._enter()
 
+    def around_update(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """See :class:`~ofengine.metrics.log.Metrics`."""
+
+        def marking(*arguments: Any) -> None:
+            start = self.logged_so_far()
+            hook(*arguments)
+            if self._stages:
+                current = self._stages[-1].current
+                current[start:] = map(_OfUpdate, current[start:])
+
+        return marking
+
     def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
         """See :class:`~ofengine.metrics.log.Metrics`. Raises for a metric that nobody holds."""
         if isinstance(value, Metric) and self._shared.place_of(value) is None:
@@ -106,19 +124,26 @@ class SharedMetrics(Metrics):
         if not stage.current:
             return
         rows = self._rows_of(stage)
-        batch_size = 1 if batch is None else batch_size_of(batch)
+        has_none = batch is None or batch is ABSENT
+        batch_size = 1 if has_none else batch_size_of(batch)
         index = OUTSIDE if batch is None else stage.batch_idx
-        for logged, values in stage.current:
+        if batch is ABSENT:
+            index = self._progress.batch_idx
+        for each in stage.current:
+            (logged, values), by = each, _OF_BATCH
+            if batch is not None and isinstance(each, _OfUpdate):
+                by = _OF_UPDATE_WITHOUT_BATCH if has_none else _OF_UPDATE
             places = dict.fromkeys(each[1:] for each in [*logged.on_step, *logged.on_epoch])
             for spec, tensor, at in places:
                 weight = batch_size if spec.batch_size is None else spec.batch_size
                 value = values[tensor]
                 if getattr(value, "ndim", 0):  # of several numbers, from a compiled step
                     value = value[at]
-                rows.append((index, spec, value, float(weight), ""))
+                rows.append((index, spec, value, float(weight), "", by))
             for _, spec, tensor, _ in logged.counted:
                 value = of_batch(spec, values[tensor]) if spec.on_step else 0.0
-                rows.append((index, spec, value, 0.0, self._shared.place_of(values[tensor]) or ""))
+                place = self._shared.place_of(values[tensor]) or ""
+                rows.append((index, spec, value, 0.0, place, by))
         self._unread += len(stage.current)
         stage.current.clear()
         if self._unread >= MOST_PENDING:
@@ -128,7 +153,7 @@ class SharedMetrics(Metrics):
     def _rows_of(self, stage: Stage) -> List[Row]:
         rows = self._rows.setdefault(self._stages.index(stage), [])
         if stage.loss is not None:
-            rows.append((stage.batch_idx, LOSS, stage.loss, 0.0, ""))
+            rows.append((stage.batch_idx, LOSS, stage.loss, 0.0, "", _OF_BATCH))
             stage.loss = None
         return rows
 
@@ -257,9 +282,30 @@ def _in_order(messages: List[Any], depth: int) -> List[Tuple[LogSpec, float, flo
         specs = [LogSpec(**each) for each in told["specs"]]
         for place, (index, number, *rest) in enumerate(told["rows"]):
             rows.append((index, rank, place, specs[number], *rest))
-    inside = sorted((row for row in rows if row[0] != OUTSIDE), key=lambda row: row[:3])
+    of_batches = [row for row in rows if row[-1] == _OF_BATCH and row[0] != OUTSIDE]
+    of_updates = [row for row in rows if row[-1] != _OF_BATCH]
+    inside = sorted(
+        [*of_batches, *_said_by_the_last(of_updates, len(messages))], key=lambda row: row[:3]
+    )
     outside = [row for row in rows if row[0] == OUTSIDE]
-    return [row[3:] for row in [*inside, *_said_once(outside, len(messages))]]
+    return [row[3:-1] for row in [*inside, *_said_once(outside, len(messages))]]
+
+
+def _said_by_the_last(rows: List[Any], ranks: int) -> List[Any]:
+    """What all ranks logged alike around an update counts once, with the window's last batch.
+
+    What they logged otherwise counts for each that had a batch.
+    """
+    kinds: Dict[Tuple[int, LogSpec], List[List[Any]]] = {}
+    for row in rows:
+        kinds.setdefault((row[0], row[3]), [[] for _ in range(ranks)])[row[1]].append(row)
+    kept: List[Any] = []
+    for by_rank in kinds.values():
+        values = [repr([row[4] for row in each]) for each in by_rank]  # a NaN is like another
+        with_batch = [each for each in by_rank if each and each[0][-1] == _OF_UPDATE]
+        for each in with_batch[-1:] if len(set(values)) == 1 else with_batch:
+            kept.extend(each)
+    return kept
 
 
 def _said_once(rows: List[Any], ranks: int) -> List[Any]:

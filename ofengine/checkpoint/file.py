@@ -186,6 +186,15 @@ def _take(temporary: Path, path: Path, may_replace: Callable[[Path], bool]) -> b
     return True
 
 
+def as_read(state: Mapping[str, Any]) -> Any:
+    """``state`` as a file gives it back: with arrays for tensors, and lists for tuples.
+
+    Raises :class:`CheckpointError` where it holds what no checkpoint can keep.
+    """
+    arrays: Dict[str, np.ndarray] = {}
+    return _unpack(_pack(state, [], arrays), arrays)
+
+
 def _pack(value: Any, place: List[str], arrays: Dict[str, np.ndarray]) -> Any:
     """``value`` as JSON can hold it; its tensors and arrays go to ``arrays``."""
     if isinstance(value, flow.Tensor):

@@ -10,7 +10,7 @@ nothing waits for the device.
 from __future__ import annotations
 
 import contextlib
-from typing import Any, ContextManager, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import attrs
 from oneflow import Tensor
@@ -88,6 +88,10 @@ class Metrics:
     def end(self) -> None:
         """Leave the stage entered last."""
         self._stages.pop()
+
+    def around_update(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """``hook``, which fires once for each update, on all ranks where there are several."""
+        return hook
 
     def at_batch(self, batch_idx: int) -> None:
         """The batch of this index is gone through from now on."""
@@ -241,7 +245,7 @@ class Metrics:
             logged = Logged([], [(spec, 0, 0)]) if is_counted else Logged([(spec, 0, 0)])
             known = self._logged[key] = (spec, logged)
         if is_plain:
-            value = value.detach()
+            value = value.detach().clone()  # for what is in its memory may be written over
         elif is_counted:
             check_metric(name, value)
         else:

@@ -144,16 +144,16 @@ def of_batch(spec: LogSpec, metric: Metric) -> OfBatch:
 
 
 def scalar(name: str, value: Any) -> Any:
-    """``value`` as a detached tensor of no dimension, or as a float."""
+    """``value`` as a tensor of no dimension and a memory of its own, or as a float."""
     if isinstance(value, flow.Tensor):
         if not value.dim():
-            return value.detach()
+            return value.detach().clone()
         if value.numel() != 1:
             raise ConfigurationError(
                 f"log({name!r}, ...) got a tensor of shape {tuple(value.shape)}: log one number, "
                 "for example its .mean()."
             )
-        return value.detach().reshape(())
+        return value.detach().reshape(()).clone()
     try:
         return float(value)
     except (TypeError, ValueError):

@@ -97,6 +97,7 @@ class EagerMode:
             loss = step(batch, batch_idx, *self._named) if self._takes_both else step(batch)
             if type(loss) is not Tensor or loss.dim() or not loss.requires_grad:
                 loss, rest = split_outputs(loss, self._task_name)
+            rest["loss"] = loss.detach().clone()  # for hooks and later steps may write into it
             for call in self._before_backward:
                 call(loss)
             if self._averages and "weight" in rest:
@@ -105,7 +106,6 @@ class EagerMode:
                 backward_of(loss if window == 1 else loss / window)
             for call in self._after_backward:
                 call()
-            rest["loss"] = loss.detach()
         if self._exchange is not None:
             self._exchange_gradients(self._exchange, closes)
         if closes:

@@ -71,6 +71,7 @@ class SeveralMode:
                 raise
             part.progress.global_step += 1
             loss = losses[name] = returned["loss"]
+            returned["loss"] = loss.clone()  # hooks may write into it
             total = loss if total is None else total + loss
         self.losses.append(losses)
         return {**outputs, "loss": total}

@@ -15,6 +15,8 @@ from ofengine.run.profile import Profile
 from ofengine.run.view import RunView
 from ofengine.task import TaskModule
 
+_OF_UPDATES = ("on_before_optimizer_step", "on_before_zero_grad", "on_after_optimizer_step")
+
 
 class HookRunner:
     """For every hook the bound functions that override it: a hook of nobody costs nothing."""
@@ -42,6 +44,8 @@ class HookRunner:
             self.calls[hook] = [*before, *own, *after]
             if self.profile is not None:
                 self.calls[hook] = [_timed(self.profile, hook, c) for c in self.calls[hook]]
+            if hook in _OF_UPDATES:
+                self.calls[hook] = list(map(self._trainer.metrics.around_update, self.calls[hook]))
 
     def fire(self, hook: str, *args: Any) -> None:
         """Call every override of ``hook``, in order."""

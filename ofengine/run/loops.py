@@ -143,12 +143,9 @@ def _train_epoch(
         progress.batch_idx, progress.is_last_batch = batch_idx, is_last
         beat()
         if batch is ABSENT and ranks is not None:
-            if not together.take_part(run, ranks, batch_idx, window, closes):
+            if not together.take_part(run, ranks, batch_idx, window, closes, after_update):
                 course.leave_rest_out(run)
                 break
-            if closes:
-                for call in after_update:
-                    call()
         elif batch is not STEPPED:
             place[0] = batch_idx
             now = shapes_of(batch)
@@ -175,9 +172,11 @@ def _train_epoch(
             progress.batches_seen += train.in_round
             progress.point = _STEPPED
             stage.batch, stage.batch_idx, stage.loss = batch, batch_idx, outputs["loss"]
-            keep_loss(stage.loss)
+            keep_loss(loss := stage.loss)
             if logged:
                 commit(batch)
+            if batch_end:
+                outputs["loss"] = loss.clone()  # hooks may write into theirs
             for call in batch_end:
                 call(outputs, batch, batch_idx)
             if logged:
@@ -188,7 +187,7 @@ def _train_epoch(
                     course.check_all_train(run)  # the step may have made a layer
                 if waiting is not None:
                     step = losses.wait(waiting, waiting_place)
-                waiting, waiting_place = outputs["loss"], len(losses.unread)
+                waiting, waiting_place = loss, len(losses.unread)
                 next_wait = batch_idx + _run_ahead(batch)
         if closes and progress.point is _STEPPED:  # a resumed run may be beyond it
             if progress.global_step % log_every == 0:
@@ -367,8 +366,7 @@ def _evaluate(
     place = run.place.batch
     batch_idx = -1
     taken = _least(run, loader, most)
-    is_alone = run.ranks is None
-    interrupts.waiting = is_alone
+    interrupts.waiting = is_alone = run.ranks is None
     for batch_idx, batch in enumerate(loader.first(taken)):
         interrupts.waiting = False
         place[0] = batch_idx

@@ -12,6 +12,7 @@ import attrs
 import numpy as np
 import oneflow as flow
 
+from ofengine.checkpoint.file import as_read
 from ofengine.checkpoint.resume import Resumed
 from ofengine.data.batches import Batches
 from ofengine.data.generators import (
@@ -76,8 +77,11 @@ def end(run: Run) -> None:
     if ranks is None or ranks.over:
         return
     run.metrics.settle()
-    own = [each.state_dict() if each.rank_zero_only else {} for each in run.callbacks]
-    said = ranks.talk({"callbacks": own if ranks.rank == 0 else []})
+    own: Any = {}
+    if ranks.rank == 0:
+        states = [each.state_dict() if each.rank_zero_only else {} for each in run.callbacks]
+        own = as_read({"callbacks": states})
+    said = ranks.talk(own)
     if ranks.rank:
         for callback, state in zip(run.callbacks, said[0]["callbacks"]):
             if callback.rank_zero_only and state:
@@ -241,7 +245,14 @@ def check_equal(run: Run, when: str) -> None:
 # ---------------------------------------------------------------------- in the loops
 
 
-def take_part(run: Run, ranks: Meetings, batch_idx: int, window: int, closes: bool) -> bool:
+def take_part(
+    run: Run,
+    ranks: Meetings,
+    batch_idx: int,
+    window: int,
+    closes: bool,
+    after_update: Sequence[Callable[[], Any]],
+) -> bool:
     """A round in which this rank has no batch; False where the others leave theirs out."""
     progress = run.progress
     progress.point = Point.STEP
@@ -253,6 +264,10 @@ def take_part(run: Run, ranks: Meetings, batch_idx: int, window: int, closes: bo
     finally:
         ranks.absent = False
     progress.global_step += closes
+    if closes:
+        for call in after_update:
+            call()
+    run.metrics.commit(ABSENT)
     if run.train is not None:
         progress.batches_done += run.train.in_round
         progress.batches_seen += run.train.in_round

@@ -400,6 +400,34 @@ def what_each_rank_gives(place: Place) -> Result:
     return {}
 
 
+class LogsUpdates(Callback):
+    """Logs around each update what is alike on all ranks, and on rank 0 alone a value more."""
+
+    def on_before_optimizer_step(self, trainer: Any, task: Any, *_: Any) -> None:
+        task.log("before", 3.0 - trainer.global_step, on_step=True, on_epoch=True)
+        norm = sum((each.grad**2).sum() for each in task.parameters() if each.grad is not None)
+        task.log("norm", norm, on_step=False, on_epoch=True)
+        if trainer.is_global_zero:
+            task.log("of_rank_0", flow.tensor(1.0), on_step=False, on_epoch=True)
+
+    def on_before_zero_grad(self, trainer: Any, task: Any, *_: Any) -> None:
+        task.log("zero_grad", flow.tensor(float(trainer.global_step)), on_epoch=True)
+
+    def on_after_optimizer_step(self, trainer: Any, task: Any) -> None:
+        task.log("after", flow.tensor(2.0**trainer.global_step), on_step=True, on_epoch=True)
+
+
+@case
+def what_is_logged_around_updates(place: Place) -> Result:
+    """Also of a window that ends with a smaller batch, or with ranks that have none."""
+    found: Result = {}
+    for samples, accumulate in ((20, 1), (18, 1), (22, 1), (30, 2)):
+        loader = DataLoader(dataset(samples), batch_size=4)
+        trainer = place.trainer(accumulate, callbacks=[LogsUpdates()])
+        found[f"{samples} by {accumulate}"] = fitted(Net(), trainer, loader)
+    return found
+
+
 @slow_case
 def what_is_read_at_every_batch(place: Place) -> Result:
     class Reads(Callback):

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any, List, Optional
 
+import numpy as np
 import oneflow as flow
 from cases_of_batches import Normed
 from cases_of_decisions import Counting, ended_by_a_signal
@@ -14,7 +15,7 @@ from rank_basics import Net, Place, Result, case, dataset, fitted, slow_case, we
 
 from ofengine import Callback, TaskModule
 from ofengine.callbacks import LRDecayCallback, ModelCheckpoint
-from ofengine.checkpoint.file import read
+from ofengine.checkpoint.file import as_read, read
 from ofengine.cli.set_lr import change_rates
 from ofengine.loggers import CSVLogger
 
@@ -31,6 +32,39 @@ class SavesAt(Callback):
         if trainer.batches_seen == self.batches:
             trainer.save_checkpoint(self.path)
             trainer.should_stop = True
+
+
+class OfRankZero(Callback):
+    """Counts on rank 0 alone, also in tensors; the others are told at the end."""
+
+    rank_zero_only = True
+
+    def __init__(self) -> None:
+        self.state: Any = {"total": flow.zeros(()), "parts": (1, {"row": flow.zeros(2)})}
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.state["total"] += 1
+        self.state["parts"][1]["row"][1] += 0.5
+
+    def state_dict(self) -> Any:
+        return dict(self.state)
+
+    def load_state_dict(self, state: Any) -> None:
+        self.state = state
+
+
+@case
+def a_state_with_tensors_of_rank_zero(place: Place) -> Result:
+    callback = OfRankZero()
+    loader = DataLoader(dataset(24), batch_size=4)
+    trainer = place.trainer(callbacks=[callback], max_epochs=1)
+    trainer.fit(Net(), loader)
+    # The other ranks have it as a file gives it: arrays for tensors, lists for tuples.
+    state = callback.state if trainer.global_rank else as_read(callback.state_dict())
+    one, kept = state["parts"]
+    assert isinstance(state["parts"], list) and isinstance(state["total"], np.ndarray)
+    batches = [float(state["total"]), *kept["row"].tolist()]
+    return {"one": one, "of all ranks": [each * place.size / place.each(1) for each in batches]}
 
 
 def resumable(place: Place, callbacks: Any = (), path: Optional[Path] = None) -> Result:
