@@ -43,6 +43,13 @@ def why_no_path(path: Union[str, Path]) -> Optional[str]:
     return None
 
 
+def name_of(start: str, end: str) -> str:
+    """A file's name: as much of ``start`` as there is room for before ``end``, and that."""
+    while len(os.fsencode(start + end)) > _LONGEST_NAME:
+        start = start[:-1]
+    return start + end
+
+
 # ---------------------------------------------------------------------- reading
 
 

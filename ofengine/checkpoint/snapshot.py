@@ -28,6 +28,7 @@ from ofengine.checkpoint.seen import attributes_seen, changed_since_start
 from ofengine.checkpoint.weights import arrays_of
 from ofengine.data.batches import Batches
 from ofengine.data.generators import global_states, states_in
+from ofengine.data.structure import copied
 from ofengine.errors import ConfigurationError
 from ofengine.processes.supervisor import supervised_by
 from ofengine.rates.resume import plan_state
@@ -85,7 +86,7 @@ def before_validation(run: Run, validation: List[Batches]) -> State:
         "task": states_in(run.task, None),
         "callbacks": [states_in(None, None, callback) for callback in run.callbacks],
         "tensors": [(tensor, tensor.detach().clone()) for tensor in tensors],
-        "owners": _copied(_states_of_owners(run, users_only=True)),
+        "owners": copied(_states_of_owners(run, users_only=True)),
     }
 
 
@@ -126,17 +127,6 @@ def _ships(callback: Any) -> bool:
     return type(callback).__module__.startswith("ofengine.")
 
 
-def _copied(value: Any) -> Any:
-    """A copy that what goes on does not change."""
-    if isinstance(value, dict):
-        return {key: _copied(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_copied(each) for each in value]
-    if isinstance(value, flow.Tensor):
-        return array_of(value)
-    return value.copy() if isinstance(value, np.ndarray) else value
-
-
 def note_start(run: Run) -> None:
     """Take note of what is no part of a ``state_dict``, to know later what training changes."""
     run.tensors_at_start = {
@@ -162,9 +152,8 @@ def state_of_run(run: Run, copies: Mapping[int, Any]) -> State:
     owners, windows = _owners_now(run), run.settings.windows
     optimizers = {name: _of_optimizer(each) for name, each in run.each().items()}
     moments, precision = run.moments_resumed, run.settings.precision
-    return {
+    rest = {
         **(_moments(run, copies) if moments is None else moments),
-        **({"several": optimizers} if run.parts else optimizers[""]),
         "callbacks": [
             {**describe_owner(callback), "state": state}
             for callback, state in zip(run.callbacks, owners["callbacks"])
@@ -194,6 +183,8 @@ def state_of_run(run: Run, copies: Mapping[int, Any]) -> State:
             **kernels_in_use(run.settings.cpu_speedups),
         },
     }
+    # Of callbacks, samplers, ...: what they hold themselves, while the file may be written later.
+    return {**copied(rest), **({"several": optimizers} if run.parts else optimizers[""])}
 
 
 def _of_optimizer(run: Run) -> State:
@@ -206,7 +197,7 @@ def _of_optimizer(run: Run) -> State:
             "options": plain_options(run),
             "states": {name: _arrays(kept) for name, kept in states.items()},
         },
-        "rates": plan_state(run.rates, run.made, run.progress.global_step),
+        "rates": copied(plan_state(run.rates, run.made, run.progress.global_step)),
         **({"every_n_batches": run.every_n_batches} if run.name else {}),
     }
 

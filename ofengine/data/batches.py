@@ -103,6 +103,8 @@ class Batches:
         """The generators' states when the last pass was begun, where it is ``resumable``; None
         for a list."""
         self._begun: Tuple[int, ...] = ()
+        self.before_load: Optional[Callable[[int], None]] = None
+        """Of several ranks: called with the number of each batch before it is loaded."""
         self.transfer: Callable[[Any, flow.device], Any] = to_device
         self.order = Order()
         """What the batches of the last pass are made of, where that is known."""
@@ -139,6 +141,8 @@ class Batches:
             batches = open_source(self.source, *begun, self._share)
         if isinstance(self.source, DataLoader):
             batches = ended_by_its_own(batches, self.source, self.what, skipped)
+        if self._share is not None and self.before_load is not None:
+            batches = _each_behind(self.before_load, batches, skipped)
         if self.device.type != "cpu" or self._share is not None:
             batches = (self.transfer(batch, self.device) for batch in batches)
         # Counted in C: where a batch cannot be had, its number is not taken.
@@ -367,6 +371,16 @@ class Batches:
         finally:
             for holder, generator in kept:
                 holder.generator = generator
+
+
+def _each_behind(call: Callable[[int], None], batches: Iterator[Any], first: int) -> Iterator[Any]:
+    """``batches``, the next one asked for behind a ``call`` with its number, from ``first`` on."""
+    for number in itertools.count(first):
+        call(number)
+        batch = next(batches, _NONE)
+        if batch is _NONE:
+            return
+        yield batch
 
 
 def _holders(loader: Any) -> List[Any]:

@@ -32,6 +32,7 @@ from ofengine.data.generator_state import (
     set_state_of,
     state_of,
 )
+from ofengine.data.structure import copied
 from ofengine.errors import CheckpointError, said_by
 
 __all__ = [
@@ -179,30 +180,33 @@ def has_state(part: Any) -> bool:
     return not isinstance(part, nn.Module) and all(map(callable, methods))
 
 
+# Copies go out and in: what such a part says, and is given, may be what it changes as it goes on.
+
+
 def _state_of(each: Any) -> RandomState:
-    return state_of(each) if is_generator(each) else {"state": each.state_dict()}
+    return state_of(each) if is_generator(each) else {"state": copied(each.state_dict())}
 
 
 def _set_state_of(each: Any, state: RandomState) -> None:
     if is_generator(each):
         set_state_of(each, state)
     else:
-        each.load_state_dict(state["state"])
+        each.load_state_dict(copied(state["state"]))
 
 
 def _check_state_of(each: Any, state: RandomState) -> None:
     if is_generator(each):
         check_state_of(each, state)
         return
-    own = each.state_dict()
+    own = _state_of(each)
     try:
-        each.load_state_dict(state["state"])
+        _set_state_of(each, state)
     except Exception as error:
         raise CheckpointError(
             f"{type(each).__name__}.load_state_dict raised {said_by(error)}."
         ) from error
     finally:
-        each.load_state_dict(own)
+        _set_state_of(each, own)
 
 
 # ---------------------------------------------------------------------- where they are

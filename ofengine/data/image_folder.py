@@ -17,7 +17,7 @@ from flowvision.datasets.vision import StandardTransform
 from ofengine.data.image_cache import ImageCache, cached
 from ofengine.data.transform_chain import flat
 from ofengine.data.transforms import as_image
-from ofengine.disk import why_no_path
+from ofengine.disk import name_of, why_no_path
 from ofengine.errors import ConfigurationError, DataError, said_by, warn
 
 _KEPT_BEHIND = (transforms.Resize, transforms.CenterCrop)
@@ -134,9 +134,9 @@ class CachedImageFolder(ImageFolder):
         sources = [path for path, _ in self.samples]
         name = Path(os.path.abspath(self.root)).name
         kind = _digest([os.path.abspath(self.root), _pillow(), *map(repr, self._first)])[:8]
-        stem = f"{name[:100]}-{kind}-"
         state = _digest(_states(self.root, sources))
-        path = folder / f"{stem}{state}{_ENDING}"
+        path = folder / name_of(name[:100], f"-{kind}-{state}{_ENDING}")
+        stem = path.name[: -len(state + _ENDING)]
 
         def begin() -> Callable[[], None]:
             if path.exists():

@@ -45,3 +45,12 @@ class BatchSeeds:
         """The step of the batch with this number of the epoch, of all ranks together, comes."""
         for generator, seed in self._generators:
             generator.manual_seed((seed + (number + 1) * _ODD) % 2**63)
+
+    def load(self, number: int) -> None:
+        """The batch with this number comes to be loaded, in one process behind the step before it.
+
+        So ranks that load each other's batches draw alike, whichever steps they themselves took.
+        """
+        if number:
+            generator, seed = self._generators[0]
+            generator.manual_seed((seed + number * _ODD) % 2**63)

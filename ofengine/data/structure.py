@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import operator
-from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Tuple
 
 import numpy as np
 import oneflow as flow
@@ -25,6 +25,38 @@ def describe(value: Any) -> str:
 def describe_returned(value: Any) -> str:
     """As :func:`describe`, of what a user's method returned: None is "nothing"."""
     return "nothing" if value is None else describe(value)
+
+
+def copied(value: Any) -> Any:
+    """``value`` of now: a copy of all that may be changed in place, in containers of its kinds.
+
+    What can have no copy is itself; so is what holds itself, which no checkpoint can keep either.
+    """
+    try:
+        return _copied(value)
+    except RecursionError:
+        return value
+
+
+def _copied(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, flow.Tensor):
+        return value.detach().clone()
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if isinstance(value, Mapping):
+        made = copy.copy(value) if isinstance(value, dict) else {}
+        made.update((key, _copied(each)) for key, each in value.items())
+        return made
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_copied, value))
+    if type(value) in (list, tuple):
+        return type(value)(map(_copied, value))
+    try:
+        return copy.deepcopy(value)
+    except Exception:
+        return value
 
 
 def to_device(batch: Any, device: flow.device) -> Any:

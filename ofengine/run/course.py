@@ -206,11 +206,14 @@ def begin_epoch(run: Run, train: Batches) -> None:
     run.progress.point = Point.EPOCH_START
 
 
-def batch_seeds(run: Run) -> Optional[BatchSeeds]:
-    """What seeds each batch's step, where an optimizer step averages several."""
+def batch_seeds(run: Run, train: Batches) -> Optional[BatchSeeds]:
+    """What seeds each batch's step, and its loading, where an optimizer step averages several."""
+    train.before_load = None
     if run.seed is None or run.settings.windows.at(run.progress.epoch) == 1:
         return None
-    return BatchSeeds(run.seed, run.progress.epoch, run.task)
+    seeds = BatchSeeds(run.seed, run.progress.epoch, run.task)
+    train.before_load = seeds.load
+    return seeds
 
 
 def note_layers_in_eval_mode(run: Run) -> None:

@@ -124,7 +124,7 @@ def _train_epoch(
     interrupts, ranks, orders = run.interrupts, run.ranks, run.orders
     share = settings.share or ALONE
     last_expected = share.rounds(run.rates.calendar.batches_per_epoch or 0) - 1
-    seeds = course.batch_seeds(run)
+    seeds = course.batch_seeds(run, train)
     waiting: Any = None
     waiting_place = next_wait = 0
     losses.begin_epoch()

@@ -272,3 +272,14 @@ def test_wrong_arguments_are_told(root: Path) -> None:
         ours.transform = None
     with pytest.raises(ConfigurationError, match=r"sizes .* begin the transform with Resize"):
         in_memory_loader(ours)
+
+
+@pytest.mark.parametrize("name", ["\u56fe" * 80, "a" * 250, "a" + "\U0001f600" * 62])
+def test_a_root_with_a_long_name_in_bytes_is_kept_too(name: str, root: Path) -> None:
+    root = root.rename(root.with_name(name))
+    expected = items(opened(root))
+    (path,) = (root.parent / "cache").glob("*.images")
+    assert path.name.startswith(name[:50])
+    decoded_at = path.stat().st_mtime_ns
+    assert items(opened(root)) == expected
+    assert path.stat().st_mtime_ns == decoded_at

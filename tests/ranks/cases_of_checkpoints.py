@@ -10,10 +10,11 @@ import numpy as np
 import oneflow as flow
 from cases_of_batches import Normed
 from cases_of_decisions import Counting, ended_by_a_signal
+from flowvision.transforms import Compose, RandomHorizontalFlip, ToTensor
 from oneflow.utils.data import DataLoader
-from rank_basics import Net, Place, Result, case, dataset, fitted, slow_case, weights
+from rank_basics import Net, Place, Result, case, dataset, fitted, numbers, slow_case, weights
 
-from ofengine import Callback, TaskModule
+from ofengine import Callback, ImageArrays, TaskModule, in_memory_loader
 from ofengine.callbacks import LRDecayCallback, ModelCheckpoint
 from ofengine.checkpoint.file import as_read, read
 from ofengine.cli.set_lr import change_rates
@@ -121,6 +122,36 @@ def resumed_without_a_seed(place: Place) -> Result:
         results.append(weights(task))
     one, other = results
     return {"equal": all((one[name] == other[name]).all() for name in one)}
+
+
+class FlippedBeside(Net):
+    """Of two loaders' batches, images that were flipped are the first."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        (images, labels), other = batch
+        loss = super().training_step((images.flatten(1), labels), batch_idx)
+        return loss + 0.1 * self.scores(other[0]).mean()
+
+
+@case
+def flips_of_one_of_two_loaders(place: Place) -> Result:
+    """Drawn in the main process from the generator that a step draws from; resumed, too."""
+
+    def fit(callbacks: Any = (), path: Optional[Path] = None) -> Result:
+        x, y = numbers(38)
+        pixels = (100 + 20 * x).clip(0, 255).astype(np.uint8).reshape(-1, 2, 3, 1)
+        transform = Compose([RandomHorizontalFlip(), ToTensor()])
+        flipped = in_memory_loader(ImageArrays(pixels, y, transform), 3, shuffle=True)
+        loaders = [flipped, DataLoader(dataset(14), batch_size=3, shuffle=True)]
+        trainer = place.trainer(accumulate=2, callbacks=list(callbacks))
+        return fitted(FlippedBeside(dropout=0.2), trainer, loaders, ckpt_path=path)
+
+    result, path = fit(), place.folder / "flips.safetensors"
+    if not place.alone:
+        fit([SavesAt(3 * place.size, path)])
+        resumed = fit(path=path)
+        assert all((resumed["weights"][n] == w).all() for n, w in result["weights"].items())
+    return result
 
 
 @case
