@@ -104,7 +104,8 @@ class Batches:
         for a list."""
         self._begun: Tuple[int, ...] = ()
         self.before_load: Optional[Callable[[int], None]] = None
-        """Of several ranks: called with the number of each batch before it is loaded."""
+        """Of several ranks: called with the number of each batch of several loaders or of a stream
+        before it is loaded."""
         self.transfer: Callable[[Any, flow.device], Any] = to_device
         self.order = Order()
         """What the batches of the last pass are made of, where that is known."""
@@ -141,7 +142,8 @@ class Batches:
             batches = open_source(self.source, *begun, self._share)
         if isinstance(self.source, DataLoader):
             batches = ended_by_its_own(batches, self.source, self.what, skipped)
-        if self._share is not None and self.before_load is not None:
+        is_seeded = isinstance(self.source, (DataLoader, list))  # by the batch; a list draws nothing
+        if self._share is not None and self.before_load is not None and not is_seeded:
             batches = _each_behind(self.before_load, batches, skipped)
         if self.device.type != "cpu" or self._share is not None:
             batches = (self.transfer(batch, self.device) for batch in batches)

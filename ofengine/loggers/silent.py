@@ -9,7 +9,7 @@ from ofengine.loggers.base import Logger
 
 
 class _Nothing:
-    """Stands for another library's object that only rank 0 has: whatever is done with it, nothing."""
+    """Stands for another library's object that only rank 0 has: it takes all, and does nothing."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -113,10 +113,10 @@ def check_spec(spec: LogSpec) -> None:
     if not isinstance(spec.name, str) or not spec.name:
         raise ConfigurationError(f"log({spec.name!r}, ...): a metric's name is a text.")
     if spec.name in ("epoch", "step"):
+        what = "number of the epoch" if spec.name == "epoch" else "number of optimizer steps"
         raise ConfigurationError(
-            f"log({spec.name!r}, ...): every logger has a column of this name, the "
-            f"{'number of the epoch' if spec.name == 'epoch' else 'optimizer steps done'}, which is "
-            "the axis of all metrics: give yours another name."
+            f"log({spec.name!r}, ...): every logger has the {what} in a column of this name: give "
+            "yours another one."
         )
     if not spec.on_step and not spec.on_epoch:
         raise ConfigurationError(
