@@ -142,7 +142,7 @@ class Batches:
             batches = open_source(self.source, *begun, self._share)
         if isinstance(self.source, DataLoader):
             batches = ended_by_its_own(batches, self.source, self.what, skipped)
-        is_seeded = isinstance(self.source, (DataLoader, list))  # by the batch; a list draws nothing
+        is_seeded = isinstance(self.source, (DataLoader, list))  # by batch, or draws nothing
         if self._share is not None and self.before_load is not None and not is_seeded:
             batches = _each_behind(self.before_load, batches, skipped)
         if self.device.type != "cpu" or self._share is not None:

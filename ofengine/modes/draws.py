@@ -18,6 +18,7 @@ import numpy as np
 import oneflow as flow
 
 from ofengine._oneflow.late_inputs import eager_result
+from ofengine._oneflow.lazy_names import rename
 from ofengine._oneflow.operators import functions_by_name
 from ofengine.errors import GraphModeError, warn
 
@@ -105,8 +106,11 @@ class Feed:
             return partial(original, flow.ones(shape, **spec), p, True, False, generator)
 
         scales = self._feed(prepare, eager_result(flow.zeros, shape, **spec), input)
-        kept = input * scales  # 0 where dropped, else 1 / (1 - p)
-        return kept if addend is None else kept + addend
+        # 0 where dropped, else 1 / (1 - p)
+        kept = input.mul_(scales) if inplace else input * scales
+        if addend is None:
+            return kept
+        return kept.add_(addend) if inplace else kept + addend
 
     def _bernoulli(
         self,
@@ -124,7 +128,10 @@ class Feed:
         draw = partial(self._rand, shape, generator=generator, **spec)
         drawn = self._feed(lambda: draw, eager_result(flow.zeros, shape, **spec), input)
         below = input.to(flow.float64) if p is None else p
-        return (drawn < below).to(dtype)
+        result = (drawn < below).to(dtype)
+        if inplace:
+            rename(input, like=result)
+        return result
 
     def _factory(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         draw = partial(original, *args, **kwargs)

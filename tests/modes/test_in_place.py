@@ -124,6 +124,21 @@ def test_what_a_step_writes_is_what_eager_mode_writes(accumulate: int) -> None:
     assert len({runs[0][name] for name in ("center", "beside", "listed", "out", "inner.mean")}) == 5
 
 
+def dropped(task: Any, out: Any) -> Any:
+    changed = out * 1.0
+    nn.functional.dropout(changed, 0.5, True, True)
+    chances = flow.full((4, 2), 0.5)
+    flow.bernoulli(chances, inplace=True)
+    task.center.add_(changed.detach().mean(0))
+    return changed * chances
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_so_it_is_with_what_is_drawn_in_place(accumulate: int) -> None:
+    runs = [ends(dropped, mode, seed=0, accumulate_grad_batches=accumulate) for mode in MODES]
+    assert runs[0] == runs[1]
+
+
 def of_view(task: Any, out: Any) -> None:
     task.center.view(2, 1).add_(1.0)  # the line
 
