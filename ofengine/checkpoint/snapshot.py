@@ -229,7 +229,7 @@ def _moments(run: Run, copies: Mapping[int, Any]) -> State:
         states.update({key: before[key] for key in ("global", "validation", "task", "callbacks")})
     if point is Point.EPOCH_START and train is not None:
         states.update(train.states_if_begun)  # it has drawn for batches that never came
-    in_epoch = point not in BETWEEN_EPOCHS
+    in_epoch = point not in BETWEEN_EPOCHS or run.cut_short is not None
     gradients = run.training_mode.gradients() if in_epoch else {}
     own = tensors_beside(task)
     tensors, left_out = changed_tensors(

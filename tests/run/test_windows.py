@@ -164,6 +164,44 @@ def test_a_run_goes_on_in_a_window_in_which_a_parameter_was_frozen(
     assert trained("graph" if mode == "eager" else "eager") == whole
 
 
+class Weighs(Tiny):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return {"loss": super().training_step(batch, batch_idx), "weight": batch[0].sum()}
+
+
+@pytest.mark.parametrize("kind", [Tiny, Weighs])
+@pytest.mark.parametrize("moment", ["on_train_epoch_end", "on_train_end"])
+def test_a_run_that_was_ended_within_a_window_goes_on(
+    mode: str, kind: Any, moment: str, tmp_path: Path
+) -> None:
+    class Stops(Callback):
+        def on_train_batch_end(self, trainer: Any, task: Any, *_: Any) -> None:
+            trainer.should_stop = trainer.batches_seen == 6
+
+    def save(self: Any, trainer: Any, task: Any) -> None:
+        trainer.save_checkpoint(tmp_path / "ended.safetensors")
+
+    setattr(Stops, moment, save)
+
+    class GoesOn(Callback):
+        def on_train_start(self, trainer: Any, task: Any) -> None:
+            trainer.should_stop = False
+
+    def trained(callback: Callback, mode: str = mode, path: Any = None) -> Any:
+        task = kind()
+        trainer = quiet_trainer(
+            mode=mode, max_epochs=1, accumulate_grad_batches=4, callbacks=callback
+        )
+        trainer.fit(task, eight, ckpt_path=path)
+        return bits(task)
+
+    eight = [(flow.full((2, 2), i / 4 + 1), flow.ones(2, 1)) for i in range(8)]
+    whole = trained(GoesOn())
+    assert trained(Stops()) != whole
+    for other in ("eager", "graph"):
+        assert trained(GoesOn(), other, tmp_path / "ended.safetensors") == whole
+
+
 def test_other_windows_on_resume_are_told(tmp_path: Path) -> None:
     class SavesWithin(Callback):
         def on_train_batch_end(self, trainer: Any, task: Any, *_: Any) -> None:
