@@ -447,6 +447,23 @@ def test_every_name_that_is_mentioned_exists(path: Path) -> None:
         assert name in ofengine.__all__ or importlib.util.find_spec(f"ofengine.{name}")
 
 
+NAME = re.compile(r"`(\w+)`")
+
+
+@LANGUAGES
+def test_what_lightning_s_users_are_told_is_not_here_is_not(language: str) -> None:
+    sections = read(DOCS / language / "from-lightning.md").split("\n## ")[1:]
+    named = [
+        {name for row in re.findall(r"^\| (.*?) \|.*", text, re.M) for name in NAME.findall(row)}
+        for text in (sections[3], sections[4], sections[6].partition("`BackboneFinetuning` |")[2])
+    ]
+    assert all(len(each) > 5 for each in named)
+    otherwise = {"precision", "strategy"}  # with other values
+    assert not (named[0] - otherwise) & set(_arguments_of_the_trainer())
+    assert not [name for name in named[1] if hasattr(ofengine.TaskModule, name)]
+    assert not [name for name in named[2] if hasattr(ofengine.callbacks, name)]
+
+
 def test_contributing_shows_the_rooms_as_they_are() -> None:
     spec = importlib.util.spec_from_file_location("rooms", ROOT / "tests" / "test_rooms.py")
     assert spec is not None and spec.loader is not None

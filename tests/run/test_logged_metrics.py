@@ -17,7 +17,7 @@ from helpers import (
     sized,
 )
 
-from ofengine import Callback
+from ofengine import Callback, ConfigurationError
 
 # ---------------------------------------------------------------------- epoch means
 
@@ -274,6 +274,17 @@ def test_the_end_of_an_epoch_logs_one_value_for_the_epoch(mode: str) -> None:
     fitted(Logs(), numbered_batches(2), numbered_batches(2), mode=mode, max_epochs=2, logger=notes)
     assert notes.values("trainings") == [(2, 0.0), (4, 1.0)]
     assert notes.values("validations") == [(2, 0.0), (4, 1.0)]
+
+
+@pytest.mark.parametrize("name", ["step", "epoch"])
+def test_names_that_every_logger_has_are_refused(mode: str, name: str) -> None:
+    class Logs(SquaredLine):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log(name, 1.0)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(ConfigurationError, match=f"every logger has the number of .*{name}"):
+        fitted(Logs(), numbered_batches(2), mode=mode)
 
 
 # ---------------------------------------------------------------------- several dataloaders

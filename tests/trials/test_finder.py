@@ -228,10 +228,13 @@ def test_it_stops_where_the_loss_grows_or_is_not_finite() -> None:
             loss = super().training_step(batch, batch_idx)
             return loss * 0.0 + self.losses[self.trainer.global_step]
 
-    def found(losses: List[float], **arguments: Any) -> LRFinder:
+    def found(
+        losses: List[float], settings: Optional[Dict[str, Any]] = None, **arguments: Any
+    ) -> LRFinder:
         task = Told()
         task.losses = losses
-        return quiet_trainer().lr_find(task, batches(), num_steps=6, **arguments)
+        trainer = quiet_trainer(**(settings or {}))
+        return trainer.lr_find(task, batches(), num_steps=6, **arguments)
 
     calm = found([1.0, 1.0, 1.0, 9.0, 1.0, 1.0])
     # The mean of 1, 1, 1, 9 is about 3; then of 1, 1, 1, 99 about 25.
@@ -241,6 +244,11 @@ def test_it_stops_where_the_loss_grows_or_is_not_finite() -> None:
     assert not found([1.0, 1.0, 1.0, 99.0, 1.0, 1.0], early_stop_threshold=None).stopped_early
     broken = found([1.0, math.nan, 1.0, 1.0, 1.0, 1.0], early_stop_threshold=None)
     assert (broken.stopped_early, len(broken.losses)) == (True, 2)
+    # What a fit would make of it is not asked.
+    for settings in ({"min_epochs": 3}, {"min_steps": 6}, {"detect_anomaly": True}):
+        wild = found([1.0, 1.0, 99.0, 1.0, 1.0, 1.0], settings)
+        broken = found([1.0, math.nan, 1.0, 1.0, 1.0, 1.0], settings)
+        assert (len(wild.losses), len(broken.losses)) == (3, 2)
     # A loss below 0 is not taken for one that grew.
     assert not found([-1.0, -0.9, -0.8, -0.9, -1.0, -1.0]).stopped_early
 

@@ -183,6 +183,35 @@ def batch_labels(task: Net) -> Any:
     return task.train_dataloader()[0][1]
 
 
+class UpdateCheats(Net):
+    """Only its gradients are others in a graph."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        total = self.first.weight.sum()
+        return loss + (total - total.detach()) if loss.is_lazy else loss
+
+
+@pytest.mark.parametrize("settings", [{}, {"min_steps": 6}, {"min_epochs": 1}])
+def test_an_update_that_is_another_is_told_whatever_has_to_be_trained(settings: Any) -> None:
+    difference = rows_of(proved(UpdateCheats(), **settings))["graph"].difference
+    assert difference is not None
+    assert (difference.step, difference.parameter) == (1, "first.weight")
+    assert "computes another loss" not in difference.origin
+    assert "it comes from the backward pass" in difference.origin
+
+
+def test_layers_that_compute_faster_are_no_difference() -> None:
+    class Fast(LossCheats):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.GELU())
+
+    difference = rows_of(proved(Fast(), steps=2, cpu_speedups=True))["graph"].difference
+    assert difference is not None
+    assert "training_step itself computes another loss" in difference.origin
+
+
 def test_a_metric_that_is_logged_otherwise_is_named() -> None:
     row = rows_of(proved(LogCheats()))["graph"]
     assert row.first == {"data": None, "loss": None, "weights": None, "metrics": 1, "rates": None}
