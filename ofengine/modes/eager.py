@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sys import getrefcount
 from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import oneflow as flow
@@ -97,7 +98,9 @@ class EagerMode:
             loss = step(batch, batch_idx, *self._named) if self._takes_both else step(batch)
             if type(loss) is not Tensor or loss.dim() or not loss.requires_grad:
                 loss, rest = split_outputs(loss, self._task_name)
-            rest["loss"] = loss.detach().clone()  # for hooks and later steps may write into it
+            own = loss.detach()
+            # Whoever else has it may write into it. A copy costs more than the rest of a step.
+            rest["loss"] = own.clone() if getrefcount(loss) > 2 or self._before_backward else own
             for call in self._before_backward:
                 call(loss)
             if self._averages and "weight" in rest:
