@@ -20,7 +20,8 @@ _OF_UPDATES = ("on_before_optimizer_step", "on_before_zero_grad", "on_after_opti
 
 def ships(call: Callable[..., Any]) -> bool:
     """True for a hook of ofengine's own callbacks, which change nothing that they are given."""
-    return type(getattr(call, "__self__", None)).__module__.startswith("ofengine.")
+    owner = getattr(getattr(call, "func", call), "__self__", None)
+    return type(owner).__module__.startswith("ofengine.")
 
 
 class HookRunner:
