@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Iterator
 
@@ -22,6 +23,15 @@ settings.load_profile("ofengine")
 def mode(request: pytest.FixtureRequest) -> str:
     """Each mode in turn."""
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def _messages_as_before() -> Iterator[None]:
+    """A rank other than 0 silences the engine: so does a test that pretends to be one."""
+    log = logging.getLogger("ofengine")
+    level = log.level
+    yield
+    log.setLevel(level)
 
 
 _graphs = [0]

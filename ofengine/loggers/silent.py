@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Iterator, Optional
 
 from ofengine.loggers.base import Logger
 
@@ -24,6 +24,9 @@ class _Nothing:
 
     def __setitem__(self, key: Any, value: Any) -> None:
         """Nothing."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
 
     def __enter__(self) -> Any:
         return self

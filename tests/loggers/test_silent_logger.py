@@ -39,6 +39,7 @@ def test_another_library_s_object_takes_whatever_is_done_with_it() -> None:
     silent: Any = SilentLogger(Pictures())
     with silent.experiment.start_run("here") as run:
         run.log({"loss": 1.0}).config["lr"] = 0.1
+    assert list(silent.experiment.runs) == []
 
 
 def test_so_it_is_with_those_of_ofengine(tmp_path: Any) -> None:
