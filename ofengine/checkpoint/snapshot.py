@@ -152,8 +152,8 @@ def state_of_run(run: Run, copies: Mapping[int, Any]) -> State:
     owners, windows = _owners_now(run), run.settings.windows
     optimizers = {name: _of_optimizer(each) for name, each in run.each().items()}
     moments, precision = run.moments_resumed, run.settings.precision
+    first = _moments(run, copies) if moments is None else moments
     rest = {
-        **(_moments(run, copies) if moments is None else moments),
         "callbacks": [
             {**describe_owner(callback), "state": state}
             for callback, state in zip(run.callbacks, owners["callbacks"])
@@ -184,7 +184,8 @@ def state_of_run(run: Run, copies: Mapping[int, Any]) -> State:
         },
     }
     # Of callbacks, samplers, ...: what they hold themselves, while the file may be written later.
-    return {**copied(rest), **({"several": optimizers} if run.parts else optimizers[""])}
+    of_optimizers = {"several": optimizers} if run.parts else optimizers[""]
+    return {**copied(first), **of_optimizers, **copied(rest)}
 
 
 def _of_optimizer(run: Run) -> State:
