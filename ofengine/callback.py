@@ -303,3 +303,8 @@ def overrides(owner: object, hook: str, base: type) -> bool:
     """True where ``owner``'s class (or ``owner`` itself) overrides ``base``'s hook."""
     own = getattr(owner, hook, None)
     return getattr(own, "__func__", own) is not getattr(base, hook)
+
+
+def ships(owner: Any) -> bool:
+    """True for what is of a class of ofengine's own, and of nobody's subclass."""
+    return type(owner).__module__.startswith("ofengine.")

@@ -126,9 +126,8 @@ class SharedMetrics(Metrics):
         rows = self._rows_of(stage)
         has_none = batch is None or batch is ABSENT
         batch_size = 1 if has_none else batch_size_of(batch)
-        index = OUTSIDE if batch is None else stage.batch_idx
-        if batch is ABSENT:
-            index = self._progress.batch_idx
+        within = self._progress.batch_idx if batch is ABSENT else stage.batch_idx
+        index = OUTSIDE if batch is None else within
         for each in stage.current:
             (logged, values), by = each, _OF_BATCH
             if batch is not None and isinstance(each, _OfUpdate):

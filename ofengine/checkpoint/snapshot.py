@@ -12,7 +12,7 @@ import oneflow as flow
 from ofengine import __version__
 from ofengine._oneflow.optimizer_state import own_options
 from ofengine._oneflow.session import synchronize
-from ofengine.callback import overrides
+from ofengine.callback import overrides, ships
 from ofengine.checkpoint.beside import (
     changed_tensors,
     digest_of,
@@ -100,7 +100,7 @@ def _states_of_owners(run: Run, users_only: bool = False) -> State:
     if not users_only or overrides(run.task, "on_save_checkpoint", TaskModule):
         run.task.on_save_checkpoint(extra)
     callbacks = [
-        {} if users_only and _ships(callback) else callback.state_dict()
+        {} if users_only and ships(callback) else callback.state_dict()
         for callback in run.callbacks
     ]
     return {
@@ -117,14 +117,10 @@ def _owners_now(run: Run) -> State:
         return now
     kept = before["owners"]
     callbacks = [
-        state if _ships(callback) else old
+        state if ships(callback) else old
         for callback, state, old in zip(run.callbacks, now["callbacks"], kept["callbacks"])
     ]
     return {**now, **kept, "callbacks": callbacks}
-
-
-def _ships(callback: Any) -> bool:
-    return type(callback).__module__.startswith("ofengine.")
 
 
 def note_start(run: Run) -> None:

@@ -44,7 +44,7 @@ class BatchSeeds:
     def begin(self, number: int) -> None:
         """The step of the batch with this number of the epoch, of all ranks together, comes."""
         for generator, seed in self._generators:
-            generator.manual_seed((seed + (number + 1) * _ODD) % 2**63)
+            generator.manual_seed(_behind(seed, number + 1))
 
     def load(self, number: int) -> None:
         """The batch with this number comes to be loaded, in one process behind the step before it.
@@ -53,4 +53,9 @@ class BatchSeeds:
         """
         if number:
             generator, seed = self._generators[0]
-            generator.manual_seed((seed + number * _ODD) % 2**63)
+            generator.manual_seed(_behind(seed, number))
+
+
+def _behind(seed: int, batches: int) -> int:
+    """The seed that holds once the step of so many batches has begun."""
+    return (seed + batches * _ODD) % 2**63

@@ -7,7 +7,7 @@ import inspect
 from functools import partial
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
-from ofengine.callback import EAGER_ONLY_HOOKS, HOOKS, METHODS, Callback, overrides
+from ofengine.callback import EAGER_ONLY_HOOKS, HOOKS, METHODS, Callback, overrides, ships
 from ofengine.data_module import DATA_MODULE_HOOKS, DataModule
 from ofengine.errors import ConfigurationError, warn
 from ofengine.run.lightning import HOOKS as HOOKS_OF_LIGHTNING, TASK_ATTRIBUTES
@@ -18,10 +18,9 @@ from ofengine.task import TaskModule
 _OF_UPDATES = ("on_before_optimizer_step", "on_before_zero_grad", "on_after_optimizer_step")
 
 
-def ships(call: Callable[..., Any]) -> bool:
+def only_looks(call: Callable[..., Any]) -> bool:
     """True for a hook of ofengine's own callbacks, which change nothing that they are given."""
-    owner = getattr(getattr(call, "func", call), "__self__", None)
-    return type(owner).__module__.startswith("ofengine.")
+    return ships(getattr(getattr(call, "func", call), "__self__", None))
 
 
 class HookRunner:

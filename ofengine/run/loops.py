@@ -19,7 +19,7 @@ from ofengine.ranks.shares import ABSENT, ALONE
 from ofengine.run import course, live, report, together
 from ofengine.run.anomaly import train_step_of
 from ofengine.run.connect import STEP_OF_STAGE
-from ofengine.run.hooks import HookRunner, ships
+from ofengine.run.hooks import HookRunner, only_looks
 from ofengine.run.losses import LossWatch, warn_of_metrics
 from ofengine.run.mode import Mode
 from ofengine.run.progress import Point
@@ -114,7 +114,7 @@ def _train_epoch(
     hooks.look_again("on_train_batch_start", "on_train_batch_end", "on_after_optimizer_step")
     batch_start, batch_end = hooks.calls["on_train_batch_start"], hooks.calls["on_train_batch_end"]
     after_update = hooks.calls["on_after_optimizer_step"]
-    copies_loss = not all(map(ships, batch_end))
+    copies_loss = not all(map(only_looks, batch_end))
     settings, progress = run.settings, run.progress
     step, commit = labels.begin_epoch(), run.metrics.commit
     stage = run.metrics.begin_batches()

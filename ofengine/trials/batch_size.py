@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import Any, Callable, List, Union
 
-import attrs
 import oneflow as flow
 
 from ofengine.callback import Callback
@@ -17,6 +16,7 @@ from ofengine.run.settings import Settings
 from ofengine.task import TaskModule
 from ofengine.trials.memory import free_memory, in_mb, limit_of
 from ofengine.trials.prove import Fit
+from ofengine.trials.restore import of_sweep
 from ofengine.trials.trial_process import Outcome, Trial, carry_out, check_can_try
 
 log = logging.getLogger("ofengine")
@@ -143,12 +143,9 @@ def _train(
     batch = next(iter(source), None)
     if batch is None or not batch_size_of(batch):
         raise DataError("scale_batch_size found no batch with rows in the training data.")
-    settings = attrs.evolve(
-        settings, eval_mode=settings.mode, max_epochs=-1, max_steps=steps, min_epochs=0,
-        min_steps=0, max_time=None, limit_train_batches=None, overfit_batches=None,
-        limit_val_batches=0, num_sanity_val_steps=0, fast_dev_run=0, restart_on_crash=0,
-        detect_anomaly=False,
-    )  # fmt: skip
+    settings = of_sweep(
+        settings, steps, limit_train_batches=None, overfit_batches=None, limit_val_batches=0
+    )
     batches = [resized(batch, rows)] * (steps * settings.windows.most)
     fit(settings, [_Quiet()], task, batches, None)
 

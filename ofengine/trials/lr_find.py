@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-import attrs
 from oneflow import nn
 from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 
@@ -21,7 +20,7 @@ from ofengine.run.devices import move
 from ofengine.run.settings import Settings
 from ofengine.run.view import RunView
 from ofengine.task import TaskModule
-from ofengine.trials.restore import OptimizerLoan, Restorer
+from ofengine.trials.restore import OptimizerLoan, Restorer, of_sweep
 
 Plan = Callable[[Optional[int]], Tuple[Optional[Optimization], RatePlan]]
 """Plans the run that the task would make by itself, from the batches in an epoch."""
@@ -161,21 +160,12 @@ def lr_find(
             f"early_stop_threshold={early_stop_threshold!r}: give a number above 1, or None."
         )
     recorder = _Recorder(early_stop_threshold)
-    sweep_settings = attrs.evolve(
+    sweep_settings = of_sweep(
         settings,
-        eval_mode=settings.mode,
-        max_epochs=-1,
-        max_steps=num_steps,
-        min_epochs=0,
-        min_steps=0,
-        max_time=None,
+        num_steps,
         limit_val_batches=None,
         val_check_interval=None,
         check_val_every_n_epoch=10**9,
-        num_sanity_val_steps=0,
-        fast_dev_run=0,
-        restart_on_crash=0,
-        detect_anomaly=False,
     )
     source = train_dataloaders if train_dataloaders is not None else task.train_dataloader()
     source = together(source)

@@ -31,7 +31,7 @@ from ofengine.speedups import cpu_speedups
 from ofengine.task import TaskModule
 from ofengine.trials.proof import Difference, Report, Row
 from ofengine.trials.recording import QUANTITIES, Record, Recorder, recording_outputs
-from ofengine.trials.restore import OptimizerLoan, Restorer
+from ofengine.trials.restore import OptimizerLoan, Restorer, of_trial
 
 Fit = Callable[[Settings, List[Callback], TaskModule, Any, Optional[Path]], None]
 """Fits a task over training data with other settings and callbacks, from a checkpoint or none."""
@@ -181,16 +181,11 @@ class Proof:
 
     def run(self, way: Way, recorder: Recorder, outputs: bool = False) -> Recorder:
         """Train once from the start that all runs have in common."""
-        settings = attrs.evolve(
+        settings = of_trial(
             self.settings,
+            self.steps,
             mode=way.mode,
             eval_mode=way.mode,
-            max_epochs=-1,
-            max_steps=self.steps,
-            max_time=None,
-            num_sanity_val_steps=0,
-            fast_dev_run=0,
-            restart_on_crash=0,
             seed=0 if self.settings.seed is None else self.settings.seed,
         )
         deciding = [each for each in self.callbacks if isinstance(each, RATES)]

@@ -1,4 +1,4 @@
-"""Puts a task, its data and the generators back as they were before a trial run."""
+"""A trial run: its settings; and a task, its data and the generators put back behind it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import random
 import types
 from typing import Any, Dict, List, Optional, Set, Tuple
 
+import attrs
 import numpy as np
 import oneflow as flow
 from oneflow import nn
@@ -15,6 +16,7 @@ from oneflow.optim import Optimizer
 from ofengine._oneflow.loaders import SHARED_GENERATOR, forget_workers
 from ofengine._oneflow.session import synchronize
 from ofengine.data.generator_state import set_state_of, state_of
+from ofengine.run.settings import Settings
 from ofengine.run.undone import Kept
 
 _Generator = type(flow.default_generator)
@@ -24,6 +26,22 @@ _PASSED_BY = (
     flow.Tensor, np.ndarray, nn.Module, Optimizer, type, types.ModuleType, types.FunctionType,
     types.MethodType, types.BuiltinFunctionType,
 )  # fmt: skip
+
+
+def of_trial(settings: Settings, steps: int, **changes: Any) -> Settings:
+    """``settings`` for so many steps, with nothing around them, and with these ``changes``."""
+    return attrs.evolve(
+        settings, max_epochs=-1, max_steps=steps, max_time=None, num_sanity_val_steps=0,
+        fast_dev_run=0, restart_on_crash=0, **changes,
+    )  # fmt: skip
+
+
+def of_sweep(settings: Settings, steps: int, **changes: Any) -> Settings:
+    """The same in one mode, where whoever tries decides when to end, and a NaN is a result."""
+    return of_trial(
+        settings, steps, eval_mode=settings.mode, min_epochs=0, min_steps=0, detect_anomaly=False,
+        **changes,
+    )  # fmt: skip
 
 
 class Restorer(Kept):

@@ -213,16 +213,20 @@ def test_schedule_decay_and_accumulation_together(mode: str, interval: str) -> N
 # ---------------------------------------------------------------------- rates that are used up
 
 
+def _check_in_graph_mode(schedule: str, accumulate: int, known: bool) -> None:
+    task, length = ConstantGradient(LAYERWISE, SCHEDULES[schedule][0]), 13 * accumulate
+    data: Any = batches(length) if known else OfUnknownLength(batches(length))
+    meter = measure("graph", task, data, 1, accumulate_grad_batches=accumulate)
+    check(meter, task, rates_by_hand(task, [length], accumulate))
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_graph_has_the_rates_of_all_steps_to_come(
     accumulate: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where nobody knows how many there are, those of some steps are compiled in at a time."""
     monkeypatch.setattr(ofengine.modes.graph, "_TABLE_STEPS", 3)
-    task, length = ConstantGradient(LAYERWISE, SCHEDULES["StepLR"][0]), 13 * accumulate
-    data = OfUnknownLength(batches(length))
-    meter = measure("graph", task, data, 1, accumulate_grad_batches=accumulate)
-    check(meter, task, rates_by_hand(task, [length], accumulate))
+    _check_in_graph_mode("StepLR", accumulate, known=False)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -230,9 +234,7 @@ def test_a_graph_has_no_more_rates_than_it_may(
     accumulate: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ofengine.rates.plan, "_MOST_ENTRIES", 24)
-    task, length = ConstantGradient(LAYERWISE, SCHEDULES["ExponentialLR"][0]), 13 * accumulate
-    meter = measure("graph", task, batches(length), 1, accumulate_grad_batches=accumulate)
-    check(meter, task, rates_by_hand(task, [length], accumulate))
+    _check_in_graph_mode("ExponentialLR", accumulate, known=True)
 
 
 # ---------------------------------------------------------------------- anything together
