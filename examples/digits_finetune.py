@@ -280,9 +280,11 @@ def plot(path: str, curves: Dict[str, Curves]) -> None:
 def parse(argv: Optional[List[str]]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--mode", choices=["eager", "graph"], default="graph")
+    parser.add_argument(
+        "--mode", choices=["eager", "graph"], help="graph, or eager with several processes"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--devices", type=positive, default=1, help="processes; 2 or more: eager")
+    parser.add_argument("--devices", type=positive, default=1, help="processes")
     parser.add_argument("--accumulate", type=positive, default=1, help="batches in a step")
     parser.add_argument("--epochs", type=positive, default=20, help="epochs of each stage")
     parser.add_argument("--seed", type=int, default=0)
@@ -301,8 +303,8 @@ def positive(text: str) -> int:
 def main(argv: Optional[List[str]] = None) -> int:
     """Pretrain, fine-tune in both modes, compare; return the exit code."""
     arguments = parse(argv)
-    if arguments.devices > 1:
-        arguments.mode = "eager"
+    if arguments.mode is None:
+        arguments.mode = "eager" if arguments.devices > 1 else "graph"
     wanted = {"sklearn": "scikit-learn", **({"matplotlib": "matplotlib"} if arguments.plot else {})}
     for module, package in wanted.items():
         if importlib.util.find_spec(module) is None:

@@ -7,8 +7,7 @@ global tensors is not, and its compiler makes the ranks exchange what has to be 
 from __future__ import annotations
 
 import contextlib
-from functools import partial
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Sequence
 
 import oneflow as flow
 from oneflow import nn
@@ -17,6 +16,18 @@ from oneflow.optim import Optimizer
 
 _FACTORIES = ("arange", "empty", "eye", "full", "linspace", "ones", "tensor", "zeros")
 """OneFlow's functions that make a tensor of numbers alone."""
+_NEW = ("new_empty", "new_full", "new_ones", "new_zeros")
+"""A tensor's methods that make another one of numbers alone."""
+_answering: List[Ranks] = []
+"""Where steps are traced over global tensors now; empty elsewhere."""
+
+
+def computes_on(x: Any) -> str:
+    """The kind of device of ``x``; "" for a global tensor in no step of :func:`answering_as_local`.
+
+    Where a user's own graph says how each tensor lies, nothing else is to be made of one.
+    """
+    return str(x.device.type) if x.is_local or _answering else ""
 
 
 class Ranks:
@@ -113,13 +124,16 @@ class Twins:
 def answering_as_local(ranks: Ranks) -> Iterator[None]:
     """While tracing over global tensors, let what a step does with local ones go on working.
 
-    What it makes of numbers alone is global too, ``tensor.device`` is this rank's device, and
+    What it makes of numbers alone is global too, and all ranks have it whole: OneFlow's own layers
+    would split it as the batch is. ``tensor.device`` is this rank's device, and
     ``tensor.to(device)`` leaves a tensor on it where it is. A batch norm may have neither a
     weight nor running statistics, which OneFlow would end the process over.
     """
     own_device, own_to = flow.Tensor.device, flow.Tensor.to
     own_normalization = flow._C.normalization
-    made: List[Tuple[str, Any]] = [(name, getattr(flow, name)) for name in _FACTORIES]
+    made = [(flow, name, getattr(flow, name)) for name in _FACTORIES]
+    made += [(flow.Tensor, name, getattr(flow.Tensor, name)) for name in _NEW]
+    whole = {"placement": ranks.placement, "sbp": flow.sbp.broadcast}
 
     def device(tensor: Any) -> Any:
         return ranks.device if tensor.is_global else own_device.__get__(tensor)
@@ -134,10 +148,13 @@ def answering_as_local(ranks: Ranks) -> Iterator[None]:
         return own_to(tensor, *args, **kwargs) if args or kwargs else tensor
 
     def make(original: Any, *args: Any, **kwargs: Any) -> Any:
-        if not lazy_mode.is_enabled() or "placement" in kwargs:
+        if not lazy_mode.is_enabled() or kwargs.get("placement") not in (None, ranks.placement):
             return original(*args, **kwargs)
         kwargs.pop("device", None)
-        return original(*args, placement=ranks.placement, sbp=flow.sbp.broadcast, **kwargs)
+        return original(*args, **{**kwargs, **whole})
+
+    def made_whole(original: Any) -> Callable[..., Any]:
+        return lambda *args, **kwargs: make(original, *args, **kwargs)  # a tensor's method, too
 
     def normalization(
         x: Any,
@@ -150,23 +167,24 @@ def answering_as_local(ranks: Ranks) -> Iterator[None]:
         **kwargs: Any,
     ) -> Any:
         if x.is_global:
-            spec = {"placement": ranks.placement, "sbp": flow.sbp.broadcast}
-            zeros, ones = (each(x.shape[axis], **spec) for each in (x.new_zeros, x.new_ones))
+            zeros, ones = (each(x.shape[axis], **whole) for each in (x.new_zeros, x.new_ones))
             mean, variance = (zeros, ones) if mean is None else (mean, variance)
             weight, bias = (ones, zeros) if weight is None else (weight, bias)
         return own_normalization(x, mean, variance, weight, bias, axis, *args, **kwargs)
 
+    _answering.append(ranks)
     flow.Tensor.device, flow.Tensor.to = property(device), to
     flow._C.normalization = normalization
-    for name, original in made:
-        setattr(flow, name, partial(make, original))
+    for owner, name, original in made:
+        setattr(owner, name, made_whole(original))
     try:
         yield
     finally:
+        _answering.remove(ranks)
         flow.Tensor.device, flow.Tensor.to = own_device, own_to
         flow._C.normalization = own_normalization
-        for name, original in made:
-            setattr(flow, name, original)
+        for owner, name, original in made:
+            setattr(owner, name, original)
 
 
 def _is_device(value: Any, own: flow.device) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import oneflow as flow
 from oneflow import nn
 
+from ofengine._oneflow.global_tensors import computes_on
 from ofengine.speedups import activations, convolutions, norms, recurrent
 
 # What benchmarks/cpu_speedups.py found: beyond these OneFlow's own are as fast, or faster.
@@ -18,8 +19,8 @@ _LEAST_KERNEL, _MOST_COLUMNS = 25, 64
 
 
 def is_for_cpu(x: Any) -> bool:
-    """True for what the faster operators are for: float32 on this process's CPU."""
-    return x.dtype == flow.float32 and x.is_local and x.device.type == "cpu" and x.numel() > 0
+    """True for what the faster operators are for: float32 on a CPU."""
+    return x.dtype == flow.float32 and computes_on(x) == "cpu" and x.numel() > 0
 
 
 class LayerNorm(nn.LayerNorm):

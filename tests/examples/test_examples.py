@@ -66,6 +66,17 @@ def test_two_ranks_learn_the_digits_as_one_process_with_twice_the_accumulation()
     assert digests[0] == digests[1]
 
 
+@pytest.mark.slow
+def test_two_ranks_learn_the_digits_in_the_mode_that_is_asked_for() -> None:
+    pytest.importorskip("sklearn")
+    result = run_example(
+        *("digits_finetune.py", "--epochs", "1", "--device", "cpu"),
+        *("--devices", "2", "--mode", "graph"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "graph mode" in result.stdout and "eager mode" not in result.stdout
+
+
 @pytest.mark.parametrize("mode", ["graph", pytest.param("eager", marks=pytest.mark.slow)])
 def test_digits_are_learnt_alike_in_both_modes(mode: str, tmp_path: Path) -> None:
     pytest.importorskip("sklearn")

@@ -9,8 +9,10 @@ from __future__ import annotations
 import gc
 import pickle
 import sys
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, List, Optional
+from unittest.mock import patch
 
 import numpy as np
 import oneflow as flow
@@ -24,6 +26,7 @@ from rank_basics import Place as EagerPlace, Result, dataset, weights
 from ofengine import Callback, OFEngineError, TaskModule, Trainer
 from ofengine.callbacks import EMAWeightAveraging, LRDecayCallback, PredictionWriter
 from ofengine.metrics import Accuracy, ConfusionMatrix
+from ofengine.speedups import activations, convolutions, norms, recurrent
 
 CASES: Dict[str, Callable[[Place], Result]] = {}
 
@@ -134,6 +137,53 @@ def a_loss_scale_in_clipped_windows(place: Place) -> Result:
 @case
 def five_steps_of_adamw(place: Place) -> Result:
     return fitted(Net("adamw"), place.trainer(max_steps=5, max_epochs=-1), place.loader())
+
+
+class Layered(TaskModule):
+    """One layer of each kind that has faster operators; it makes tensors of numbers as it goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        flow.manual_seed(1)
+        self.conv = nn.Conv2d(4, 4, 5, padding=2, groups=4)
+        self.norm, self.gelu, self.silu = nn.LayerNorm(16), nn.GELU(), nn.SiLU()
+        self.lstm, self.head = nn.LSTM(16, 6, batch_first=True), nn.Linear(6, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        rows = self.conv(batch).reshape(batch.shape[0], 4, 16)
+        rows = rows + rows.new_ones((1, 4, 16)) * rows.new_full((16,), 0.5)
+        if rows.is_global:  # as OneFlow's own layers do
+            rows = rows + flow.zeros(1, 16, placement=rows.placement, sbp=rows.sbp)
+        return self.head(self.lstm(self.silu(self.gelu(self.norm(rows))))[0]).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return flow.optim.SGD(self.parameters(), lr=0.1)
+
+
+def layered(place: Place, faster: bool) -> Result:
+    images = flow.tensor(np.random.RandomState(2).rand(20, 4, 4, 4).astype(np.float32))
+    batches = list(images.split(place.rows(2)))
+    used: List[Any] = []
+    calls = [(norms, "layer_norm"), (activations, "gelu"), (activations, "silu")]
+    calls += [(convolutions, "depthwise"), (recurrent, "lstm")]
+    with ExitStack() as watched:
+        for module, name in calls:
+            spied = patch.object(module, name, wraps=getattr(module, name))
+            used.append(watched.enter_context(spied))
+        found = fitted(Layered(), place.trainer(cpu_speedups=faster), batches)
+    return {**found, "used": [each.called for each in used]}
+
+
+@case
+def layers_of_each_kind(place: Place) -> Result:
+    return layered(place, faster=False)
+
+
+@case
+def layers_of_each_kind_in_faster_operators(place: Place) -> Result:
+    found = layered(place, faster=True)
+    assert found["used"] == [True] * 5
+    return found
 
 
 @case
