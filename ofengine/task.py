@@ -33,7 +33,7 @@ from ofengine.errors import (
     warn,
 )
 from ofengine.onnx_model import write_onnx
-from ofengine.run.lightning import LOG_ARGUMENTS, TASK_ATTRIBUTES, mend_for
+from ofengine.run.lightning import HOOKS, LOG_ARGUMENTS, TASK_ATTRIBUTES, mend_for
 from ofengine.run.view import RunView
 from ofengine.task_attributes import Attached, error_within
 from ofengine.task_hooks import TaskHooks
@@ -91,7 +91,7 @@ class TaskModule(TaskHooks, nn.Module):
                     raise own_error from None
             elif name in ("logger", "loggers") and self._trainer is not None:
                 return getattr(self._trainer, name)  # no property: a user's own stands
-            mend = mend_for(TASK_ATTRIBUTES, name)
+            mend = mend_for(TASK_ATTRIBUTES, name) or mend_for(HOOKS, name)
             if mend is None:
                 raise
         raise UnknownAttributeError(f"self.{name} of a task is Lightning's name: {mend}.")

@@ -39,7 +39,7 @@ from ofengine.run.hooks import HookRunner
 from ofengine.run.loops import evaluation_loop
 from ofengine.run.mode import Mode
 from ofengine.run.profiling import watch_data
-from ofengine.run.settings import CHECKS, Settings, refuse_arguments
+from ofengine.run.settings import CHECKS, Settings, arguments_of, refuse_arguments
 from ofengine.run.state import Run
 from ofengine.run.verb import alone_in_training, carry_out
 from ofengine.run.view import Content
@@ -196,7 +196,7 @@ class Trainer(KnowsCallbacks):
         Raises:
             OFEngineError: something does not fit together; raised before training starts.
         """
-        refuse_arguments("fit", _unknown)
+        refuse_arguments("fit", _unknown, arguments_of(self.fit))
         starting.start_missing_ranks(self.settings)
         if self.restart_on_crash:
             ckpt_path = supervised(self._run, ckpt_path)
@@ -343,7 +343,7 @@ class Trainer(KnowsCallbacks):
         keeps: bool = True,
     ) -> Tuple[List[Dict[str, float]], List[List[Any]]]:
         verb = connect.VERB_OF_STAGE[stage]
-        refuse_arguments(verb, unknown)
+        refuse_arguments(verb, unknown, arguments_of(getattr(self, verb)))
         starting.start_missing_ranks(self.settings)
         data = connect.take_datamodule(self._run, self, verb, datamodule, dataloaders)
         self._attach(task)

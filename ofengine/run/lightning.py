@@ -113,6 +113,16 @@ TRAINER_ARGUMENTS: Mapping[str, str] = {
 """Arguments of Lightning's ``Trainer``, and of its ``fit``, ``validate``, ``test`` and
 ``predict``."""
 
+ARGUMENTS_ELSEWHERE: Mapping[str, str] = {
+    **_each(
+        "datamodule ckpt_path train_dataloaders val_dataloaders rates_on_resume",
+        "give it to fit, as in Trainer(...).fit(task, ...)",
+    ),
+    **_each("dataloaders", "give it to validate, test or predict"),
+    **_each("sync_dist prog_bar on_step on_epoch", "give it to log, as in self.log(name, value)"),
+}
+"""Arguments of the Trainer's verbs, and of ``self.log``, that are written into the Trainer's."""
+
 TRAINER_ATTRIBUTES: Mapping[str, str] = {
     # The task, its optimizer and its rates.
     **_each("model lightning_module get_model", "write trainer.task"),

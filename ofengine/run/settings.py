@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import logging
 import os
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Mapping, Optional, Tuple, Union
+from types import MappingProxyType
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Tuple, Union
 
 import attrs
 import oneflow as flow
@@ -25,7 +27,7 @@ from ofengine.run.arguments import (
     seconds_of,
 )
 from ofengine.run.devices import check_ranks, check_strategy, resolve_device
-from ofengine.run.lightning import TRAINER_ARGUMENTS, mend_for
+from ofengine.run.lightning import ARGUMENTS_ELSEWHERE, TRAINER_ARGUMENTS, mend_for
 from ofengine.run.precision import check_mixed, check_precision
 from ofengine.run.windows import Accumulation, Windows, check_accumulation
 
@@ -184,7 +186,8 @@ class Settings:
         Raises :class:`ConfigurationError` for what is wrong and for any name that is ``unknown``,
         :class:`DeviceError` for a device that is not there.
         """
-        refuse_arguments("Trainer", unknown, [*(name for name, _ in CHECKS), "callbacks", "logger"])
+        known = [*(name for name, _ in CHECKS), "callbacks", "logger"]
+        refuse_arguments("Trainer", unknown, known, ARGUMENTS_ELSEWHERE)
         values: Dict[str, Any] = {name: check(name, arguments[name]) for name, check in CHECKS}
         values["max_epochs_given"] = True
         if values["eval_mode"] is None:
@@ -251,13 +254,28 @@ class Settings:
         return min(totals) if totals else None
 
 
-def refuse_arguments(owner: str, unknown: Iterable[str], known: Iterable[str] = ()) -> None:
-    """Raise :class:`UnknownArgumentError` for a name that ``owner``, Trainer or a verb, lacks."""
+def refuse_arguments(
+    owner: str,
+    unknown: Iterable[str],
+    known: Iterable[str],
+    elsewhere: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Raise :class:`UnknownArgumentError` for a name that ``owner``, Trainer or a verb, lacks.
+
+    ``known`` are the names that it has; ``elsewhere`` are names that something else takes, with
+    what to write.
+    """
     for name in unknown:
-        mend = mend_for(TRAINER_ARGUMENTS, name)
+        mend = mend_for(TRAINER_ARGUMENTS, name) or mend_for(elsewhere, name)
         if mend is None:
             close = difflib.get_close_matches(name, known, n=1)
-            others = f"use one of {', '.join(sorted(known))}" if known else "leave it out"
-            mend = f"did you mean {close[0]!r}?" if close else f"{others}."
+            others = f"use one of {', '.join(sorted(known))}."
+            mend = f"did you mean {close[0]!r}?" if close else others
             raise UnknownArgumentError(f"{owner} has no argument {name!r}: {mend}")
         raise UnknownArgumentError(f"{owner} has no argument {name!r}: {mend}.")
+
+
+def arguments_of(function: Callable[..., Any]) -> List[str]:
+    """The names of the arguments of a method, but for ``self`` and those that are let through."""
+    parameters = inspect.signature(function).parameters
+    return [name for name in parameters if name != "self" and not name.startswith("_")]

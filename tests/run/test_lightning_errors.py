@@ -55,10 +55,24 @@ def test_a_misspelt_argument_is_named_with_the_one_that_was_meant() -> None:
         Trainer(xyzzy=3)
 
 
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [("datamodule", "give it to fit"), ("dataloaders", "validate"), ("sync_dist", "self.log")],
+)
+def test_an_argument_of_something_else_than_the_trainer(argument: str, says: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"no argument '{argument}'.*{says}"):
+        Trainer(**{argument: 1})
+
+
 @pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])
 def test_an_argument_of_a_verb(verb: str) -> None:
+    call = getattr(quiet_trainer(max_epochs=1), verb)
     with pytest.raises(ConfigurationError, match=f"{verb} has no argument 'model'"):
-        getattr(quiet_trainer(max_epochs=1), verb)(Line(), model=object())
+        call(Line(), model=object())
+    with pytest.raises(ConfigurationError, match="did you mean 'datamodule'"):
+        call(Line(), datamodul=object())
+    with pytest.raises(ConfigurationError, match="use one of ckpt_path, data"):
+        call(Line(), xyzzy=object())
 
 
 def test_an_argument_of_log(mode: str) -> None:
@@ -88,7 +102,13 @@ def test_an_attribute_of_lightning_s_trainer(name: str, says: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("global_rank", "trainer.global_rank"), ("logger", "from fit on")]
+    ("name", "says"),
+    [
+        ("global_rank", "trainer.global_rank"),
+        ("logger", "from fit on"),
+        ("optimizer_step", "on_after_optimizer_step"),
+        ("transfer_batch_to_device", "collate_fn"),
+    ],
 )
 def test_an_attribute_of_a_lightning_module(name: str, says: str) -> None:
     with pytest.raises(OFEngineError, match=f"self.{name} of a task is Lightning's name") as error:

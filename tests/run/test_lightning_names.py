@@ -13,6 +13,7 @@ from ofengine import Callback, TaskModule, Trainer
 from ofengine.data_module import DATA_MODULE_ATTRIBUTES, DATA_MODULE_HOOKS
 from ofengine.loggers import CSVLogger
 from ofengine.run.lightning import (
+    ARGUMENTS_ELSEWHERE,
     HOOKS,
     TASK_ATTRIBUTES,
     TRAINER_ARGUMENTS,
@@ -21,6 +22,7 @@ from ofengine.run.lightning import (
 )
 
 TABLES = {
+    "ARGUMENTS_ELSEWHERE": ARGUMENTS_ELSEWHERE,
     "TRAINER_ARGUMENTS": TRAINER_ARGUMENTS,
     "TRAINER_ATTRIBUTES": TRAINER_ATTRIBUTES,
     "TASK_ATTRIBUTES": TASK_ATTRIBUTES,
@@ -35,6 +37,7 @@ _ADVICE = re.compile(
 """One of these words tells a user what to do."""
 
 EXPECTED = {
+    "ARGUMENTS_ELSEWHERE": "ckpt_path datamodule sync_dist train_dataloaders val_dataloaders",
     "TRAINER_ARGUMENTS": """
         accelerator amp_backend auto_lr_find auto_scale_batch_size barebones benchmark
         checkpoint_callback deterministic enable_autolog_hparams
@@ -110,6 +113,12 @@ def test_no_argument_of_the_trainer_is_in_its_table() -> None:
     verbs = (Trainer.fit, Trainer.validate, Trainer.test, Trainer.predict)
     own = set().union(*map(_arguments_of, (Trainer, *verbs)))
     assert not own & set(TRAINER_ARGUMENTS)
+
+
+def test_what_something_else_takes_is_an_argument_there_and_not_of_the_trainer() -> None:
+    others = (Trainer.fit, Trainer.validate, Trainer.test, Trainer.predict, TaskModule.log)
+    taken = set().union(*map(_arguments_of, others))
+    assert set(ARGUMENTS_ELSEWHERE) <= taken - _arguments_of(Trainer)
 
 
 def test_no_attribute_of_the_trainer_is_in_its_table() -> None:
