@@ -143,6 +143,7 @@ _RATES = record(
         "rates": _numbered(listed(number())),
     },
     {
+        "last": listed(number()),
         "positions": _numbered(listed(number())),
         "options": record({}, {"weight_decay": _OPTION, "momentum": _OPTION}),
     },
@@ -270,6 +271,7 @@ def _check_rates(state: Mapping[str, Any], rates: Mapping[str, Any]) -> None:
     for noted in ("rates", "positions"):
         for key, values in rates.get(noted, {}).items():
             each_group(values, f"rates/{noted}/{key}")
+    each_group(rates.get("last", names), "rates/last")
     for option, values in rates.get("options", {}).items():
         for step, of_each in values.items():
             each_group(of_each, f"rates/options/{option}/{step}")

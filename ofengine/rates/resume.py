@@ -37,6 +37,7 @@ def plan_state(plan: RatePlan, made: Optimization, step: int) -> Dict[str, Any]:
         "plateau": schedule.state() if isinstance(schedule, PlateauSchedule) else None,
         "calendar": plan.calendar.state(step),
         "rates": _rates_ahead(plan, step),
+        **({"last": plan.rates(step - 1)} if step and step == plan.stop else {}),
         "positions": _rates_by_position(plan, step),
         **({} if plan.options is None else {"options": _options_near(plan, step)}),
     }
@@ -179,14 +180,18 @@ def resume_plan(
     step = state["step"]
     plan.calendar.load_state(state["calendar"], step)
     others = _check_options(plan, state.get("options", {}), policy)
-    by_code = _rates_ahead(_by_code(plan, made, state, policy), step)
+    other = _by_code(plan, made, state, policy)
+    by_code = _rates_ahead(other, step)
     if policy == "checkpoint":
         _take_over(plan, made, state)
         _check_positions(plan, state)
-    counting = _rates_ahead(plan, step)
+    counting, noted = _rates_ahead(plan, step), state["rates"]
+    if "last" in state:  # the run had come to its end
+        noted, by_code["-1"] = {"-1": state["last"]}, other.rates(step - 1)
+        counting["-1"] = plan.rates(step - 1)
     lines = []
     for index, name in enumerate(plan.names):
-        for ahead, kept in state["rates"].items():
+        for ahead, kept in noted.items():
             if ahead not in by_code or kept[index] == by_code[ahead][index]:
                 continue
             lines.append(

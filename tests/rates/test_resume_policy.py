@@ -300,6 +300,27 @@ def test_changed_code(
         assert theirs != ours and match.group(6) == policy
 
 
+@pytest.mark.parametrize("policy", ["checkpoint", "config"])
+def test_another_rate_is_told_where_the_run_had_come_to_its_end(
+    mode: str, policy: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its file knows of no step to come."""
+    train("eager", Line(), epochs=1, save=tmp_path / "c", save_at=BATCHES)
+    caplog.set_level(logging.INFO, "ofengine")
+    assert train(mode, Line(), epochs=1, ckpt=tmp_path / "c") == {}
+    train(mode, Line(), epochs=2, ckpt=tmp_path / "c")
+    assert not [line for line in lines_of(caplog) if "by the code" in line]
+    stem, *others = GROUPS
+    task = Line(groups=[{**stem, "lr": 0.75}, *others])
+    rest = train(mode, task, epochs=2, ckpt=tmp_path / "c", policy=policy)
+    (line,) = [line for line in lines_of(caplog) if "by the code" in line]
+    told = LINE.fullmatch(line)
+    assert told is not None and told.group(1, 2) == (stem["name"], str(BATCHES - 1))
+    theirs, ours, counts = map(float, told.group(3, 4, 5))
+    assert ours == pytest.approx(theirs * 1.5) and counts == (ours, theirs)[policy == "checkpoint"]
+    assert len(rest) == BATCHES
+
+
 def test_config_forgets_what_set_lr_did_and_says_so(
     mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
