@@ -35,7 +35,7 @@ from ofengine.errors import (
 from ofengine.onnx_model import write_onnx
 from ofengine.run.lightning import HOOKS, LOG_ARGUMENTS, TASK_ATTRIBUTES, mend_for
 from ofengine.run.view import RunView
-from ofengine.task_attributes import Attached, error_within
+from ofengine.task_attributes import Attached, error_within, scheduler_of
 from ofengine.task_hooks import TaskHooks
 from ofengine.tracing import forbid_in_trace
 
@@ -366,8 +366,12 @@ class TaskModule(TaskHooks, nn.Module):
         return self.trainer.optimizer
 
     def lr_schedulers(self) -> Any:
-        """The scheduler that ``configure_optimizers`` returned, or None."""
-        return self.trainer.lr_scheduler
+        """The scheduler that ``configure_optimizers`` returned, or None.
+
+        Its ``get_last_lr()`` tells the rates of the step that was made last; not readable inside a
+        compiled step.
+        """
+        return scheduler_of(self.trainer)
 
     @property
     def device(self) -> flow.device:

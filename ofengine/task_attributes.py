@@ -1,10 +1,12 @@
-"""What a task's attributes lead to: its Trainer, and the error within one of its properties."""
+"""What a task's attributes lead to: its Trainer, a scheduler, the error within a property."""
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, List, Optional
 
+from ofengine.rates.followed import Followed
 from ofengine.run.view import RunView
+from ofengine.tracing import forbid_in_trace
 
 
 class Attached:
@@ -24,3 +26,14 @@ def error_within(own: Any, task: Any) -> Optional[AttributeError]:
     except AttributeError as error:
         return error
     return None
+
+
+def scheduler_of(trainer: RunView) -> Any:
+    """What ``configure_optimizers`` returned as such; it tells the rates that train."""
+
+    def rates() -> List[float]:
+        forbid_in_trace("self.lr_schedulers().get_last_lr()")
+        return trainer.rates.rates(max(trainer.global_step - 1, 0))
+
+    scheduler = trainer.lr_scheduler
+    return Followed(scheduler, rates) if hasattr(scheduler, "get_last_lr") else scheduler

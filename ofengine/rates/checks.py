@@ -14,6 +14,8 @@ from ofengine.rates.plan import RatePlan
 # Where OneFlow's schedulers keep how many positions they are made for.
 _LENGTHS = ("T_max", "decay_steps", "max_decay_steps")
 _STEPS_TO_LOOK_AHEAD = 10_000
+_FADED = 1e-3
+"""Nothing trains any more at such a part of the first rate."""
 _SMALLEST = float(np.finfo(np.float32).tiny)
 
 
@@ -40,6 +42,7 @@ def check_rates(
         return
     if total_steps <= _STEPS_TO_LOOK_AHEAD:
         _check_finite(plan, total_steps - 1)
+        _check_faded(plan, made, total_steps, max_epochs)
     _check_underflow(plan, total_steps)
     positions = plan.position(total_steps - 1) + 1
     unit = "epoch" if made.interval == "epoch" else "step"
@@ -75,6 +78,21 @@ def _check_finite(plan: RatePlan, step: int) -> None:
                 f"the rate of group {name!r} is {rate} at step {step}: the schedule must give "
                 "finite rates that are not negative."
             )
+
+
+def _check_faded(plan: RatePlan, made: Optimization, total_steps: int, max_epochs: int) -> None:
+    """Warn of a schedule that was made for epochs, and has ended training long before the run."""
+    middle = total_steps // 2
+    if not made.unasked or not 1 < max_epochs < middle:
+        return
+    first, then = plan.rates(0), plan.rates(middle)
+    if any(rate > _FADED * begun for begun, rate in zip(first, then)) or not any(first):
+        return
+    most = max(rate / begun for begun, rate in zip(first, then) if begun)
+    warn(
+        f"the schedule moves on at every step, and at step {middle} of {total_steps} no rate is "
+        f"above {most:.1e} of its first: did you mean 'interval': 'epoch'?"
+    )
 
 
 def _check_underflow(plan: RatePlan, total_steps: int) -> None:

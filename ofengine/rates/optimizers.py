@@ -37,6 +37,8 @@ class Optimization:
     frequency: int = 1
     monitor: Optional[str] = None
     """The metric of ReduceLROnPlateau."""
+    unasked: bool = False
+    """True where it moves on by step because nothing says otherwise."""
     listed: bool = False
     """True for a scheduler in a list that says nothing of its interval: it moves on by epoch, as in
     Lightning."""
@@ -137,7 +139,9 @@ def _with_scheduler(
         )
     if isinstance(frequency, bool) or not isinstance(frequency, int) or frequency < 1:
         raise RateError(f"frequency={frequency!r} in {where}: use a whole number from 1 on.")
-    return Optimization(optimizer, scheduler, interval, frequency, monitor if plateau else None)
+    unasked = interval == "step" and "interval" not in options and not counts
+    monitored = monitor if plateau else None
+    return Optimization(optimizer, scheduler, interval, frequency, monitored, unasked)
 
 
 def _check_scheduler(optimizer: Optimizer, scheduler: Any, where: str) -> None:

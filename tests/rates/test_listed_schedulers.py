@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Callable, Dict, List
 
 import numpy as np
 import oneflow as flow
 import pytest
+from helpers import quiet_trainer
+from oneflow import nn
 from oneflow_steps import engine_steps
 from test_flowvision_schedulers import Task, returning
+
+from ofengine import ConfigurationError, GraphModeError, OFEngineWarning, TaskModule
 
 Returned = Callable[[Any], Any]
 
@@ -55,3 +60,74 @@ def test_all_others_move_on_by_step_and_say_nothing(
     caplog.set_level("INFO", "ofengine")
     np.testing.assert_array_equal(moved("eager", BY_STEP[form]), [1.0, 0.5, 0.25, 0.125])
     assert SAYS not in caplog.text
+
+
+class Faded(TaskModule):
+    """Six epochs of four steps, by a schedule that was made for epochs, or for steps."""
+
+    def __init__(self, schedule: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.layer, self.schedule = nn.Linear(1, 1), schedule
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.layer(batch).mean()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = flow.optim.SGD(self.parameters(), lr=1.0)
+        return {"optimizer": optimizer, "lr_scheduler": self.schedule(optimizer)}
+
+
+SCHEDULERS = flow.optim.lr_scheduler
+MADE_FOR_EPOCHS: Dict[str, Returned] = {
+    "StepLR": lambda o: SCHEDULERS.StepLR(o, 2, 0.1),
+    "MultiStepLR": lambda o: SCHEDULERS.MultiStepLR(o, [1, 2, 3, 4], 0.1),
+    "ExponentialLR": lambda o: SCHEDULERS.ExponentialLR(o, 0.5),
+    "LambdaLR": lambda o: SCHEDULERS.LambdaLR(o, lambda epoch: 0.5**epoch),
+    "a function": lambda o: lambda epoch: 0.5**epoch,
+}
+MADE_FOR_STEPS: Dict[str, Returned] = {
+    "a slower one": lambda o: SCHEDULERS.ExponentialLR(o, 0.9),
+    "to the end": lambda o: SCHEDULERS.CosineAnnealingLR(o, 24),
+    "by step as asked": lambda o: {"scheduler": step_lr(o), "interval": "step"},
+    "by epoch as asked": lambda o: {"scheduler": step_lr(o), "interval": "epoch"},
+}
+
+
+@pytest.mark.parametrize("form", MADE_FOR_EPOCHS)
+def test_a_schedule_that_has_faded_by_half_of_the_run_is_told(form: str) -> None:
+    data = [flow.ones(1, 1)] * 4
+    with pytest.warns(OFEngineWarning, match="at step 12 of 24 no rate is above .*'epoch'"):
+        quiet_trainer(max_epochs=6).fit(Faded(MADE_FOR_EPOCHS[form]), data)
+
+
+@pytest.mark.parametrize("form", MADE_FOR_STEPS)
+def test_all_other_schedules_are_not(form: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", OFEngineWarning)
+        quiet_trainer(max_epochs=6).fit(Faded(MADE_FOR_STEPS[form]), [flow.ones(1, 1)] * 4)
+
+
+def test_a_scheduler_tells_the_rates_that_train(mode: str) -> None:
+    told: List[float] = []
+
+    class Tells(Faded):
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            told.extend(self.lr_schedulers().get_last_lr())
+            assert self.lr_schedulers().gamma == 0.5
+
+    by_epoch = {"interval": "epoch"}
+    task = Tells(lambda o: {"scheduler": SCHEDULERS.ExponentialLR(o, 0.5), **by_epoch})
+    trainer = quiet_trainer(mode=mode, max_epochs=2)
+    trainer.fit(task, [flow.ones(1, 1)] * 2)
+    assert told == [1.0, 1.0, 0.5, 0.5]
+    with pytest.raises(ConfigurationError, match="leave it out"):
+        task.lr_schedulers().step()
+
+
+def test_a_scheduler_is_not_asked_for_its_rate_within_a_compiled_step() -> None:
+    class Asks(Faded):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.layer(batch).mean() * self.lr_schedulers().get_last_lr()[0]
+
+    with pytest.raises(GraphModeError, match=r"get_last_lr\(\) cannot be used inside"):
+        quiet_trainer(mode="graph", max_epochs=1).fit(Asks(step_lr), [flow.ones(1, 1)] * 2)
