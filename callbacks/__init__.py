@@ -1,5 +1,7 @@
 """The callbacks that ship with ofengine, one a file; they use what any user's callback could."""
 
+from typing import Any
+
 import ofengine._oneflow  # noqa: F401  first: it imports OneFlow quietly
 from ofengine.callbacks.backbone_finetuning import BackboneFinetuning
 from ofengine.callbacks.batch_size_finder import BatchSizeFinder
@@ -19,6 +21,7 @@ from ofengine.callbacks.stochastic_weight_averaging import StochasticWeightAvera
 from ofengine.callbacks.terminate_on_nan import TerminateOnNaN
 from ofengine.callbacks.throughput import Throughput
 from ofengine.callbacks.timer import Timer
+from ofengine.foreign_names import no_such_name
 
 __all__ = [
     "BackboneFinetuning",
@@ -40,3 +43,7 @@ __all__ = [
     "Throughput",
     "Timer",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    raise no_such_name(__name__, name)

@@ -94,7 +94,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module 'ofengine' has no attribute {name!r}")
+        foreign = importlib.import_module("ofengine.foreign_names")
+        raise foreign.no_such_name("ofengine", name)
     importlib.import_module("ofengine._oneflow")  # first: it imports OneFlow quietly
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value

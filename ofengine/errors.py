@@ -26,6 +26,13 @@ class UnknownAttributeError(ConfigurationError, AttributeError):
     """The trainer or task has no attribute of this name, which Lightning's has."""
 
 
+class UnknownNameError(ConfigurationError, ImportError):
+    """ofengine has no class of this name, which Lightning has.
+
+    No AttributeError, which an ``import`` would take for one of its own, without its words.
+    """
+
+
 class RateError(OFEngineError):
     """A parameter group, a learning rate or a schedule is wrong."""
 

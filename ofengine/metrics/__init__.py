@@ -1,6 +1,9 @@
 """Metrics that are counted over an epoch, on the device: ``self.log("acc", self.acc)``."""
 
+from typing import Any
+
 import ofengine._oneflow  # noqa: F401  first: it imports OneFlow quietly
+from ofengine.foreign_names import no_such_name
 from ofengine.metrics.auroc import AUROC
 from ofengine.metrics.base import Metric
 from ofengine.metrics.classification import (
@@ -23,3 +26,7 @@ __all__ = [
     "Precision",
     "Recall",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    raise no_such_name(__name__, name)

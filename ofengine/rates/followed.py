@@ -31,8 +31,8 @@ class Followed:
     def step(self, *arguments: Any, **options: Any) -> None:
         """Raise :class:`ConfigurationError`: a second step would change nothing, or be lost."""
         raise ConfigurationError(
-            "the Trainer moves rates by itself, and a step() of a scheduler would be lost: leave it "
-            'out; how often they move say "interval" and "frequency" in configure_optimizers().'
+            "the Trainer moves rates by itself, and a step() of a scheduler is lost: leave it out; "
+            'how often they move say "interval" and "frequency" in configure_optimizers().'
         )
 
     def __getattr__(self, name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import oneflow as flow
@@ -9,6 +10,9 @@ import pytest
 from helpers import quiet_trainer
 from oneflow import nn
 
+import ofengine.callbacks
+import ofengine.loggers
+import ofengine.metrics
 from ofengine import (
     Callback,
     ConfigurationError,
@@ -17,6 +21,7 @@ from ofengine import (
     TaskModule,
     Trainer,
 )
+from ofengine.foreign_names import EXPORTS
 
 
 class Line(TaskModule):
@@ -115,6 +120,30 @@ def test_an_attribute_of_a_lightning_module(name: str, says: str) -> None:
         getattr(Line(), name)
     assert says in str(error.value)
     assert not hasattr(Line(), name)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("from ofengine import LightningModule", "write TaskModule"),
+        ("from ofengine.callbacks import RichProgressBar", "write ProgressBar"),
+        ("from ofengine.loggers import WandbLogger", "examples/other_loggers.py"),
+        ("from ofengine.metrics import MetricCollection", "log each"),
+    ],
+)
+def test_an_import_of_lightning_s(line: str, says: str) -> None:
+    with pytest.raises(ImportError, match=f"which is Lightning's: .*{says}") as error:
+        exec(line, {})
+    assert isinstance(error.value, OFEngineError)
+    module = sys.modules[line.split()[1]]
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        module.nonsense  # noqa: B018
+    assert not hasattr(module, "nonsense")
+
+
+def test_no_name_that_is_exported_is_in_the_table_of_others() -> None:
+    for each in (ofengine, ofengine.callbacks, ofengine.loggers, ofengine.metrics):
+        assert not set(each.__all__) & set(EXPORTS)
 
 
 def test_a_name_of_nobody_s_is_python_s_own_error() -> None:

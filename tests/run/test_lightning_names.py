@@ -11,6 +11,7 @@ import pytest
 import ofengine.callbacks
 from ofengine import Callback, TaskModule, Trainer
 from ofengine.data_module import DATA_MODULE_ATTRIBUTES, DATA_MODULE_HOOKS
+from ofengine.foreign_names import EXPORTS
 from ofengine.loggers import CSVLogger
 from ofengine.run.lightning import (
     ARGUMENTS_ELSEWHERE,
@@ -22,6 +23,7 @@ from ofengine.run.lightning import (
 )
 
 TABLES = {
+    "EXPORTS": EXPORTS,
     "ARGUMENTS_ELSEWHERE": ARGUMENTS_ELSEWHERE,
     "TRAINER_ARGUMENTS": TRAINER_ARGUMENTS,
     "TRAINER_ATTRIBUTES": TRAINER_ATTRIBUTES,
@@ -37,6 +39,7 @@ _ADVICE = re.compile(
 """One of these words tells a user what to do."""
 
 EXPECTED = {
+    "EXPORTS": "LightningModule LightningDataModule LightningCLI RichProgressBar WandbLogger",
     "ARGUMENTS_ELSEWHERE": "ckpt_path datamodule sync_dist train_dataloaders val_dataloaders",
     "TRAINER_ARGUMENTS": """
         accelerator amp_backend auto_lr_find auto_scale_batch_size barebones benchmark
