@@ -207,7 +207,8 @@ def _check_plan(run: Run, rates: State, policy: str, where: str) -> None:
 
 def _check_metric(run: Run, state: State) -> None:
     """What ReduceLROnPlateau looks at first of all must be there."""
-    monitor, due = run.made.monitor, state["loop"]["point"] == Point.EPOCH_END.value
+    monitor = run.made.monitor if run.made.strict else None
+    due = state["loop"]["point"] == Point.EPOCH_END.value
     if monitor is not None and due and monitor not in state["metrics"]["known"]:
         raise Misfit(f"metrics/known lacks {monitor!r}, which ReduceLROnPlateau monitors")
 

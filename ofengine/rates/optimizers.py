@@ -23,6 +23,7 @@ from ofengine.rates.schedule import (
     Schedule,
     TableSchedule,
 )
+from ofengine.run.arguments import check_flag
 
 
 @attrs.frozen
@@ -37,6 +38,8 @@ class Optimization:
     frequency: int = 1
     monitor: Optional[str] = None
     """The metric of ReduceLROnPlateau."""
+    strict: bool = True
+    """False to let a ReduceLROnPlateau wait where its metric was not logged, with a warning."""
     unasked: bool = False
     """True where it moves on by step because nothing says otherwise."""
     listed: bool = False
@@ -46,7 +49,7 @@ class Optimization:
     """The schedules of weight decay and momentum."""
 
 
-OPTIMIZER_KEYS = {"optimizer", "lr_scheduler", *OPTION_OF_KEY}
+OPTIMIZER_KEYS = {"optimizer", "lr_scheduler", "monitor", *OPTION_OF_KEY}
 _SCHEDULER_KEYS = {"scheduler", "interval", "frequency", "monitor", "name", "strict"}
 
 
@@ -98,6 +101,13 @@ def read_optimizers(returned: Any, task_name: str, name: str = "") -> Optimizati
     if isinstance(scheduler, dict) and "scheduler" in scheduler:
         check_keys(scheduler, _SCHEDULER_KEYS, f"lr_scheduler of {where}")
         options, scheduler = scheduler, scheduler["scheduler"]
+    if "monitor" in given:
+        options = {"monitor": given["monitor"], **options}
+    if isinstance(scheduler, (list, tuple)) and any(isinstance(s, LRScheduler) for s in scheduler):
+        raise RateError(
+            f"lr_scheduler of {where} is a list of schedulers: write one, and for one after the "
+            "other a SequentialLR or ChainedScheduler of oneflow.optim.lr_scheduler."
+        )
     if is_listed:
         options = {**options, "interval": "epoch"}
     made = _with_scheduler(optimizer, scheduler, options, where)
@@ -139,9 +149,10 @@ def _with_scheduler(
         )
     if isinstance(frequency, bool) or not isinstance(frequency, int) or frequency < 1:
         raise RateError(f"frequency={frequency!r} in {where}: use a whole number from 1 on.")
+    strict = check_flag(f"'strict' in {where}", options.get("strict", True))
     unasked = interval == "step" and "interval" not in options and not counts
     monitored = monitor if plateau else None
-    return Optimization(optimizer, scheduler, interval, frequency, monitored, unasked)
+    return Optimization(optimizer, scheduler, interval, frequency, monitored, strict, unasked)
 
 
 def _check_scheduler(optimizer: Optimizer, scheduler: Any, where: str) -> None:

@@ -16,7 +16,7 @@ from ofengine.data.generators import states_in
 from ofengine.data.seeding import BatchSeeds, seed_epoch
 from ofengine.data.sources import describe_once
 from ofengine.data.structure import describe_shapes, is_empty, size_of
-from ofengine.errors import DataError, RateError, quoted
+from ofengine.errors import DataError, RateError, quoted, warn
 from ofengine.rates.counted import is_counted
 from ofengine.run.progress import Point
 from ofengine.run.state import Run
@@ -187,10 +187,14 @@ def _observe_metric(run: Run, interval: str, count: int) -> None:
         return
     metrics = run.metrics.values
     if made.monitor not in metrics:
-        raise RateError(
+        told = (
             f"ReduceLROnPlateau monitors {made.monitor!r}, which nothing has logged: there is "
-            f"{quoted(sorted(metrics), most=20)}."
+            f"{quoted(sorted(metrics), most=20) if metrics else 'no metric'}"
         )
+        if made.strict:
+            raise RateError(f"{told}. Where it is logged later, or less often, add 'frequency'.")
+        warn(f"{told}, so that it left the rates as they were ('strict': False).")
+        return
     if run.rates.observe(metrics[made.monitor]):
         run.training_mode.rebuild(f"ReduceLROnPlateau lowered the rates on {made.monitor}")
 

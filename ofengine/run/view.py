@@ -29,6 +29,18 @@ Step = Callable[[Any, int], Any]
 """Computes the loss of a batch, given its index."""
 
 
+class ByName(Dict[str, Optimizer]):
+    """A dict that tells who asks it by a number, as Lightning's list of optimizers is."""
+
+    def __missing__(self, key: Any) -> Any:
+        if isinstance(key, int):
+            raise ConfigurationError(
+                f"trainer.optimizers is a dict by name: write trainer.optimizers"
+                f"[{next(iter(self), 'optimizer')!r}], or trainer.optimizer where there is one."
+            )
+        raise KeyError(key)
+
+
 class RunView(ToldView):
     """The ``trainer`` that hooks are given and ``self.trainer`` of a task.
 
@@ -177,7 +189,8 @@ class RunView(ToldView):
     @property
     def optimizers(self) -> Dict[str, Optimizer]:
         """The optimizers of the running or last ``fit`` by name; a single one's is "optimizer"."""
-        return {n or "optimizer": each.made.optimizer for n, each in self._run.each().items()}
+        of_each = self._run.each().items()
+        return ByName({n or "optimizer": each.made.optimizer for n, each in of_each})
 
     @property
     def param_groups(self) -> List[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any, Callable, Dict, List
 
 import numpy as np
@@ -13,7 +14,13 @@ from oneflow import nn
 from oneflow_steps import engine_steps
 from test_flowvision_schedulers import Task, returning
 
-from ofengine import ConfigurationError, GraphModeError, OFEngineWarning, TaskModule
+from ofengine import (
+    ConfigurationError,
+    GraphModeError,
+    OFEngineWarning,
+    RateError,
+    TaskModule,
+)
 
 Returned = Callable[[Any], Any]
 
@@ -122,6 +129,44 @@ def test_a_scheduler_tells_the_rates_that_train(mode: str) -> None:
     assert told == [1.0, 1.0, 0.5, 0.5]
     with pytest.raises(ConfigurationError, match="leave it out"):
         task.lr_schedulers().step()
+
+
+class Plateau(Faded):
+    """Logs what is watched from the second epoch on."""
+
+    def __init__(self, beside: Dict[str, Any], options: Dict[str, Any]) -> None:
+        super().__init__(self.plateau)
+        self.beside, self.options = beside, options
+
+    def plateau(self, optimizer: Any) -> Any:
+        scheduler = SCHEDULERS.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+        return {"scheduler": scheduler, **self.options} if self.options else scheduler
+
+    def configure_optimizers(self) -> Any:
+        return {**super().configure_optimizers(), **self.beside}
+
+    def on_train_epoch_end(self) -> None:
+        if self.current_epoch:
+            self.log("watched", 1.0)
+
+
+def test_a_metric_that_was_not_logged_is_told_or_waited_for(mode: str, tmp_path: Path) -> None:
+    data, watched = [flow.ones(1, 1)], {"monitor": "watched"}
+    with pytest.raises(RateError, match=r"there is 'loss'\. Where .* add 'frequency'"):
+        quiet_trainer(mode=mode, max_epochs=4).fit(Plateau(watched, {}), data)
+    task = Plateau({}, {**watched, "strict": False})
+    first = quiet_trainer(mode=mode, max_epochs=1)
+    with pytest.warns(OFEngineWarning, match="left the rates as they were"):
+        first.fit(task, data)
+    first.save_checkpoint(tmp_path / "c")
+    trainer = quiet_trainer(mode=mode, max_epochs=4)
+    trainer.fit(task, data, ckpt_path=tmp_path / "c")
+    assert trainer.rates.rate("group_0", 4) == 0.25  # the first of three looks has no better one
+
+
+def test_a_list_of_schedulers_is_refused() -> None:
+    with pytest.raises(RateError, match="is a list of schedulers: write one"):
+        quiet_trainer(max_epochs=1).fit(Faded(lambda o: [step_lr(o)]), [flow.ones(1, 1)])
 
 
 def test_a_scheduler_is_not_asked_for_its_rate_within_a_compiled_step() -> None:

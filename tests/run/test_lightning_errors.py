@@ -146,6 +146,16 @@ def test_no_name_that_is_exported_is_in_the_table_of_others() -> None:
         assert not set(each.__all__) & set(EXPORTS)
 
 
+def test_optimizers_are_by_name_and_not_by_number(mode: str) -> None:
+    trainer = quiet_trainer(mode=mode, max_epochs=1)
+    trainer.fit(Line(), DATA)
+    assert trainer.optimizers["optimizer"] is trainer.optimizer
+    with pytest.raises(ConfigurationError, match=r"write trainer.optimizers\['optimizer'\]"):
+        trainer.optimizers[0]
+    with pytest.raises(KeyError, match="'other'"):
+        trainer.optimizers["other"]
+
+
 def test_a_name_of_nobody_s_is_python_s_own_error() -> None:
     for owner in (quiet_trainer(), Line()):
         with pytest.raises(AttributeError, match="nonsense") as error:
