@@ -34,6 +34,10 @@ PUBLIC = [*MODULES, *SINGLE]
 """The modules that have a page."""
 
 
+MADE_OF = {"ofengine/run/lightning.py": "lightning-names.md"}
+"""The file that a page is made of: a link to the file leads to the page on the site."""
+
+
 def public_names(module: str) -> List[str]:
     """The names that are public of a module of ``PUBLIC``.
 

@@ -21,6 +21,7 @@ from oneflow import nn
 import ofengine
 from ofengine import GraphModeError, OFEngineError, Trainer, callback
 from ofengine.cli import VERBS, main
+from ofengine.run import lightning
 from ofengine.run.progress import Point, Progress
 from ofengine.run.settings import Settings
 from ofengine.run.view import RunView
@@ -462,6 +463,27 @@ def test_what_lightning_s_users_are_told_is_not_here_is_not(language: str) -> No
     assert not (named[0] - otherwise) & set(_arguments_of_the_trainer())
     assert not [name for name in named[1] if hasattr(ofengine.TaskModule, name)]
     assert not [name for name in named[2] if hasattr(ofengine.callbacks, name)]
+
+
+@LANGUAGES
+def test_every_hook_of_lightning_s_is_told(language: str) -> None:
+    text = read(DOCS / language / "from-lightning.md").split("\n## ")[6]
+    rows = [NAME.findall(row) for row in re.findall(r"^\| (.*?) \|.*", text, re.M)][1:]
+    ours = {*callback.HOOKS, "state_dict", "load_state_dict"}
+    same, others = set(rows[0]), [name for row in rows[1:] for name in row]
+    new = ours - same
+    assert new == {"on_after_optimizer_step", "on_before_graph_compile"} and not same - ours
+    assert all(f"`{name}`" in text for name in new)
+    hooks = [name for name in lightning.HOOKS if name.startswith("on_")]
+    assert sorted(others) == sorted(hooks)
+
+
+@LANGUAGES
+def test_what_is_new_of_lightning_s_and_all_its_attributes_are_told(language: str) -> None:
+    page = DOCS / language / "from-lightning.md"
+    named = {name for row in _rows(page) for name in NAME.findall(row[0])}
+    assert {"WeightAveraging", "LitLogger"} <= named
+    assert "](../../ofengine/run/lightning.py)" in read(page)  # on the site the page made of it
 
 
 def test_contributing_shows_the_rooms_as_they_are() -> None:
