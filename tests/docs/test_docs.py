@@ -531,6 +531,24 @@ def test_how_it_works_names_what_is_there(language: str) -> None:
         assert name in ("", "py") or re.search(rf"^(?:def|class) {name}\b", code, re.M), name
 
 
+@LANGUAGES
+def test_how_it_works_names_who_asks_which_mode_it_is(language: str) -> None:
+    (row,) = [row for row in _rows(DOCS / language / "how-it-works.md") if row[0] == "`modes/`"]
+    asks = re.compile(
+        r"\b(?:mode|name)(?:\"\])? == \"(?:eager|graph)\""
+        r"|^from ofengine\.modes\.(?:eager|graph|global_graph|several) import",
+        re.M,
+    )
+    asking = {path.name for path in (ROOT / "ofengine/run").glob("*.py") if asks.search(read(path))}
+    assert asking == set(re.findall(r"`run/(\w+\.py)`", row[1])) - {"mode.py"}
+    callbacks = {name for path in (ROOT / "callbacks").glob("*.py") for name in _asked(path, asks)}
+    assert callbacks == set(re.findall(r"`(\w+Callback)`", row[1]))
+
+
+def _asked(path: Path, asks: re.Pattern[str]) -> List[str]:
+    return re.findall(r"^class (\w+)", read(path), re.M) if asks.search(read(path)) else []
+
+
 @pytest.mark.parametrize("path", ALL, ids=name_of)
 def test_every_test_that_is_named_is_there(path: Path) -> None:
     for file, name in re.findall(r"`(tests/[^`:]*)(?:::)?([^`]*)`", prose_of(path)):
