@@ -520,6 +520,15 @@ def test_every_file_that_contributing_names_exists() -> None:
     assert [name for name in named if not any((each / name).exists() for each in folders)] == []
 
 
+def test_contributing_tells_which_files_a_batch_and_a_rate_pass() -> None:
+    section = read(ROOT / "CONTRIBUTING.md").split("### How a batch and a rate travel")[1]
+    batch, rate = section.split("\n## ")[0].split("\nA rate, ")
+    for text, rooms in ((batch, "data modes ranks run"), (rate, "_oneflow callbacks rates")):
+        files = re.findall(r"`((\w+)/\w+\.py)`", text)
+        assert len(files) >= 8 and {room for _, room in files} == set(rooms.split())
+        assert len(re.findall(r"^\d\. ", text, re.M)) == 4
+
+
 @LANGUAGES
 def test_how_it_works_names_what_is_there(language: str) -> None:
     text = read(DOCS / language / "how-it-works.md")
