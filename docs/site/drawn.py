@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Tuple, Union
+from typing import Dict, List, Sequence, Tuple, Union
 
 Box = Tuple[str, List["Entry"]]  # what it is, by its key in WORDS, and what is in it
 Entry = Union[str, Box]
@@ -58,8 +58,31 @@ ORDER: List[Entry] = [
 ]
 """One ``fit``. What begins with = is no hook but something that happens."""
 
+
+def _evaluation(stage: str) -> List[Entry]:
+    """One ``test`` or ``predict``."""
+    batches: Box = (f"{stage}_batch", [f"on_{stage}_batch_start", f"on_{stage}_batch_end"])
+    begin, end = ([f"on_{stage}_{when}", f"on_{stage}_epoch_{when}"] for when in ("start", "end"))
+    return ["setup", *begin, batches, *reversed(end), "teardown"]
+
+
+BEYOND: List[Box] = [
+    ("compiled", ["on_before_graph_compile"]),
+    ("raised", ["on_exception", "teardown"]),
+    ("test", _evaluation("test")),
+    ("predict", _evaluation("predict")),
+]
+"""What not every ``fit`` fires, and the other verbs, each in a box of its own."""
+
 WORDS: Dict[str, Dict[str, str]] = {
     "en": {
+        "fit": "fit",
+        "compiled": "in graph mode, in the step, before each compilation",
+        "raised": "where an exception, Ctrl-C or SIGTERM ends any of the four verbs",
+        "test": "test; validate is the same, with the hooks of validation",
+        "test_batch": "for each batch",
+        "predict": "predict",
+        "predict_batch": "for each batch",
         "sanity": "the sanity check",
         "validation": "the hooks of validation, a few batches",
         "epoch": "for each epoch",
@@ -72,6 +95,13 @@ WORDS: Dict[str, Dict[str, str]] = {
         "validation_batch": "for each of its batches",
     },
     "zh": {
+        "fit": "fit",
+        "compiled": "静态图模式下，在步骤之中，每次编译之前",
+        "raised": "四个方法中的任何一个因异常、Ctrl-C 或 SIGTERM 而结束时",
+        "test": "test；validate 与它相同，只是换成验证的钩子",
+        "test_batch": "每个 batch",
+        "predict": "predict",
+        "predict_batch": "每个 batch",
         "sanity": "试验证",
         "validation": "验证的各个钩子，几个 batch",
         "epoch": "每个 epoch",
@@ -86,7 +116,7 @@ WORDS: Dict[str, Dict[str, str]] = {
 }
 
 
-def hooks(entries: List[Entry]) -> List[str]:
+def hooks(entries: Sequence[Entry]) -> List[str]:
     """The names of the hooks, in order."""
     found: List[str] = []
     for entry in entries:
@@ -99,10 +129,10 @@ def hooks(entries: List[Entry]) -> List[str]:
 
 def picture(language: str, api: str) -> str:
     """The boxes as HTML; ``api`` is the address of the page that has ``Callback``."""
-    return f'<div class="hooks">{_inside(ORDER, language, api)}</div>'
+    return f'<div class="hooks">{_inside([("fit", ORDER), *BEYOND], language, api)}</div>'
 
 
-def _inside(entries: List[Entry], language: str, api: str) -> str:
+def _inside(entries: Sequence[Entry], language: str, api: str) -> str:
     parts = []
     for entry in entries:
         if isinstance(entry, tuple):

@@ -16,15 +16,36 @@ ROOT = Path(__file__).resolve().parents[2]
 MODULES = {
     "ofengine": "ofengine/__init__.py",
     "ofengine.callbacks": "callbacks/__init__.py",
+    "ofengine.checkpoint": "ofengine/checkpoint/__init__.py",
     "ofengine.loggers": "ofengine/loggers/__init__.py",
     "ofengine.metrics": "ofengine/metrics/__init__.py",
     "ofengine.rates": "ofengine/rates/__init__.py",
 }
 """The modules whose names are public, and where each says which they are."""
+SINGLE = {
+    "ofengine.errors": ["UnknownArgumentError", "UnknownAttributeError"],
+    "ofengine.onnx_model": ["write_onnx"],
+    "ofengine.run.progress": ["Progress", "Point"],
+    "ofengine.run.settings": ["Settings"],
+    "ofengine.run.view": ["RunView"],
+}
+"""What users meet of other modules, and import from these."""
+PUBLIC = [*MODULES, *SINGLE]
+"""The modules that have a page."""
+
+
+MADE_OF = {"ofengine/run/lightning.py": "lightning-names.md"}
+"""The file that a page is made of: a link to the file leads to the page on the site."""
 
 
 def public_names(module: str) -> List[str]:
-    """The names in the module's ``__all__``, read and not imported: OneFlow need not be there."""
+    """The names that are public of a module of ``PUBLIC``.
+
+    Those of ``MODULES`` have them in ``__all__``, which is read and not imported: OneFlow need not
+    be there.
+    """
+    if module in SINGLE:
+        return SINGLE[module]
     tree = ast.parse((ROOT / MODULES[module]).read_text(encoding="utf-8"))
     for node in tree.body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
@@ -34,13 +55,13 @@ def public_names(module: str) -> List[str]:
 
 def pages() -> Dict[str, str]:
     """The text of each page that is made, by its name."""
-    api = {f"api/{module}.md": api_page(module) for module in MODULES}
+    api = {f"api/{module}.md": api_page(module) for module in PUBLIC}
     return {**api, "errors.md": messages.page(), "lightning-names.md": _lightning_names()}
 
 
 def navigation(language: str) -> List[Any]:
     """The part of the navigation with the pages that are made."""
-    api = [{module: f"api/{module}.md"} for module in MODULES]
+    api = [{module: f"api/{module}.md"} for module in PUBLIC]
     if language == "zh":
         made = [
             {"错误与警告（英文）": "errors.md"},

@@ -2,7 +2,8 @@
 
 A message says what was wrong and what to write instead, so that a list of all messages is a list of
 all mistakes and their mends. What is put in when the message is made stands in angle brackets:
-``‹group›``.
+``‹group›``. A message is what an error is raised with, what is warned of, a warning or an error in
+the log, and a line on stderr.
 """
 
 from __future__ import annotations
@@ -13,11 +14,20 @@ import html
 import itertools
 import re
 from pathlib import Path
-from typing import Dict, Iterator, List, Mapping, Tuple, Union
+from typing import Dict, Iterator, List, Sequence, Tuple, Union
 
 ROOT = Path(__file__).resolve().parents[2]
 WARNING = "OFEngineWarning"
-MOST_VARIANTS = 40
+MOST_VARIANTS = 100
+"""A text with more is an error: none is left out."""
+LOG, STDERR, PYTHON = "Lines of the log", "Lines on stderr", "Errors of Python's own classes"
+OTHERS = {
+    PYTHON: "What Python's own rules ask for, such as an `AttributeError` for a name that is not "
+    "there, and what is wrong with a file or a value, which one of the errors above then tells.",
+    LOG: "Warnings and errors in the log, which are those of the logger `ofengine`.",
+    STDERR: "What the command line, a launcher of ranks and `restart_on_crash` say.",
+}
+"""The sections that are of no class in ``errors.py``."""
 
 Function = Union[ast.FunctionDef, ast.AsyncFunctionDef]
 
@@ -41,6 +51,7 @@ def _tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@functools.lru_cache(maxsize=None)
 def kinds() -> Dict[str, str]:
     """The classes that carry a message to the user, with what they are for.
 
@@ -62,35 +73,50 @@ def _is_error(base: ast.expr) -> bool:
 
 def messages() -> List[Message]:
     """All messages, by file and line."""
-    carried = set(kinds()) | {"warn", "misfit"}
+    carried = [*kinds(), "warn", "misfit"]
     found: List[Message] = []
     for path in sources():
         tree = _tree(path)
         where = path.relative_to(ROOT).as_posix()
-        constants = _assigned(tree.body)
-        for call, function in _calls(tree, None):
-            kind = _name(call.func)
-            if kind not in carried or (function is not None and function.name == kind):
+        returned = _returned(tree)
+        raised = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise)]
+        for call, inside in _calls(tree):
+            kind = _kind(call, carried, call in raised)
+            if not kind or (inside and inside[-1].name == _name(call.func)):
                 continue
-            scope = dict(constants)
-            if function is not None:
-                scope.update(_assigned(function.body))
-            given = call.args if kind == "misfit" else call.args[:1]
-            for text in _said(kind, given, scope):
-                found.append(Message(kind, text, where, call.lineno))
+            scope = _scope(tree, inside)
+            # What a function of the file returns is looked at where nothing is known without it.
+            texts = _said(kind, call, scope) or _said(kind, call, {**returned, **scope})
+            found += [Message(kind, text, where, call.lineno) for text in texts]
     return found
+
+
+def _kind(call: ast.Call, carried: Sequence[str], is_raised: bool) -> str:
+    """What carries the message of ``call``: a class, a function or a section; "" for none."""
+    name = _name(call.func)
+    if name in carried:
+        return name
+    if is_raised:  # of a class that is only known in a run: one of ofengine's
+        made = isinstance(call.func, ast.Call)
+        public = name[:1].isupper() and name != "AssertionError"
+        return "OFEngineError" if made else name if public else ""
+    if isinstance(call.func, ast.Attribute):
+        is_log = _name(call.func.value) == "log" and name in ("warning", "error")
+        return LOG if is_log else ""
+    to = [_name(each.value) for each in call.keywords if each.arg == "file"]
+    return STDERR if name == "say" or (name == "print" and to == ["stderr"]) else ""
 
 
 def page() -> str:
     """The page in Markdown: a section for each class, and in it one for each file."""
-    told = kinds()
+    told = {**kinds(), **OTHERS}
     by_class: Dict[str, Dict[str, List[str]]] = {}
     for each in messages():
-        kind = WARNING if each.kind == "warn" else each.kind
-        kind = kind if kind in _public(told) else "CheckpointError"
+        kind = _section(each.kind)
+        text = f"`{each.kind}`: {each.text}" if kind == PYTHON else each.text
         texts = by_class.setdefault(kind, {}).setdefault(each.path, [])
-        if each.text not in texts:
-            texts.append(each.text)
+        if text not in texts:
+            texts.append(text)
     parts = [_INTRODUCTION]
     for kind in [name for name in told if name in by_class]:
         parts.append(f"## {kind}\n\n{told[kind]}\n")
@@ -103,14 +129,22 @@ def page() -> str:
 _INTRODUCTION = """# Errors and warnings
 
 Each error says what was wrong, where, and what to write instead. This page has every one that the
-code can raise, and every warning, made from the code itself. What is put in stands in ‹angle
-brackets›. Where the search does not find a message of yours, search for a part of it that has no
-name or number of your own.
+code can raise, every warning, and what else is told in the log or on stderr because something is
+wrong, made from the code itself. What is put in stands in ‹angle brackets›. Where the search does
+not find a message of yours, search for a part of it that has no name or number of your own.
 """
 
 
-def _public(told: Mapping[str, str]) -> List[str]:
-    return [name for name in told if name.endswith("Error") or name == WARNING]
+def _section(kind: str) -> str:
+    """Where a message stands; of the package's inner classes the text is told on by one error."""
+    own = kinds()
+    if kind in own and (kind.endswith("Error") or kind == WARNING):
+        return kind
+    if kind == "warn":
+        return WARNING
+    if kind in own or kind == "misfit":
+        return "CheckpointError"
+    return kind if kind in OTHERS else PYTHON
 
 
 def _about(path: Path) -> str:
@@ -126,14 +160,14 @@ def _as_html(text: str) -> str:
 
 
 def _calls(
-    node: ast.AST, function: Union[Function, None]
-) -> Iterator[Tuple[ast.Call, Union[Function, None]]]:
-    """Every call in ``node`` with the function that it stands in."""
+    node: ast.AST, inside: Tuple[Function, ...] = ()
+) -> Iterator[Tuple[ast.Call, Tuple[Function, ...]]]:
+    """Every call in ``node`` with the functions that it stands in, from outside inwards."""
     for child in ast.iter_child_nodes(node):
-        inner = child if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) else function
         if isinstance(child, ast.Call):
-            yield child, function
-        yield from _calls(child, inner)
+            yield child, inside
+        is_function = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
+        yield from _calls(child, (*inside, child) if is_function else inside)  # type: ignore[arg-type]
 
 
 def _name(node: ast.expr) -> str:
@@ -149,10 +183,29 @@ def _name(node: ast.expr) -> str:
 Scope = Dict[str, List[ast.expr]]
 
 
-def _assigned(body: List[ast.stmt]) -> Scope:
-    """What names stand for in ``body``: all that is ever assigned to them, or looped over."""
+def _scope(tree: ast.Module, inside: Tuple[Function, ...]) -> Scope:
+    """What names stand for in the innermost of the functions ``inside``."""
+    scope = _assigned(tree)
+    for function in inside:
+        given = function.args
+        for each in (*given.posonlyargs, *given.args, *given.kwonlyargs):
+            scope.pop(each.arg, None)
+        scope.update(_assigned(function))
+    return scope
+
+
+def _of_itself(node: ast.AST) -> Iterator[ast.AST]:
+    """What is in ``node``, in order, but for the functions in it."""
+    for child in ast.iter_child_nodes(node):
+        yield child
+        if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from _of_itself(child)
+
+
+def _assigned(owner: ast.AST) -> Scope:
+    """What names stand for in ``owner``: all that is ever assigned to them, or looped over."""
     scope: Scope = {}
-    for node in (inner for statement in body for inner in ast.walk(statement)):
+    for node in _of_itself(owner):
         targets: List[Tuple[ast.expr, ast.expr]] = []
         if isinstance(node, ast.Assign):
             targets = [(target, node.value) for target in node.targets]
@@ -160,6 +213,9 @@ def _assigned(body: List[ast.stmt]) -> Scope:
             targets = [(node.target, node.value)]
         elif isinstance(node, ast.For):
             targets = [(node.target, node.iter)]
+        elif isinstance(node, ast.AugAssign):
+            before = scope.get(_name(node.target), [])
+            targets = [(node.target, ast.BinOp(each, node.op, node.value)) for each in before]
         for target, value in targets:
             if isinstance(target, ast.Name):
                 scope.setdefault(target.id, []).append(value)
@@ -171,14 +227,44 @@ def _assigned(body: List[ast.stmt]) -> Scope:
     return scope
 
 
-def _said(kind: str, given: List[ast.expr], scope: Scope) -> List[str]:
-    """The texts that a call may say, of its first argument."""
+def _returned(tree: ast.Module) -> Scope:
+    """What the functions of a file return where it is a text, by ``name()``."""
+    found: Scope = {}
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef):
+            scope = _scope(tree, (function,))
+            nodes = [node.value for node in _of_itself(function) if isinstance(node, ast.Return)]
+            texts = [text for node in filter(None, nodes) for text in _texts(node, scope)]
+            for text in filter(_has_words, texts):
+                found.setdefault(f"{function.name}()", []).append(ast.Constant(text))
+    return found
+
+
+def _has_words(text: str) -> bool:
+    return len(re.sub(r"‹[^›]*›|[\W\d]", "", text)) >= 3
+
+
+def _said(kind: str, call: ast.Call, scope: Scope) -> List[str]:
+    """The texts that a call may say."""
+    given = [each for each in call.args if not isinstance(each, ast.Starred)]
     if not given:
         return []
     if kind == "misfit" and len(given) == 3:
         return [f"‹place› is ‹value›, and not {text}" for text in _texts(given[2], scope)]
-    texts = _texts(given[0], scope)
-    return [text for text in texts if len(re.sub(r"‹[^›]*›|\W", "", text)) >= 3]
+    # What the operating system says is behind its number.
+    texts = _texts(given[-1] if kind == "OSError" else given[0], scope)
+    if kind == LOG:
+        texts = [line for text in texts for line in _filled_in(text, given[1:], scope)]
+    return [text for text in texts if _has_words(text)]
+
+
+def _filled_in(text: str, given: List[ast.expr], scope: Scope) -> List[str]:
+    """A line of the log with what is put in for each ``%s``."""
+    first, *others = re.split(r"%[-+,.\d]*[a-z]", text)
+    parts = [[first]]
+    for after, node in itertools.zip_longest(others, given, fillvalue=ast.Name("…")):
+        parts += [_texts(node, scope), [str(after)]]
+    return _joined(parts)
 
 
 def _texts(node: ast.expr, scope: Scope, depth: int = 0) -> List[str]:
@@ -193,10 +279,17 @@ def _texts(node: ast.expr, scope: Scope, depth: int = 0) -> List[str]:
         return _joined([_texts(node.left, scope, depth), _texts(node.right, scope, depth)])
     if isinstance(node, ast.IfExp):
         return [*_texts(node.body, scope, depth), *_texts(node.orelse, scope, depth)]
+    if isinstance(node, ast.BoolOp):
+        texts = [text for value in node.values for text in _texts(value, scope, depth)]
+        return texts if any(map(_has_words, texts)) else texts[:1]
+    if isinstance(node, ast.Call) and f"{_name(node.func)}()" in scope:
+        return [text for each in scope[f"{_name(node.func)}()"] for text in _texts(each, {})]
     if isinstance(node, ast.Name) and depth < 4 and node.id in scope:
         values = scope[node.id]
         if all(_is_text(value, scope) for value in values):
-            return [text for value in values for text in _of_value(value, scope, depth + 1)]
+            # A name in what is assigned to itself is put in: else each turn makes more of them.
+            inner = {name: each for name, each in scope.items() if name != node.id}
+            return [text for value in values for text in _of_value(value, inner, depth + 1)]
     return [f"‹{_placeholder(node)}›"]
 
 
@@ -221,8 +314,11 @@ def _is_text(value: ast.expr, scope: Scope) -> bool:
 
 
 def _joined(parts: List[List[str]]) -> List[str]:
-    every = itertools.islice(itertools.product(*parts), MOST_VARIANTS)
-    return list(dict.fromkeys("".join(each) for each in every))
+    """What the parts make together, each with all that it may be."""
+    every = list(dict.fromkeys("".join(each) for each in itertools.product(*parts)))
+    if len(every) > MOST_VARIANTS:
+        raise ValueError(f"a message has {len(every)} variants, and {MOST_VARIANTS} is the most")
+    return every
 
 
 def _placeholder(node: ast.expr) -> str:

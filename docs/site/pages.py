@@ -142,7 +142,9 @@ def _target(page: str, link: str, language: str) -> str:
             up = "../" * _addresses(language)[page].count("/")
             address = posixpath.dirname(_addresses(other)[path])
             return f"{up}../../{other}/{VERSION}/{address}/".replace("//", "/")
-    if (ROOT / path).is_file() and not path.endswith((".md", *PICTURES)):
+    if path in made.MADE_OF:
+        path = made.MADE_OF[path]
+    elif (ROOT / path).is_file() and not path.endswith((".md", *PICTURES)):
         path += ".md"
     return posixpath.relpath(path, posixpath.dirname(page) or ".")
 
@@ -154,7 +156,8 @@ def _linked(language: str, pictures: bool = False) -> List[str]:
         text = _FENCE.sub("", (ROOT / page).read_text(encoding="utf-8"))
         for link in _LINK.finditer(text):
             path = posixpath.normpath(posixpath.join(posixpath.dirname(page), link[2]))
-            if (ROOT / path).is_file() and not path.endswith(".md"):
+            is_page = path.endswith(".md") or path in made.MADE_OF
+            if (ROOT / path).is_file() and not is_page:
                 found.add(path)
     return sorted(path for path in found if path.endswith(PICTURES) == pictures)
 

@@ -86,10 +86,12 @@ def write(
     state: Optional[Mapping[str, Any]] = None,
     metadata: Optional[Mapping[str, Any]] = None,
 ) -> Path:
-    """Write a checkpoint file; return its path.
+    """Write a checkpoint file to ``path``; return its path.
 
-    The file appears under its name only when it is complete, on the disk, and was read back and
-    found good; until then the file that was there before stays.
+    ``weights`` are parameters and buffers by name, ``state`` is all the rest, nested dicts and
+    lists, and ``metadata`` is kept as texts beside them. The file appears under its name only when
+    it is complete, on the disk, and was read back and found good; until then the file that was
+    there before stays.
 
     Raises :class:`CheckpointError` where it cannot be written, or ``state`` holds what cannot.
     """
@@ -102,7 +104,10 @@ def encode(
     state: Optional[Mapping[str, Any]] = None,
     metadata: Optional[Mapping[str, Any]] = None,
 ) -> bytes:
-    """The bytes of a checkpoint file, its checksum included."""
+    """The bytes of a checkpoint file of ``weights``, ``state`` and ``metadata``: see :func:`write`.
+
+    Its checksum is among them. Raises :class:`CheckpointError` where they hold what cannot be kept.
+    """
     odd = [name for name in weights if name.startswith(_APART)]
     if odd:
         raise CheckpointError(f"the parameter {odd[0]!r} begins with {_APART!r}: rename it.")
@@ -139,12 +144,12 @@ def _check_bounds(header: bytes) -> None:
 
 
 def put(path: Union[str, Path], content: bytes) -> Path:
-    """Write the bytes of :func:`encode` to ``path``, see :func:`write`."""
+    """Write ``content``, the bytes of :func:`encode`, to ``path``, see :func:`write`."""
     return put_first([Path(path)], content, lambda _: True)
 
 
 def put_first(paths: Iterable[Path], content: bytes, may_replace: Callable[[Path], bool]) -> Path:
-    """Write the bytes of :func:`encode` to the first of ``paths`` that is free; return it.
+    """Write ``content``, of :func:`encode`, to the first of ``paths`` that is free; return it.
 
     A path is free where nothing is there, at the very moment when the file is put there, or where
     ``may_replace`` says so of what is there. All are in one folder.
@@ -241,7 +246,7 @@ def _pack(value: Any, place: List[str], arrays: Dict[str, np.ndarray]) -> Any:
 
 
 def read(path: Union[str, Path]) -> Checkpoint:
-    """Read and verify a checkpoint file, or any safetensors file of weights.
+    """Read and verify the checkpoint file ``path``, or any safetensors file of weights.
 
     What it may take of time and memory is said at the top of this module.
 

@@ -83,7 +83,7 @@ def read_header(file: BinaryIO) -> Header:
 
 
 def metadata_of(path: Union[str, Path]) -> Dict[str, Any]:
-    """The texts in the header of a checkpoint file, not verified; empty where there are none."""
+    """The texts in the header of the file ``path``, not verified; empty where there are none."""
     try:
         with open_regular(path) as file:
             return read_header(file).metadata

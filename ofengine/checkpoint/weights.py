@@ -31,8 +31,9 @@ def save_weights(
 
     A path that ends in ``.pth`` or ``.pt`` becomes a file as ``torch.save`` writes one of a
     ``state_dict()``; any other a safetensors file, which ``safetensors.torch.load_file`` reads as
-    well. See :func:`write` for how, and for what is raised. ``metadata`` is kept as texts, in a
-    safetensors file only.
+    well. See :func:`write` for how. ``metadata`` is kept as texts, in a safetensors file only.
+
+    Raises :class:`CheckpointError` where the file cannot be written, or cannot keep ``metadata``.
     """
     if Path(path).suffix.lower() not in pytorch.EXTENSIONS:
         return write(path, arrays_of(task), None, metadata)

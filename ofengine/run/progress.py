@@ -52,6 +52,7 @@ class Progress:
     batches_seen: int = 0
     """Training batches done in the whole run, by all ranks together."""
     point: Point = Point.BEGIN
+    """How far the run is within the batch or epoch."""
 
     def state(self) -> Dict[str, Any]:
         """Plain values. An epoch that is over counts as the last one's end."""

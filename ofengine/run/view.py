@@ -261,7 +261,7 @@ class RunView(ToldView):
             print(*values, **options)
 
     def gather(self, value: Any) -> List[Any]:
-        """What each rank gives, in the order of ranks, on all of them; one process gets its own.
+        """Each rank's ``value``, in the order of ranks, on all of them; one process gets its own.
 
         Tensors, arrays, numbers, texts, and lists, tuples and dicts of these. All ranks call it at
         the same point of the run, or all raise :class:`RankError`; a rank that has no batch comes
@@ -357,10 +357,13 @@ class RunView(ToldView):
         did not train saves the weights only.
 
         Raises :class:`CheckpointError` where the file cannot be written; the training, and the
-        file that was there, are as before.
+        file that was there, are as before. :class:`ConfigurationError` where there is no run.
         """
         raise ConfigurationError("this run cannot be saved.")
 
     def checkpoint_content(self) -> Content:
-        """The weights, the state of the run, and the metadata of a checkpoint of this moment."""
+        """The weights, the state of the run, and the metadata of a checkpoint of this moment.
+
+        Raises :class:`ConfigurationError` where there is no run.
+        """
         raise ConfigurationError("this run cannot be saved.")

@@ -11,12 +11,14 @@ import textwrap
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
+import attrs
 import pytest
 
 import ofengine.errors
 from ofengine import OFEngineError
 
 ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs" / "en").glob("*.md"))]
 
 
 def _made() -> Any:
@@ -29,7 +31,7 @@ def _made() -> Any:
 
 
 MADE = _made()
-NAMES = [(module, name) for module in MADE.MODULES for name in MADE.public_names(module)]
+NAMES = [(module, name) for module in MADE.PUBLIC for name in MADE.public_names(module)]
 PUBLIC = {getattr(importlib.import_module(module), name) for module, name in NAMES}
 
 
@@ -38,6 +40,38 @@ def test_the_pages_of_the_api_have_every_public_name(module: str) -> None:
     names = [name for name in importlib.import_module(module).__all__ if name[0] != "_"]
     page = MADE.api_page(module)
     assert re.findall(r"^::: (\S+)$", page, re.MULTILINE) == [f"{module}.{name}" for name in names]
+
+
+def test_every_module_with_public_names_that_a_page_names_has_a_page_of_the_api() -> None:
+    told = "".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
+    lacking = []
+    for path in sorted((ROOT / "ofengine").rglob("*.py")):
+        if "callbacks" in path.parts or not re.search(r"^__all__ ", path.read_text("utf-8"), re.M):
+            continue
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).replace(".__init__", "")
+        if re.search(rf"\b{re.escape(module)}\b", told) and module not in MADE.PUBLIC:
+            lacking.append(module)
+    assert lacking == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_name_that_a_page_sends_users_to_is_on_a_page_of_the_api(path: Path) -> None:
+    """What it imports, says to import, or names with its module."""
+    text, known = path.read_text(encoding="utf-8"), {f"{module}.{name}" for module, name in NAMES}
+    sent = re.findall(r"`(ofengine(?:\.\w+)+)", text)
+    for module, names in re.findall(r"from (ofengine[\w.]*) import (\([^)]+\)|[\w, ]+)", text):
+        sent += [f"{module}.{name}" for name in re.findall(r"\w+", names)]
+    for name, module in re.findall(r"`(\w+)`.*\b(?:comes f|F)rom `(ofengine[\w.]*)`", text):
+        sent.append(f"{module}.{name}")
+    assert [name for name in sent if name not in known and name not in MADE.PUBLIC] == []
+
+
+def test_every_error_and_what_a_run_tells_is_on_a_page_of_the_api() -> None:
+    errors = {name for name in vars(ofengine.errors) if name.endswith(("Error", "Warning"))}
+    assert sorted(errors - {name for _, name in NAMES}) == []
+    assert {"RunView", "Settings", "Progress", "Point"} <= {name for _, name in NAMES}
+    listed = [entry for page in MADE.navigation("en")[0]["Reference"][0]["API"] for entry in page]
+    assert listed == MADE.PUBLIC and {f"api/{module}.md" for module in listed} <= set(MADE.pages())
 
 
 @pytest.mark.parametrize(("module", "name"), NAMES)
@@ -79,6 +113,10 @@ def _documented(module: str, name: str) -> Iterator[Tuple[str, Any, str]]:
     see = re.search(r"See :class:`(\w+)`", of_class)
     if see:  # told of the class beside it
         of_class += getattr(importlib.import_module(module), see[1]).__doc__
+    see = re.search(r"described in :class:`ofengine\.(\w+)`", of_class)
+    if see:
+        of_class += getattr(ofengine, see[1]).__doc__
+    of_class += _under_fields(thing)
     if issubclass(thing, (OFEngineError, Warning)):
         yield f"{module}.{name}", None, of_class
         return
@@ -89,6 +127,21 @@ def _documented(module: str, name: str) -> Iterator[Tuple[str, Any, str]]:
         if see:  # told of a class that hands it on
             said += _said_of(see[1], see[2])
         yield f"{module}.{name}.{place}", function, f"{said}\n{of_class}" if said else ""
+
+
+def _under_fields(kind: type) -> str:
+    """What is said under each field of a class that attrs makes a constructor for."""
+    if not attrs.has(kind):
+        return ""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    body = tree.body  # type: ignore[attr-defined]
+    return "".join(
+        f"\n{field.target.id}: {under.value.value}"
+        for field, under in zip(body, body[1:])
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(under, ast.Expr)
+        and isinstance(under.value, ast.Constant)
+    )
 
 
 def _said_of(name: str, method: str) -> str:

@@ -21,6 +21,7 @@ from oneflow import nn
 import ofengine
 from ofengine import GraphModeError, OFEngineError, Trainer, callback
 from ofengine.cli import VERBS, main
+from ofengine.run import lightning
 from ofengine.run.progress import Point, Progress
 from ofengine.run.settings import Settings
 from ofengine.run.view import RunView
@@ -464,6 +465,27 @@ def test_what_lightning_s_users_are_told_is_not_here_is_not(language: str) -> No
     assert not [name for name in named[2] if hasattr(ofengine.callbacks, name)]
 
 
+@LANGUAGES
+def test_every_hook_of_lightning_s_is_told(language: str) -> None:
+    text = read(DOCS / language / "from-lightning.md").split("\n## ")[6]
+    rows = [NAME.findall(row) for row in re.findall(r"^\| (.*?) \|.*", text, re.M)][1:]
+    ours = {*callback.HOOKS, "state_dict", "load_state_dict"}
+    same, others = set(rows[0]), [name for row in rows[1:] for name in row]
+    new = ours - same
+    assert new == {"on_after_optimizer_step", "on_before_graph_compile"} and not same - ours
+    assert all(f"`{name}`" in text for name in new)
+    hooks = [name for name in lightning.HOOKS if name.startswith("on_")]
+    assert sorted(others) == sorted(hooks)
+
+
+@LANGUAGES
+def test_what_is_new_of_lightning_s_and_all_its_attributes_are_told(language: str) -> None:
+    page = DOCS / language / "from-lightning.md"
+    named = {name for row in _rows(page) for name in NAME.findall(row[0])}
+    assert {"WeightAveraging", "LitLogger"} <= named
+    assert "](../../ofengine/run/lightning.py)" in read(page)  # on the site the page made of it
+
+
 def test_contributing_shows_the_rooms_as_they_are() -> None:
     spec = importlib.util.spec_from_file_location("rooms", ROOT / "tests" / "test_rooms.py")
     assert spec is not None and spec.loader is not None
@@ -498,6 +520,15 @@ def test_every_file_that_contributing_names_exists() -> None:
     assert [name for name in named if not any((each / name).exists() for each in folders)] == []
 
 
+def test_contributing_tells_which_files_a_batch_and_a_rate_pass() -> None:
+    section = read(ROOT / "CONTRIBUTING.md").split("### How a batch and a rate travel")[1]
+    batch, rate = section.split("\n## ")[0].split("\nA rate, ")
+    for text, rooms in ((batch, "data modes ranks run"), (rate, "_oneflow callbacks rates")):
+        files = re.findall(r"`((\w+)/\w+\.py)`", text)
+        assert len(files) >= 8 and {room for _, room in files} == set(rooms.split())
+        assert len(re.findall(r"^\d\. ", text, re.M)) == 4
+
+
 @LANGUAGES
 def test_how_it_works_names_what_is_there(language: str) -> None:
     text = read(DOCS / language / "how-it-works.md")
@@ -507,6 +538,24 @@ def test_how_it_works_names_what_is_there(language: str) -> None:
     for file, name in named:
         code = read(ROOT / "ofengine" / f"{file}.py")
         assert name in ("", "py") or re.search(rf"^(?:def|class) {name}\b", code, re.M), name
+
+
+@LANGUAGES
+def test_how_it_works_names_who_asks_which_mode_it_is(language: str) -> None:
+    (row,) = [row for row in _rows(DOCS / language / "how-it-works.md") if row[0] == "`modes/`"]
+    asks = re.compile(
+        r"\b(?:mode|name)(?:\"\])? == \"(?:eager|graph)\""
+        r"|^from ofengine\.modes\.(?:eager|graph|global_graph|several) import",
+        re.M,
+    )
+    asking = {path.name for path in (ROOT / "ofengine/run").glob("*.py") if asks.search(read(path))}
+    assert asking == set(re.findall(r"`run/(\w+\.py)`", row[1])) - {"mode.py"}
+    callbacks = {name for path in (ROOT / "callbacks").glob("*.py") for name in _asked(path, asks)}
+    assert callbacks == set(re.findall(r"`(\w+Callback)`", row[1]))
+
+
+def _asked(path: Path, asks: re.Pattern[str]) -> List[str]:
+    return re.findall(r"^class (\w+)", read(path), re.M) if asks.search(read(path)) else []
 
 
 @pytest.mark.parametrize("path", ALL, ids=name_of)

@@ -36,21 +36,76 @@ KINDS = [name for name in vars(ofengine.errors) if name.endswith("Error")]
 TEXTS = [" ".join(each.text.split()) for each in MESSAGES.messages()]
 
 
-def test_what_a_raise_begins_with_is_on_the_page() -> None:
+PAGE = " ".join(html.unescape(re.sub(r"</?(?:var|code)>", "", MESSAGES.page())).split())
+LITERAL = r'f?"((?:[^"\\]|\\.)*)"'
+
+
+def _longest_part(text: str) -> str:
+    """Of a text in the code the longest part that is put in as it stands; "" for none."""
+    parts = re.split(r"\{(?:[^{}]|\{[^{}]*\})*\}|%[-+,.\d]*[a-z]", text.replace('\\"', '"'))
+    longest = " ".join(max(parts, key=len).replace("`", "").split())
+    return longest if len(longest) > 5 and not re.search(r"[\\{]", longest) else ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "begins", "least"),
+    [
+        ("of ofengine's own", rf"(?:raise \w*(?:{'|'.join(KINDS)})|(?<![\w.])warn)\(\s*", 300),
+        ("of any class", r"raise (?!AssertionError)(?:\w+\.)*[A-Z]\w*\(\s*(?:[\w.()]+, )?", 550),
+        ("of a class known in a run", r"raise type\(\w+\)\(\s*", 1),
+        ("a line of the log", r"\blog\.(?:warning|error)\(\s*", 12),
+        ("a line on stderr", r"(?<![\w.])say\(\s*", 6),
+        ("a line of a command", r"\bprint\(\s*(?=[^()]*(?:\([^()]*\)[^()]*)*file=sys\.stderr)", 6),
+    ],
+)
+def test_what_a_message_begins_with_is_on_the_page(kind: str, begins: str, least: int) -> None:
     """Found by a search in the text of the code, and not as the page's maker reads it."""
-    page = " ".join(html.unescape(re.sub(r"</?(?:var|code)>", "", MESSAGES.page())).split())
-    literal = r'\s*f?"((?:[^"\\]|\\.)*)"'
-    call = re.compile(rf"(?:raise \w*(?:{'|'.join(KINDS)})|(?<![\w.])warn)\({literal}")
     looked_for = 0
     for path in MESSAGES.sources():
-        for text in call.findall(path.read_text(encoding="utf-8")):
-            # The longest part that is put in as it stands.
-            parts = re.split(r"\{(?:[^{}]|\{[^{}]*\})*\}", text.replace('\\"', '"'))
-            longest = " ".join(max(parts, key=len).replace("`", "").split())
-            if len(longest) > 5 and "\\" not in longest and "{" not in longest:
-                looked_for += 1
-                assert longest in page, f"{path}: {text}"
-    assert looked_for > 300
+        for text in re.findall(begins + LITERAL, path.read_text(encoding="utf-8")):
+            longest = _longest_part(text)
+            looked_for += bool(longest)
+            assert longest in PAGE, f"{path}: {text}"
+    assert looked_for >= least
+
+
+def test_no_other_way_to_tell_a_message_is_in_the_code() -> None:
+    """Each of these would need to be read by the page's maker, too."""
+    ways = r"\bparser\.(?:error|exit)\(|\blog\.(?:exception|critical|log)\(|stderr\.write\(f?\""
+    assert [
+        f"{path}: {found}"
+        for path in MESSAGES.sources()
+        for found in re.findall(ways, path.read_text(encoding="utf-8"))
+    ] == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "has no sums(...)",
+        "has no value(state)",
+        "there is no hyper-parameter ‹name›; there are ‹known›",
+        "OneFlow's BLAS goes on with kernels for ‹before› (‹why›)",
+        "what was trained since the last checkpoint could not be saved: ‹error›",
+        "‹text› is below 1",
+        "No restart is left of ‹restarts›. Giving up.",
+        "ofengine ‹verb› needs jsonargparse",
+    ],
+)
+def test_a_message_of_each_kind_is_on_the_page(text: str) -> None:
+    assert text in PAGE
+
+
+def test_no_variant_of_a_message_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MESSAGES, "MOST_VARIANTS", 10**9)
+    every = [(each.path, each.line, each.text) for each in MESSAGES.messages()]
+    monkeypatch.undo()
+    assert [(each.path, each.line, each.text) for each in MESSAGES.messages()] == every
+    # A name that is put into what is assigned to it does not make a text of its own at each turn.
+    assert not [text for *_, text in every if re.search(r"times ‹\w+› times", text)]
+    monkeypatch.setattr(MESSAGES, "MOST_VARIANTS", 3)
+    with pytest.raises(ValueError, match="variants, and 3 is the most"):
+        MESSAGES.messages()
 
 
 class Plain(TaskModule):

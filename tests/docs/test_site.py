@@ -6,10 +6,14 @@ import importlib.util
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, List
+
+import oneflow as flow
+import pytest
+from oneflow import nn
 
 import ofengine
-from ofengine import callback
+from ofengine import Callback, TaskModule, Trainer, callback
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,7 +62,47 @@ def test_the_drawn_order_of_hooks_is_that_of_the_code() -> None:
     assert DRAWN.hooks(DRAWN.ORDER) == names
     for language in ("en", "zh"):
         linked = re.findall(r'#ofengine\.Callback\.(\w+)"', DRAWN.picture(language, ""))
-        assert linked == names
+        assert linked == names + DRAWN.hooks(DRAWN.BEYOND)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_every_hook_is_drawn_and_leads_to_what_it_is_for(language: str) -> None:
+    picture = DRAWN.picture(language, "API")
+    linked = re.findall(r'<a href="API#ofengine\.Callback\.(\w+)"><code>\1</code></a>', picture)
+    assert set(linked) == set(callback.HOOKS)
+
+
+class _Notes(Callback):
+    def __init__(self) -> None:
+        self.fired: List[str] = []
+
+
+for _hook in callback.HOOKS:
+    setattr(_Notes, _hook, lambda self, *_, hook=_hook: self.fired.append(hook))
+
+
+class _Task(TaskModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def test_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.layer(batch)
+
+    predict_step = test_step
+
+
+@pytest.mark.parametrize("verb", ["test", "predict"])
+def test_the_other_verbs_and_an_exception_are_drawn_as_they_fire(verb: str) -> None:
+    drawn, notes = dict(DRAWN.BEYOND), _Notes()
+    trainer = Trainer(logger=False, enable_progress_bar=False, callbacks=notes)
+    task = _Task()
+    getattr(trainer, verb)(task, [flow.ones(2, 2)])
+    assert notes.fired == DRAWN.hooks(drawn[verb])
+    notes.fired.clear()
+    with pytest.raises(RuntimeError):
+        getattr(trainer, verb)(task, [flow.ones(2, 3)])
+    assert notes.fired[-2:] == drawn["raised"]
 
 
 def test_what_is_to_be_cited_is_this_version() -> None:
