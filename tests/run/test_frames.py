@@ -86,10 +86,15 @@ class Watched:
             yield flow.ones(2, 2)
 
 
-def watch(profile: Callable[[FrameType, str, Any], None], logs: int = 0, **arguments: Any) -> None:
+def watch(
+    profile: Callable[[FrameType, str, Any], None],
+    logs: int = 0,
+    task: Optional[TaskModule] = None,
+    **arguments: Any,
+) -> None:
     trainer = quiet_trainer(max_epochs=1, log_every_n_steps=1000, **arguments)
     try:
-        trainer.fit(Line(logs), Watched(profile))
+        trainer.fit(task or Line(logs), Watched(profile))
     finally:
         sys.setprofile(None)
 
@@ -136,6 +141,61 @@ def test_nowhere_in_a_step_is_the_project_more_than_6_frames_in_3_files_deep(
     assert frames <= 6, where
     _, files, where = max(deepest, key=lambda each: each[1])
     assert files <= 3, where
+
+
+class Moved(Line):
+    """Weight decay by a schedule, which in graph mode ends the graph with the gradients."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = flow.optim.AdamW(self.parameters(), lr=0.1, weight_decay=0.1)
+        return {"optimizer": optimizer, "weight_decay_schedule": lambda step: 1.0 / (1 + step)}
+
+
+class Two(Line):
+    """Two optimizers of one layer each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(2, 1)
+
+    def training_step(self, batch: Any, batch_idx: int, optimizer_name: str) -> Any:
+        return (self.layer if optimizer_name == "a" else self.other)(batch).mean()
+
+    def configure_optimizers(self) -> Any:
+        sgd = flow.optim.SGD
+        return {"a": sgd(self.layer.parameters(), 0.1), "b": sgd(self.other.parameters(), 0.1)}
+
+
+@pytest.mark.parametrize(
+    ("mode", "task", "arguments", "most_frames", "most_files"),
+    [
+        ("eager", Line, {"gradient_clip_val": 1.0}, 6, 4),
+        ("graph", Line, {"gradient_clip_val": 1.0}, 6, 3),
+        ("eager", Moved, {}, 7, 5),
+        ("graph", Moved, {}, 12, 6),
+        ("eager", Two, {}, 6, 4),
+        ("graph", Two, {}, 6, 4),
+        ("eager", Line, {"profiler": "simple"}, 6, 4),
+        ("graph", Line, {"profiler": "simple"}, 6, 4),
+    ],
+)
+def test_options_that_do_more_in_a_step_go_little_deeper(
+    mode: str, task: Any, arguments: Any, most_frames: int, most_files: int, tmp_path: Path
+) -> None:
+    deepest: List[Tuple[int, int, List[str]]] = []
+
+    def profile(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and is_ours(frame):
+            stack = stack_below_the_loop(frame)
+            users = any(each.f_code is task.training_step.__code__ for each in callers(frame))
+            if not users and not any(map(is_hook, stack)):
+                deepest.append((len(stack), len({path_of(f) for f in stack}), names(stack)))
+
+    watch(profile, task=task(), mode=mode, default_root_dir=tmp_path, **arguments)
+    frames, _, where = max(deepest)
+    assert 1 < frames <= most_frames, where
+    _, files, where = max(deepest, key=lambda each: each[1])
+    assert files <= most_files, where
 
 
 @pytest.mark.parametrize(
