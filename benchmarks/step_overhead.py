@@ -132,7 +132,8 @@ def main() -> None:
         each = ", ".join(f"{value:.1f}" for value in medians[key])
         report.note(
             f"""The bar of {BARS[mode]:.0f} us with defaults, linear layer, {mode}:
-            {"met" if found <= BARS[mode] else "MISSED"} with {found:.1f} us (single processes: {each})."""
+            {"met" if found <= BARS[mode] else "MISSED"} with {found:.1f} us (single processes:
+            {each})."""
         )
     report.raw = {"pairs": seen, "medians": medians, "ranks": ranks}
     report.save(options.json)
