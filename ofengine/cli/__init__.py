@@ -15,6 +15,10 @@ VERBS = {
     "predict": "write what a task predicts to files",
 }
 """The Trainer's verbs, whose options are read by jsonargparse."""
+_OF_FIT = """\
+With the extra cli, the options of a run too, as ofengine fit FILE.py:TASK --help lists them:
+--task.NAME, --data.NAME and --trainer.NAME VALUE, --data FILE.py:MODULE, and --config FILE such as
+the config.yaml of a run; --print_config prints the config of all that is given."""
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -36,12 +40,19 @@ def main(argv: Optional[List[str]] = None) -> int:
     for verb, text in VERBS.items():
         commands.add_parser(verb, help=text)
     _add_doctor(commands)
-    _add_rates(commands)
-    _add_prove(commands)
+    about_runs = {"rates": _add_rates(commands), "prove": _add_prove(commands)}
     _add_checkpoint(commands)
     _add_set_lr(commands)
     _add_launch(commands)
+    of_run: List[str] = []
+    if words and words[0] in about_runs:
+        from ofengine.cli.given import taken_apart
+
+        own = [each for action in about_runs[words[0]]._actions for each in action.option_strings]
+        kept, of_run = taken_apart(words[1:], own)
+        words = [words[0], *kept]
     arguments = parser.parse_args(words)
+    arguments.of_run = of_run
     return int(arguments.run(arguments))
 
 
@@ -59,53 +70,57 @@ def _add_doctor(commands: Any) -> None:
     commands.add_parser("doctor", help=text, description=text).set_defaults(run=run)
 
 
-def _add_rates(commands: Any) -> None:
+def _add_rates(commands: Any) -> argparse.ArgumentParser:
     def run(arguments: argparse.Namespace) -> int:
         from ofengine.cli.rates import rates
 
         return rates(arguments)
 
     text = "show every parameter group's learning rate over a run, without training"
-    parser = commands.add_parser("rates", help=text, description=text)
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "rates", help=text, description=text, epilog=_OF_FIT
+    )
     parser.set_defaults(run=run)
     add = parser.add_argument
-    add("task", metavar="FILE.py:TASK", help="the file and the TaskModule in it")
-    add(
-        "--mode", choices=("eager", "graph"), default="eager", help="the rates are the same in both"
-    )
+    add("task", metavar="FILE.py:TASK", nargs="?", help="the file and the TaskModule in it")
+    add("--mode", choices=("eager", "graph"), help="the rates are the same in both")
     add("--steps-per-epoch", type=_count, metavar="N", help="optimizer steps in an epoch; "
         "default: the length of the task's train_dataloader")  # fmt: skip
-    add("--max-epochs", type=_count, metavar="N", help="default: 1, or any with --max-steps")
+    add("--max-epochs", type=_count, metavar="N", help="default: 1, or any with --max-steps; that "
+        "of the Trainer with --config")  # fmt: skip
     add("--max-steps", type=_count, metavar="N", help="optimizer steps in all")
     add("--at", type=int, nargs="+", default=[], action="extend", metavar="STEP",
         help="show the rates at these steps too, counted from 0")  # fmt: skip
     add("--plot", metavar="FILE", help="write the picture as .png, .svg or .pdf")
     add("--arg", default=[], action="append", metavar="KEY=VALUE",
         help="an argument of the task; the value is read as Python, else as a text")  # fmt: skip
+    return parser
 
 
-def _add_prove(commands: Any) -> None:
+def _add_prove(commands: Any) -> argparse.ArgumentParser:
     def run(arguments: argparse.Namespace) -> int:
         from ofengine.cli.prove import prove
 
         return prove(arguments)
 
     text = "run a task in both modes, whole and resumed, and say whether every bit is the same"
-    parser = commands.add_parser("prove", help=text, description=text)
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "prove", help=text, description=text, epilog=_OF_FIT
+    )
     parser.set_defaults(run=run)
     add = parser.add_argument
-    add("task", metavar="FILE.py:TASK", help="the file and the TaskModule in it, which gives the "
-        "data by its train_dataloader")  # fmt: skip
-    add("--steps", type=_count, default=20, metavar="N", help="optimizer steps of a run; "
-        "default: 20")  # fmt: skip
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("task", metavar="FILE.py:TASK", nargs="?", help="the file and the TaskModule in it, which "
+        "gives the data by its train_dataloader")  # fmt: skip
+    add("--steps", type=_count, metavar="N", help="optimizer steps of a run; default: 20")
+    add("--device", help="auto, cpu, cuda or cuda:N")
     add("--devices", type=_count, metavar="N", help="compare so many ranks with one process that "
         "accumulates, instead of both modes")  # fmt: skip
-    add("--accumulate-grad-batches", type=_count, default=1, metavar="N", help="default: 1")
+    add("--accumulate-grad-batches", type=_count, metavar="N", help="default: 1")
     add("--gradient-clip-val", type=float, metavar="X", help="default: no clipping")
     add("--seed", type=int, metavar="N", help="default: 0")
     add("--arg", default=[], action="append", metavar="KEY=VALUE",
         help="an argument of the task; the value is read as Python, else as a text")  # fmt: skip
+    return parser
 
 
 def _add_checkpoint(commands: Any) -> None:

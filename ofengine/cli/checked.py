@@ -15,7 +15,7 @@ import yaml
 import ofengine.callbacks  # noqa: F401 so that its classes can be named without it
 from ofengine.callback import Callback
 from ofengine.cli.described import why_not_described
-from ofengine.cli.given import SECTIONS, Given
+from ofengine.cli.given import OWN, SECTIONS, Given, how_to_name
 from ofengine.cli.hints import (
     can_be_written,
     default_of,
@@ -25,23 +25,17 @@ from ofengine.cli.hints import (
     missing_of,
     nearest,
 )
-from ofengine.cli.tasks import load_class, module_of
+from ofengine.cli.tasks import call, load_class, module_of
+from ofengine.data.seeding import seed_everything
 from ofengine.data_module import DataModule
 from ofengine.errors import ConfigurationError, OFEngineError, said_by
 from ofengine.loggers import Logger
 from ofengine.rates.resume import POLICIES
-from ofengine.run.arguments import check_choice
+from ofengine.run.arguments import check_choice, check_count
 from ofengine.run.lightning import TRAINER_ARGUMENTS, mend_for
 from ofengine.task import TaskModule
 from ofengine.trainer import Trainer
 
-OWN = {
-    "fit": ("ckpt_path", "rates_on_resume"),
-    "validate": ("ckpt_path",),
-    "test": ("ckpt_path",),
-    "predict": ("ckpt_path",),
-}
-"""What a verb itself takes, besides task and data."""
 SEED = 0
 """The seed of a run that was told none, so that it can be repeated."""
 _KINDS = {"task": (TaskModule, "task", "Task"), "data": (DataModule, "data module", "Module")}
@@ -80,8 +74,16 @@ class Checked(NamedTuple):
             and not can_be_written(default_of(cls, name))
         ]
 
-    def made(self) -> Dict[str, Dict[str, Any]]:
-        """The arguments of each owner, by name, with the objects that config files describe."""
+    def seeded(self) -> Dict[str, Dict[str, Any]]:
+        """The arguments of each owner, by name, with the objects that config files describe.
+
+        They are made after the seed is set, as what is made of them is.
+        """
+        seed = self.arguments.trainer.seed
+        if seed is not None:
+            seed_everything(
+                check_count("seed", seed, 0, "a whole number from 0 on, or null", 2**63 - 1)
+            )
         # The older name ends with jsonargparse 5, the newer begins with 4.49.
         make = getattr(self.parser, "instantiate", None) or self.parser.instantiate_classes
         try:
@@ -98,6 +100,13 @@ class Checked(NamedTuple):
             for name in self.left_alone(section):
                 arguments[section].pop(name, None)
         return arguments
+
+    def make(self, section: str, made: Dict[str, Dict[str, Any]]) -> Any:
+        """The task or the data module of these arguments; None where there is none."""
+        if section not in self.owners:
+            return None
+        cls, path = self.owners[section]
+        return call(path, f"{cls.__name__}()", lambda: cls(**made[section]))
 
 
 def find_owners(given: Given) -> Dict[str, Owner]:
@@ -116,9 +125,8 @@ def make_parser(verb: str, owners: Mapping[str, Owner]) -> jsonargparse.Argument
     """The parser of all that the verb, the Trainer, the task and the data take."""
     parser = jsonargparse.ArgumentParser(prog=f"ofengine {verb}", exit_on_error=False)
     parser.add_argument("--config", action="config")
-    parser.add_argument("--ckpt_path", type=Optional[str], default=None)
-    if "rates_on_resume" in OWN[verb]:
-        parser.add_argument("--rates_on_resume", type=str, default="checkpoint")
+    for name, (hint, default) in OWN[verb].items():
+        parser.add_argument(f"--{name}", type=hint, default=default)
     for section, owner in owners.items():
         for name in incomparable_of(owner.cls):
             raise ConfigurationError(
@@ -229,13 +237,6 @@ def _check_name(
         raise ConfigurationError(f"{where}: {owner} has no argument {argument!r}: {mend}")
     mend = nearest(name, [*known, "config", "data", "task"])
     raise ConfigurationError(f"{where}: ofengine {verb} has no option {name!r}: {mend}")
-
-
-def how_to_name(section: str, verb: str) -> str:
-    """How the task or the data module of a run is named."""
-    if section == "task":
-        return f"write ofengine {verb} FILE.py:Task, or name it in a config file"
-    return "add --data FILE.py:Module, or name it in a config file"
 
 
 def _check_complete(section: str, owner: Owner, names: List[str]) -> None:

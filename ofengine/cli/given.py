@@ -8,8 +8,9 @@ option over all files, wherever it stands.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Collection, Dict, List, Optional, Tuple
 
 import attrs
 
@@ -21,6 +22,21 @@ SHORT = ("mode", "device", "devices", "max_epochs", "seed")
 FLAGS = ("help", "print_config")
 SECTIONS = ("task", "data")
 """What has a class of the user's; and ``trainer``."""
+_WEIGHTS: Dict[str, Tuple[Any, Any]] = {"ckpt_path": (Optional[str], None)}
+OWN: Dict[str, Dict[str, Tuple[Any, Any]]] = {
+    "fit": {**_WEIGHTS, "rates_on_resume": (str, "checkpoint")},
+    "validate": _WEIGHTS,
+    "test": _WEIGHTS,
+    "predict": _WEIGHTS,
+    "rates": {
+        "rates.steps_per_epoch": (Optional[int], None),
+        "rates.at": (List[int], []),
+        "rates.plot": (Optional[str], None),
+    },
+    "prove": {"prove.steps": (int, 20)},
+}
+"""What a command itself takes, besides trainer, task and data: each one's type and default."""
+_OF_COMMANDS = {name.partition(".")[0] for own in OWN.values() for name in own if "." in name}
 
 
 @attrs.frozen
@@ -90,6 +106,13 @@ def read_given(argv: List[str]) -> Given:
     return given
 
 
+def how_to_name(section: str, command: str) -> str:
+    """How the task or the data module of a run is named."""
+    if section == "task":
+        return f"write ofengine {command} FILE.py:Task, or name it in a config file"
+    return "add --data FILE.py:Module, or name it in a config file"
+
+
 def _is_of_another_class(name: str, config: Config, given: Given) -> bool:
     """True for an argument of a class that is not the one that the run has."""
     section = name.partition(".")[0]
@@ -104,6 +127,32 @@ def _plain(name: str) -> str:
 
 
 # ---------------------------------------------------------------------- the words
+
+
+def taken_apart(words: List[str], own: Collection[str]) -> Tuple[List[str], List[str]]:
+    """The words that argparse reads, and the options of a run with their values.
+
+    Args:
+        words: what follows the command.
+        own: the options of the command itself, which may be shortened, and written with ``_``.
+    """
+    kept: List[str] = []
+    of_run: List[str] = []
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        name, equals, text = word.partition("=")
+        dashed = name.replace("_", "-")
+        if not re.match("--?[A-Za-z]", word):
+            kept.append(word)
+        elif any(each.startswith(dashed) for each in own):
+            kept.append(dashed + equals + text)
+        else:
+            of_run.append(word)
+            is_flag = dashed.lstrip("-").replace("-", "_") in FLAGS
+            if not equals and not is_flag and left and not left[0].startswith("--"):
+                of_run.append(left.pop(0))
+    return kept, of_run
 
 
 def _split(argv: List[str]) -> Tuple[List[str], List[Tuple[str, str]], List[str]]:
@@ -157,9 +206,9 @@ def read_config(file: str) -> Config:
             raise ConfigurationError(
                 f"{file}: config: a config file names no other: give --config several times."
             )
-        elif name == "trainer":
+        elif name == "trainer" or name in _OF_COMMANDS:
             for argument, each in _names(file, name, value).items():
-                config.values[f"trainer.{argument}"] = each
+                config.values[f"{name}.{argument}"] = each
         else:
             config.values[name] = value
     return config

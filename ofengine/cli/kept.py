@@ -15,8 +15,8 @@ from jsonargparse import get_loader, set_dumper
 
 import ofengine
 from ofengine.callback import Callback
-from ofengine.cli.checked import OWN, Checked, arguments_of
-from ofengine.cli.given import Given
+from ofengine.cli.checked import Checked, arguments_of
+from ofengine.cli.given import OWN, Given
 from ofengine.disk import claim_version, give_name, temporary_file
 from ofengine.errors import ConfigurationError, said_by
 from ofengine.run.view import RunView
@@ -30,6 +30,7 @@ def config_of(verb: str, given: Given, checked: Checked) -> str:
     for section, name in given.classes.items():
         ordered[section] = {"class_path": name, "init_args": content.get(section) or {}}
     for name in ("trainer", *OWN[verb]):
+        name = name.partition(".")[0]
         ordered[name] = content[name]
     return yaml.dump(ordered, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 

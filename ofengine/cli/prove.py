@@ -6,33 +6,32 @@ With `--devices N`: on so many ranks and in one process that accumulates?
 from __future__ import annotations
 
 import argparse
+from typing import Any, Dict
 
-from ofengine.cli.tasks import call, instance_of, load_task, report_errors
+from ofengine.cli.asked import Asked, Command
+from ofengine.cli.tasks import call
+from ofengine.cli.verbs import data_is_an_option
 from ofengine.ranks.zero import rank_zero_only
-from ofengine.trainer import Trainer
 
 
 def prove(arguments: argparse.Namespace) -> int:
-    """Print the report; return the exit status: 0 where all is equal, else 1."""
-    return report_errors("prove", lambda: _show(arguments))
+    """Print the report; the exit status is 0 where all is equal, 2 for wrong options, else 1."""
+    return _Prove().carry_out(arguments)
 
 
-def _show(arguments: argparse.Namespace) -> int:
-    path, cls = load_task(arguments.task)
-    task = instance_of(path, cls, arguments.arg)
-    trainer = Trainer(
-        device=arguments.device,
-        devices=arguments.devices or "auto",
-        max_steps=arguments.steps,
-        accumulate_grad_batches=arguments.accumulate_grad_batches,
-        gradient_clip_val=arguments.gradient_clip_val,
-        seed=arguments.seed,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    what = f"{cls.__name__}, run for its proof,"
-    report = call(path, what, lambda: trainer.prove(task, steps=arguments.steps))
-    rank_zero_only(print)(report)
-    return 0 if report.equal else 1
+class _Prove(Command):
+    name = "prove"
+    of_trainer = ("device", "devices", "accumulate_grad_batches", "gradient_clip_val", "seed")
+
+    def settle(self, trainer: Dict[str, Any], own: Dict[str, Any]) -> None:
+        if trainer.get("max_epochs") is None:
+            trainer["max_epochs"] = -1  # the steps end it, so that nothing need be said of it
+
+    def show(self, asked: Asked) -> int:
+        def report() -> Any:
+            return asked.trainer.prove(asked.task, asked.data, steps=asked.own["steps"])
+
+        with data_is_an_option():
+            made = call(asked.path, f"{type(asked.task).__name__}, run for its proof,", report)
+        rank_zero_only(print)(made)
+        return 0 if made.equal else 1

@@ -5,49 +5,52 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from typing import Any, Collection, Dict
 
-from ofengine.cli.tasks import call, instance_of, load_task, report_errors
+from ofengine.cli.asked import Asked, Command
+from ofengine.cli.tasks import call
 from ofengine.errors import ConfigurationError
-from ofengine.trainer import Trainer
 
 
 def rates(arguments: argparse.Namespace) -> int:
-    """Print table and picture; return the exit status: 0, or 1 where something was wrong."""
-    return report_errors("rates", lambda: _show(arguments))
+    """Print table and picture; return the exit status: 0, 2 where options are wrong, else 1."""
+    return _Rates().carry_out(arguments)
 
 
-def _show(arguments: argparse.Namespace) -> int:
-    path, cls = load_task(arguments.task)
-    task = instance_of(path, cls, arguments.arg)
-    epochs, steps = arguments.max_epochs, arguments.max_steps
-    trainer = Trainer(
-        mode=arguments.mode,
-        device="cpu",
-        max_epochs=1 if epochs is None and steps is None else epochs,
-        max_steps=-1 if steps is None else steps,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+class _Rates(Command):
+    name = "rates"
+    of_trainer = ("mode", "max_epochs", "max_steps")
+
+    def assumed(self, named: Collection[str]) -> Dict[str, Any]:
+        return {} if {"max_epochs", "max_steps"} & {*named} else {"max_epochs": 1}
+
+    def settle(self, trainer: Dict[str, Any], own: Dict[str, Any]) -> None:
+        # Nothing is computed, and the rates are the same on a machine without the run's device.
+        trainer.update(device="cpu", precision="32-true")
+
+    def show(self, asked: Asked) -> int:
+        own = asked.own
+        seen = _preview(asked)
+        print(seen.table(at=own["at"]))
+        print()
+        width = min(shutil.get_terminal_size((80, 24)).columns, 120)
+        print(seen.draw(width=max(width, 40), plain=not _can_print("⣿│┤└─┬")))
+        if own["plot"] is not None:
+            print(f"\nwritten: {seen.plot(own['plot'])}")
+        return 0
+
+
+def _preview(asked: Asked) -> Any:
+    steps = asked.own["steps_per_epoch"]
+    data = asked.data if steps is None else None  # only its length is asked for
+    what = f"{type(asked.task).__name__}, asked for its rates,"
     try:
-        seen = call(
-            path,
-            f"{cls.__name__}, asked for its rates,",
-            lambda: trainer.preview(task, steps_per_epoch=arguments.steps_per_epoch),
-        )
+        return call(asked.path, what, lambda: asked.trainer.preview(asked.task, data, steps))
     except ConfigurationError as error:
         if "give steps_per_epoch" in str(error):
             text = str(error).replace("give steps_per_epoch", "add --steps-per-epoch N")
             raise ConfigurationError(text) from error
         raise
-    print(seen.table(at=arguments.at))
-    print()
-    width = min(shutil.get_terminal_size((80, 24)).columns, 120)
-    print(seen.draw(width=max(width, 40), plain=not _can_print("⣿│┤└─┬")))
-    if arguments.plot is not None:
-        print(f"\nwritten: {seen.plot(arguments.plot)}")
-    return 0
 
 
 def _can_print(characters: str) -> bool:

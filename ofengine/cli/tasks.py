@@ -145,7 +145,7 @@ def module_of(path: Path) -> Any:
 
 
 def _instance(cls: Type[TaskModule], given: List[str]) -> TaskModule:
-    arguments = dict(_key_and_value(each) for each in given)
+    arguments = dict(key_and_value(each) for each in given)
     signature = inspect.signature(cls)
     try:
         signature.bind(**arguments)
@@ -166,7 +166,11 @@ def _instance(cls: Type[TaskModule], given: List[str]) -> TaskModule:
     return cls(**arguments)
 
 
-def _key_and_value(text: str) -> Tuple[str, Any]:
+def key_and_value(text: str) -> Tuple[str, Any]:
+    """What ``--arg KEY=VALUE`` gives.
+
+    Raises :class:`ConfigurationError` where it is not of this form.
+    """
     key, equals, value = text.partition("=")
     if not equals or not key.isidentifier():
         raise ConfigurationError(f"--arg {text}: write --arg NAME=VALUE.")

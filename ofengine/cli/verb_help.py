@@ -8,8 +8,8 @@ from typing import Any, Dict, List, Mapping
 
 import jsonargparse
 
-from ofengine.cli.checked import OWN, Owner, arguments_of
-from ofengine.cli.given import SHORT
+from ofengine.cli.checked import Owner, arguments_of
+from ofengine.cli.given import OWN, SHORT
 from ofengine.cli.hints import hint_of, in_a_word
 
 _EPILOG = """\

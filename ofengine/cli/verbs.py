@@ -9,6 +9,7 @@ import sys
 import warnings
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
+from ofengine.cli.given import SECTIONS
 from ofengine.cli.tasks import report_errors
 from ofengine.errors import ConfigurationError, DataError
 from ofengine.tables import as_text
@@ -24,11 +25,7 @@ def run_verb(verb: str, text: str, argv: List[str]) -> int:
 
     The exit status is 0, 2 where nothing has begun, else 1.
     """
-    if importlib.util.find_spec("jsonargparse") is None:
-        print(
-            f'ofengine {verb} needs jsonargparse: pip install "{NEEDED}", the extra "cli".',
-            file=sys.stderr,
-        )
+    if lacks_extra(verb):
         return 2
     ready: List[Callable[[], int]] = []
     status = report_errors(verb, lambda: _prepare(verb, text, argv, ready), failed=2)
@@ -39,6 +36,17 @@ def run_verb(verb: str, text: str, argv: List[str]) -> int:
     except KeyboardInterrupt:
         print(f"ofengine {verb}: stopped by Ctrl-C.", file=sys.stderr)
         return 130
+
+
+def lacks_extra(what: str) -> bool:
+    """True, and a sentence, where ``ofengine WHAT`` needs jsonargparse, which is not there."""
+    if importlib.util.find_spec("jsonargparse") is not None:
+        return False
+    print(
+        f'ofengine {what} needs jsonargparse: pip install "{NEEDED}", the extra "cli".',
+        file=sys.stderr,
+    )
+    return True
 
 
 def _prepare(verb: str, text: str, argv: List[str], ready: List[Callable[[], int]]) -> int:
@@ -54,7 +62,7 @@ def _prepare(verb: str, text: str, argv: List[str], ready: List[Callable[[], int
         print(help_of(verb, text, checked.make_parser(verb, owners), owners))
         return 0
     if "task" not in owners:
-        raise ConfigurationError(f"there is no task: {checked.how_to_name('task', verb)}.")
+        raise ConfigurationError(f"there is no task: {given.how_to_name('task', verb)}.")
     run = checked.check(verb, told, owners)
     config = kept.config_of(verb, told, run)
     if "print_config" in told.flags:
@@ -73,17 +81,9 @@ def _prepare(verb: str, text: str, argv: List[str], ready: List[Callable[[], int
 def _made(verb: str, run: Any, keep: Any) -> Callable[[], int]:
     """The run, made of its parts; what remains is to start it."""
     from ofengine.callbacks import PredictionWriter
-    from ofengine.cli.tasks import call
-    from ofengine.data.seeding import seed_everything
-    from ofengine.run.arguments import check_count
     from ofengine.trainer import Trainer
 
-    seed = run.arguments.trainer.seed
-    if seed is not None:
-        seed_everything(
-            check_count("seed", seed, 0, "a whole number from 0 on, or null", 2**63 - 1)
-        )
-    made = run.made()
+    made = run.seeded()
     arguments: Dict[str, Any] = made["trainer"]
     callbacks = arguments.pop("callbacks") or []
     callbacks = [*callbacks] if isinstance(callbacks, (list, tuple)) else [callbacks]
@@ -92,12 +92,7 @@ def _made(verb: str, run: Any, keep: Any) -> Callable[[], int]:
     if verb != "fit" and arguments["max_epochs"] is None:
         arguments["max_epochs"] = -1  # it is not asked for, so that nothing need be said of it
     trainer = Trainer(callbacks=[*callbacks, keep], **arguments)
-    parts: Dict[str, Any] = {"task": None, "data": None}
-    for section in parts:
-        if section in run.owners:
-            cls, path = run.owners[section]
-            given: Dict[str, Any] = made[section]
-            parts[section] = call(path, f"{cls.__name__}()", lambda: cls(**given))  # noqa: B023
+    parts = {section: run.make(section, made) for section in SECTIONS}
     ckpt_path: Optional[str] = run.arguments.ckpt_path
     if verb == "fit":
         rates = run.arguments.rates_on_resume
@@ -109,7 +104,7 @@ def _fit(
     trainer: Any, parts: Dict[str, Any], keep: Any, ckpt_path: Optional[str], rates: str
 ) -> int:
     options: Dict[str, Any] = {"ckpt_path": ckpt_path, "rates_on_resume": rates}
-    with _data_is_an_option():
+    with data_is_an_option():
         trainer.fit(parts["task"], datamodule=parts["data"], **options)
     if keep.path is not None:
         trainer.print(f"The run is in {keep.path.parent}")
@@ -117,7 +112,7 @@ def _fit(
 
 
 @contextlib.contextmanager
-def _data_is_an_option() -> Iterator[None]:
+def data_is_an_option() -> Iterator[None]:
     """Where there is no data, say what to write here: a verb has no second argument."""
     try:
         yield
@@ -134,13 +129,13 @@ def _evaluate(verb: str, trainer: Any, parts: Dict[str, Any], ckpt_path: Optiona
     options: Dict[str, Any] = {"datamodule": parts["data"]}
     options["ckpt_path"] = None if ckpt_path == AS_MADE else ckpt_path
     if verb == "predict":
-        with _data_is_an_option():
+        with data_is_an_option():
             trainer.predict(parts["task"], return_predictions=False, **options)
         for each in trainer.callbacks:
             if isinstance(each, PredictionWriter):
                 trainer.print(f"The predictions are in {each.folder}")
         return 0
-    with _data_is_an_option():
+    with data_is_an_option():
         metrics: List[Dict[str, float]] = getattr(trainer, verb)(parts["task"], **options)
     trainer.print(_table(metrics))
     return 0

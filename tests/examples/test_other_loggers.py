@@ -1,14 +1,58 @@
-"""The loggers to be copied do what their services ask for; stand-ins keep what they are told."""
+"""The loggers to be copied: told to stand-ins, and to W&B and MLflow themselves."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import math
+import subprocess
 import sys
 import types
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 import pytest
+from helpers.environments import make_environment, without_paths
+
+STEPS = [4, 8, 8, 12, 16, 16, 20, 24, 24]
+"""Those that are logged: an epoch's mean has the step of its last batch."""
+PACKAGES = ("wandb==0.25.0", "mlflow-skinny==3.17.2", "protobuf<4")
+"""As the example says that they were tried."""
+READER = """
+import glob, json
+from mlflow import MlflowClient
+from pathlib import Path
+from wandb.proto import wandb_internal_pb2
+from wandb.sdk.internal.datastore import DataStore
+
+runs = []
+for path in sorted(glob.glob("wandb/offline-run-*/*.wandb")):
+    store = DataStore()
+    store.open_for_scan(path)
+    run = {"file": Path(path).name, "rows": [], "config": {}, "exits": []}
+    runs.append(run)
+    for content in iter(store.scan_data, None):
+        record = wandb_internal_pb2.Record.FromString(content)
+        kind = record.WhichOneof("record_type")
+        items = lambda each: {i.key or ".".join(i.nested_key): json.loads(i.value_json)
+                              for i in each}
+        if kind == "history":
+            run["rows"].append(items(record.history.item))
+        elif kind in ("config", "run"):
+            told = record.config if kind == "config" else record.run.config
+            run["config"].update(items(told.update))
+        elif kind == "exit":
+            run["exits"].append(record.exit.exit_code)
+
+client = MlflowClient(Path("mlruns").absolute().as_uri())
+place = client.get_experiment_by_name("ofengine-example").experiment_id
+(run,) = client.search_runs([place])
+points = {name: sorted([each.step, each.value] for each in
+                       client.get_metric_history(run.info.run_id, name))
+          for name in run.data.metrics}
+print(json.dumps({"wandb": runs, "status": run.info.status, "params": run.data.params,
+                  "points": points}))
+"""
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "other_loggers.py"
 
@@ -80,10 +124,9 @@ def test_both_are_told_everything_and_go_on_in_the_same_run(
     example.main("both")
     assert "steps: 24" in capsys.readouterr().out
 
-    steps = [4, 8, 8, 12, 16, 16, 20, 24, 24]  # an epoch's mean has the step of its last batch
     first, second = wandb.runs
     assert (first.id, second.id, second.options["resume"]) == ("first", "first", "allow")
-    assert [row["step"] for row in first.rows + second.rows] == steps
+    assert [row["step"] for row in first.rows + second.rows] == STEPS
     assert [row["epoch"] for row in first.rows + second.rows] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert first.told == {"width": 16}
     assert (first.axes, first.exits, second.exits) == ([("*", "step")], [0], [0])
@@ -95,3 +138,40 @@ def test_both_are_told_everything_and_go_on_in_the_same_run(
     assert entries.count(("status", "FINISHED")) == 2
     logged = [row["accuracy"] for row in first.rows + second.rows if "accuracy" in row]
     assert [e[2] for e in entries if e[0] == "accuracy"] == logged
+
+
+# ---------------------------------------------------------------------- the services' own packages
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.version_info < (3, 10), reason="this mlflow-skinny is for newer Pythons")
+def test_the_real_packages_keep_what_they_are_told(tmp_path: Path) -> None:
+    """W&B in its files for a later upload, MLflow in a folder; read by their own readers."""
+    python = make_environment(tmp_path / "environment", *PACKAGES, beside=True)
+    work = tmp_path / "work"
+    work.mkdir()
+
+    def ran(*words: str) -> str:
+        ended = subprocess.run([str(python), *words], cwd=work, capture_output=True, text=True,
+                               env={**without_paths(), "WANDB_SILENT": "true",
+                                    "MLFLOW_ALLOW_FILE_STORE": "true"})  # fmt: skip
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
+
+    assert "steps: 24" in ran(str(EXAMPLE), "both")
+    found = json.loads(ran("-c", READER).splitlines()[-1])
+
+    first, second = found["wandb"]
+    assert first["file"] == second["file"]  # named after the id, which is the same
+    rows = first["rows"] + second["rows"]
+    assert [row["step"] for row in rows] == STEPS
+    assert [row["epoch"] for row in rows] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert (first["config"]["width"], first["exits"], second["exits"]) == (16, [0], [0])
+
+    assert (found["status"], found["params"]) == ("FINISHED", {"width": "16"})
+    points = found["points"]
+    for name in ("loss", "accuracy"):
+        assert points[name] == [[row["step"], row[name]] for row in rows if name in row]
+        assert all(math.isfinite(value) for _, value in points[name])
+    assert [step for step, _ in points["loss"]] == [4, 8, 12, 16, 20, 24]
+    assert [step for step, _ in points["accuracy"]] == [8, 16, 24]
