@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any, Dict, Iterable, Optional, Sequence, Tuple
 
+from ofengine._oneflow.optimizer_state import is_of_empty_list
 from ofengine.data.combined import length_of, together
 from ofengine.data.sources import count_batches
 from ofengine.errors import ConfigurationError, RateError
@@ -118,6 +119,14 @@ def _configure_optimizers(task: Any) -> Any:
                 "OneFlow's linear warm-up takes groups of equal lr only: use "
                 "ofengine.rates.WarmupLR, which takes any, or scale the groups by lr_scale."
             ) from error
+        raise
+    except IndexError as error:
+        if is_of_empty_list(error):
+            raise RateError(
+                f"{type(task).__name__}.configure_optimizers() gave an optimizer an empty list: "
+                "return a group or more from param_groups(), as in "
+                "[{'params': self.parameters(), 'lr': 0.1}]."
+            ) from None
         raise
 
 
