@@ -21,7 +21,7 @@ import attrs
 import numpy as np
 import oneflow as flow
 
-from ofengine.errors import ConfigurationError, GraphModeError
+from ofengine.errors import ConfigurationError, GraphModeError, quoted
 from ofengine.tracing import active_trace, forbid_in_trace
 
 State = Dict[str, np.ndarray]
@@ -330,7 +330,7 @@ class Metric:
         if not layout or not state:
             return None
         if set(state) != set(layout):
-            return f"has {sorted(state)} and not {sorted(layout)}"
+            return f"has {quoted(sorted(state))} and not {quoted(sorted(layout))}"
         for name, (kind, shape) in layout.items():
             value = np.asarray(state[name])
             like = len(shape) == value.ndim and all(

@@ -88,7 +88,7 @@ def test_an_attribute_of_lightning_s_trainer(name: str, says: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("global_rank", "trainer.global_rank"), ("logger", "from fit on")]
+    ("name", "says"), [("global_rank", "trainer.global_rank"), ("datamodule", "trainer.datamodule")]
 )
 def test_an_attribute_of_a_lightning_module(name: str, says: str) -> None:
     with pytest.raises(OFEngineError, match=f"self.{name} of a task is Lightning's name") as error:

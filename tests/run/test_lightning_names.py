@@ -52,7 +52,7 @@ EXPECTED = {
         """,
     "TASK_ATTRIBUTES": """
         all_gather automatic_optimization clip_gradients fabric
-        global_rank hparams_initial local_rank logger loggers manual_backward on_gpu
+        global_rank hparams_initial local_rank manual_backward on_gpu
         strict_loading summarize to_torchscript toggle_optimizer
         untoggle_optimizer
         """,
