@@ -19,7 +19,7 @@ class ConfigurationError(OFEngineError):
 
 
 class UnknownArgumentError(ConfigurationError, TypeError):
-    """The Trainer has no argument of this name."""
+    """The Trainer, a verb or a class of ofengine's has no argument of this name."""
 
 
 class UnknownAttributeError(ConfigurationError, AttributeError):

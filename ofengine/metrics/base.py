@@ -21,6 +21,7 @@ import attrs
 import numpy as np
 import oneflow as flow
 
+from ofengine.constructors import ships, tells_unknown_arguments
 from ofengine.errors import ConfigurationError, GraphModeError, quoted
 from ofengine.tracing import active_trace, forbid_in_trace
 
@@ -162,6 +163,12 @@ class Metric:
     is_scalar: bool = True
     """True where :meth:`value` is one number, which can be logged."""
     _kept: _Both
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Of ofengine's own ones, an argument that they have not is told."""
+        super().__init_subclass__(**options)
+        if ships(cls):
+            tells_unknown_arguments(cls)
 
     def __new__(cls, *_: Any, **__: Any) -> Metric:
         """With no sums yet, whether or not a subclass calls ``super().__init__()``."""
