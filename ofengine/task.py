@@ -33,6 +33,7 @@ from ofengine.errors import (
     warn,
 )
 from ofengine.onnx_model import write_onnx
+from ofengine.run.arguments import check_takes
 from ofengine.run.lightning import LOG_ARGUMENTS, TASK_ATTRIBUTES, mend_for
 from ofengine.run.view import RunView
 from ofengine.task_attributes import Attached, error_within
@@ -155,6 +156,7 @@ class TaskModule(TaskHooks, nn.Module):
         Several are returned by name, ``{"generator": ..., "critic": {"optimizer": ...}}``, see the
         page "Several optimizers".
         """
+        check_takes(self, "param_groups")
         return flow.optim.SGD(self.param_groups())
 
     def build_graph(self) -> nn.Graph:

@@ -20,6 +20,7 @@ from ofengine.rates.optimizers import (
 from ofengine.rates.options import ScheduledOptions
 from ofengine.rates.plan import DecayEvents, RatePlan
 from ofengine.rates.several import is_by_name, read_named
+from ofengine.run.arguments import check_takes
 from ofengine.run.settings import Settings
 
 log = logging.getLogger("ofengine")
@@ -111,6 +112,7 @@ def new_plan(
 
 
 def _configure_optimizers(task: Any) -> Any:
+    check_takes(task, "configure_optimizers")
     try:
         return task.configure_optimizers()
     except ValueError as error:
