@@ -19,11 +19,6 @@ def check_what(monitor: Optional[str], mode: str, save_top_k: int, restore_best:
             "else 'max'."
         )
     _check_whole("save_top_k", save_top_k, -1)
-    if monitor is None and save_top_k > 1:
-        raise ConfigurationError(
-            f"ModelCheckpoint(save_top_k={save_top_k}) needs a metric to tell which are best: "
-            "name one as monitor, or use save_top_k=-1 to keep all."
-        )
     if restore_best and monitor is None:
         raise ConfigurationError(
             "ModelCheckpoint(restore_best=True) needs a metric to tell which is best: name "

@@ -96,6 +96,12 @@ class CheckpointFiles:
             with contextlib.suppress(OSError):  # gone already, or somebody holds it: no reason
                 os.remove(path)  # to end the training
 
+    def drop(self, paths: Iterable[str]) -> None:
+        """Remove files that were to stay, and are to stay no longer."""
+        for path in paths:
+            self.kept.pop(path, None)
+            self.remove(path)
+
     # ------------------------------------------------------------------ names in a checkpoint
 
     def name_of(self, path: str) -> str:
@@ -130,17 +136,22 @@ class CheckpointFiles:
         return bool(re.fullmatch(rf"{re.escape(stem)}(-v\d+)?{re.escape(EXTENSION)}", own))
 
     def place_of(self, name: str) -> str:
-        """Where the file that a checkpoint calls ``name`` would be in the folder."""
+        """Where the file that a checkpoint calls ``name`` would be in the folder; "" for none."""
         parts = PurePosixPath(name).parts
         if "/" in parts or ".." in parts:  # an earlier version's, or of another folder
             parts = parts[-1:] if parts[-1] not in ("/", "..") else ()
-        return str(self.folder.joinpath(*parts))
+        return str(self.folder.joinpath(*parts)) if name else ""
 
     def has_later(self, patterns: Iterable[str], step: int) -> bool:
         """True where the callback wrote files after ``step`` already, before it was killed."""
         paths = [path for pattern in patterns for path in self.folder.glob(pattern)]
-        steps = [metadata_of(path).get("global_step", "") for path in paths if self.is_own(path)]
-        return any(re.fullmatch(r"\d{1,18}", str(s)) and int(s) > step for s in steps)
+        return any(step_in(path) > step for path in paths if self.is_own(path))
+
+
+def step_in(path: Path) -> int:
+    """The optimizer steps that a file says the run had done; -1 where it says none."""
+    said = str(metadata_of(path).get("global_step", ""))
+    return int(said) if re.fullmatch(r"[0-9]{1,18}", said) else -1
 
 
 def _numbered(path: Path) -> Iterator[Path]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, Iterable, Mapping, Optional
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
 
 import attrs
 
-from ofengine.callbacks._checkpoint_files import CheckpointFiles
+from ofengine.callbacks._checkpoint_files import CheckpointFiles, step_in
+from ofengine.callbacks._scores import oldest_first
 from ofengine.checkpoint import metadata_of
 from ofengine.checkpoint.checks import (
     by_name,
@@ -53,7 +54,7 @@ class Kept:
 
     Attributes:
         best: of these the best, without a metric the newest; "" for none.
-        scored: those kept for their metric.
+        scored: those kept for their metric, with it; without one, for their optimizer step.
         last: the one of ``save_last``; "" for none.
         to_remove: the one whose removal was interrupted; "" for none.
     """
@@ -81,7 +82,7 @@ class Kept:
             patterns: where files of the callback may lie below its folder.
             step: the optimizer steps that the run had done.
 
-        Warns where some that were kept for their metric are not there.
+        Warns where some of ``scored`` are not there.
         """
         scores, itself = state["best_k_models"], state.get("itself")
         single = [state[name] for name in ("best_model_path", "last_model_path", "to_remove")]
@@ -104,7 +105,7 @@ class Kept:
             warn(
                 f"{len(lost)} of the files that a ModelCheckpoint of the run had kept are neither "
                 f"in {files.folder} nor beside the checkpoint, as {lost[0]!r}: they do not count "
-                "among the best any more."
+                "any more."
             )
         best, last, to_remove = (paths[name] if name else "" for name in single)
         return cls(
@@ -113,6 +114,22 @@ class Kept:
             last=last,
             to_remove=to_remove if to_remove not in files.kept else "",
         )
+
+
+def newest_of(kept: Kept, most: int) -> Tuple[Dict[str, float], List[str]]:
+    """Without a metric: the newest ``most`` files with their steps, and those that are to go.
+
+    The run may have kept another number of files before: one alone counts among those that are kept
+    now; where all were kept, they stay.
+    """
+    steps = dict(kept.scored)
+    if kept.best and most > 1:
+        steps.setdefault(kept.best, float(step_in(Path(kept.best))))
+    if most < 1:
+        return {}, []
+    by_age = oldest_first(steps)
+    stay, go = by_age[-most:], [each for each in by_age[:-most] if each != kept.best]
+    return {each: steps[each] for each in stay if most > 1}, go
 
 
 def _is_same(path: Optional[str], other: Path) -> bool:

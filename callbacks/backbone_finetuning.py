@@ -8,17 +8,12 @@ from typing import Any, Callable, Dict, List, Optional, Set
 from oneflow import nn
 
 from ofengine.callbacks.gradual_unfreezing import GradualUnfreezing
-from ofengine.errors import ConfigurationError, RateError, UnknownArgumentError
+from ofengine.errors import ConfigurationError, RateError
 from ofengine.run.arguments import check_count, check_flag
 from ofengine.run.view import RunView
 from ofengine.task import TaskModule
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_OF_LIGHTNING = {
-    "initial_denom_lr": "backbone_initial_ratio_lr says it",
-    "verbose": "each change is logged",
-    "rounding": "each change is logged",
-}
 
 
 def multiplicative(epoch: int) -> float:
@@ -64,8 +59,7 @@ class BackboneFinetuning(GradualUnfreezing):
         backbone: where the backbone is in the task, such as "model.features".
 
     Raises:
-        ConfigurationError: at once for a wrong argument; UnknownArgumentError for one that it has
-            not.
+        ConfigurationError: at once for a wrong argument.
         RateError: at ``fit``, where the task has no such module, no group of its own for it, or no
             other group; in training, where ``lambda_func`` gives no factor.
     """
@@ -79,14 +73,8 @@ class BackboneFinetuning(GradualUnfreezing):
         should_align: bool = True,
         train_bn: bool = True,
         backbone: str = "backbone",
-        **_unknown: Any,
     ) -> None:
         super().__init__()
-        for name in _unknown:
-            mend = _OF_LIGHTNING.get(name, "see its docstring for those it has")
-            raise UnknownArgumentError(
-                f"BackboneFinetuning has no argument {name!r}: {mend}; leave it out."
-            )
         own = "BackboneFinetuning: "
         self.unfreeze_backbone_at_epoch = check_count(
             own + "unfreeze_backbone_at_epoch", unfreeze_backbone_at_epoch, 0, "an epoch, from 0"

@@ -1,4 +1,4 @@
-"""ModelCheckpoint: keeps the best, or the latest, moments of a run."""
+"""ModelCheckpoint: keeps the best, or the newest, moments of a run."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ofengine.callbacks._checkpoint_saving import (
     tell_of_last,
     warn_of_refusal,
 )
-from ofengine.callbacks._checkpoint_state import Kept, check_state
+from ofengine.callbacks._checkpoint_state import Kept, check_state, newest_of
 from ofengine.callbacks._file_name import FileName
 from ofengine.callbacks._monitor import no_metric, warn_of_misspelt_monitor, warn_of_no_best
-from ofengine.callbacks._scores import best_of, makes_room
+from ofengine.callbacks._scores import best_of, makes_room, makes_room_as_oldest, put_in
 from ofengine.checkpoint import EXTENSION, remove_leftovers
 from ofengine.errors import CheckpointError, NonFiniteError, OFEngineError
 from ofengine.run.arguments import MaxTime
@@ -37,7 +37,7 @@ class ModelCheckpoint(Callback):
 
     With ``monitor``, after each validation (in a fit without validation, at the end of each
     epoch), where the metric is among the ``save_top_k`` best so far. Without ``monitor``, at
-    the end of each epoch; the newest one is kept, or all. A file that is no longer wanted is
+    the end of each epoch; the ``save_top_k`` newest are kept. A file that is no longer wanted is
     removed once its successor is safely on the disk. A file that this callback of this run did not
     write is never overwritten or removed: the new one's name then ends in ``-v1``, ``-v2`` and so
     on. A resumed run looks for its files by their names, in its folder and beside the checkpoint,
@@ -59,8 +59,7 @@ class ModelCheckpoint(Callback):
         monitor: the metric to go by, a name in ``trainer.callback_metrics``. NaN is never best
             and is not saved, unless all are.
         mode: "min" where less of the metric is better, or "max".
-        save_top_k: how many files are kept; -1 for all, 0 for none. Without ``monitor`` one of
-            -1, 0 and 1.
+        save_top_k: how many files are kept, the best or the newest; -1 for all, 0 for none.
         save_last: keep ``last.safetensors`` besides: the weights at the latest such moment,
             good or bad, and at the end of training.
         every_n_epochs: look in every n-th epoch only. Default: 1, and never where
@@ -77,7 +76,8 @@ class ModelCheckpoint(Callback):
     Attributes:
         best_model_path: the best file (without ``monitor`` the newest); "" before the first.
         best_model_score: its metric; None before the first and without ``monitor``.
-        best_k_models: the files kept for their metric, with it.
+        best_k_models: the files kept for their metric, with it; without ``monitor``, where
+            ``save_top_k`` is above 1, the newest, with their optimizer steps.
         last_model_path: the file of ``save_last``; "" before the first.
 
     Raises:
@@ -136,6 +136,7 @@ class ModelCheckpoint(Callback):
         self.last_model_path = ""
         self._files = CheckpointFiles((self.dirpath or Path()).absolute())
         self._itself = self._to_remove = ""
+        self._surplus: List[str] = []
         self._resumed: Optional[Dict[str, Any]] = None
         self._looked_at = self._last_saved_at = -1
         self._wait_for_epoch_end = False
@@ -176,11 +177,10 @@ class ModelCheckpoint(Callback):
         check_state(state)
         self._files = CheckpointFiles(self._files.folder, state.get("key", ""))
         place_of = self._files.place_of
-        best, last = state["best_model_path"], state["last_model_path"]
-        self.best_model_path = place_of(best) if best else ""
+        self.best_model_path = place_of(state["best_model_path"])
         self.best_model_score = state["best_model_score"]
         self.best_k_models = {place_of(name): k for name, k in state["best_k_models"].items()}
-        self.last_model_path = place_of(last) if last else ""
+        self.last_model_path = place_of(state["last_model_path"])
         self._looked_at = state["looked_at"]
         self._last_saved_at = state["last_saved_at"]
         self._wait_for_epoch_end = state["wait_for_epoch_end"]
@@ -197,11 +197,15 @@ class ModelCheckpoint(Callback):
         self._resumed = None
         self.best_model_path, self.last_model_path = kept.best, kept.last
         self.best_k_models, self._to_remove = kept.scored, kept.to_remove
-        if self.monitor is not None:
-            self._note_best()
+        if self.monitor is None:
+            self.best_k_models, self._surplus = newest_of(kept, self.save_top_k)
+        self._note_best(kept.best)
 
-    def _note_best(self) -> None:
-        """Which of the files kept for their metric is best."""
+    def _note_best(self, newest: str) -> None:
+        """Which of the files kept for their metric is best; without a metric, ``newest``."""
+        if self.monitor is None:
+            self.best_model_path = newest
+            return
         self.best_model_path = best = best_of(self.best_k_models, self.mode)
         self.best_model_score = self.best_k_models.get(best)
 
@@ -219,12 +223,13 @@ class ModelCheckpoint(Callback):
             remove_leftovers(each)
 
     def on_train_start(self, trainer: RunView, task: TaskModule) -> None:
-        """Start the clock of ``train_time_interval``; end a removal that was interrupted."""
+        """Start the clock of ``train_time_interval``; end what was interrupted; remove the rest."""
         if self.train_time_interval is not None:
             self._next_time = monotonic() + self.train_time_interval
         if trainer.resumed_from is not None and self._files.holds(trainer.resumed_from):
             self._files.remove(self._to_remove)
-        self._to_remove = ""
+        self._files.drop(self._surplus)
+        self._to_remove, self._surplus = "", []
 
     def on_sanity_check_end(self, trainer: RunView, task: TaskModule) -> None:
         """Warn early of a ``monitor`` that looks misspelt."""
@@ -311,32 +316,25 @@ class ModelCheckpoint(Callback):
     def _look(self, trainer: RunView, when: str) -> None:
         """Save, where this moment is worth it."""
         self._looked_at = trainer.global_step
-        metrics = trainer.callback_metrics
-        if self.monitor is None:
-            if self.save_top_k:
-                before = self.best_model_path if self.save_top_k == 1 else ""
-                self._save(trainer, self._name(trainer, metrics), before, self._take_newest)
+        metrics, kept, most = trainer.callback_metrics, self.best_k_models, self.save_top_k
+        monitor, score = self.monitor, float(trainer.global_step)
+        if monitor is None:
+            out = makes_room_as_oldest(kept, self.best_model_path, most)
+        elif monitor not in metrics:
+            raise no_metric(self, monitor, when, trainer)
         else:
-            if self.monitor not in metrics:
-                raise no_metric(self, self.monitor, when, trainer)
-            self._save_if_good(trainer, metrics, metrics[self.monitor])
-        if self.save_last:
-            self._save_last(trainer)
-
-    def _take_newest(self, path: str, out: str) -> None:
-        self.best_model_path = path
-
-    def _save_if_good(self, trainer: RunView, metrics: Dict[str, float], score: float) -> None:
-        out = makes_room(self.best_k_models, score, self.mode, self.save_top_k)
-        if out is None:
-            return
+            score = metrics[monitor]
+            out = makes_room(kept, score, self.mode, most)
 
         def take(path: str, out: str) -> None:
-            kept = {each: k for each, k in self.best_k_models.items() if each != out}
-            self.best_k_models = {**kept, path: score}
-            self._note_best()
+            if monitor is not None or most > 1:
+                self.best_k_models = put_in(self.best_k_models, path, out, score)
+            self._note_best(path)
 
-        self._save(trainer, self._name(trainer, metrics), out, take)
+        if out is not None:
+            self._save(trainer, self._name(trainer, metrics), out, take)
+        if self.save_last:
+            self._save_last(trainer)
 
     def _save_last(self, trainer: RunView) -> bool:
         def take(path: str, out: str) -> None:
@@ -390,8 +388,7 @@ class ModelCheckpoint(Callback):
         if names:
             self.best_model_path = names.get(self.best_model_path, self.best_model_path)
             self.last_model_path = names.get(self.last_model_path, self.last_model_path)
-            kept = self.best_k_models.items()
-            self.best_k_models = {names.get(each, each): score for each, score in kept}
+            self.best_k_models = {names.get(p, p): k for p, k in self.best_k_models.items()}
             self._files.kept = {names.get(each, each): None for each in self._files.kept}
         return names
 

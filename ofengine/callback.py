@@ -36,6 +36,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any, Dict, Optional, Sequence, Tuple
 
+from ofengine import constructors
 from ofengine.rates.plan import DecayEvents
 from ofengine.run.view import RunView
 from ofengine.task import TaskModule
@@ -69,6 +70,12 @@ class Callback:
 
     rank_zero_only: bool = False
     """True for what writes files or prints: of several ranks, its hooks fire on rank 0 alone."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Of ofengine's own ones, an argument that they have not is told."""
+        super().__init_subclass__(**options)
+        if constructors.ships(cls):
+            constructors.tells_unknown_arguments(cls)
 
     @property
     def idle_hooks(self) -> Sequence[str]:
@@ -307,4 +314,4 @@ def overrides(owner: object, hook: str, base: type) -> bool:
 
 def ships(owner: Any) -> bool:
     """True for what is of a class of ofengine's own, and of nobody's subclass."""
-    return type(owner).__module__.startswith("ofengine.")
+    return constructors.ships(type(owner))

@@ -21,6 +21,7 @@ from ofengine.loggers import CSVLogger, Logger
 from ofengine.loggers._folder import share_folders
 from ofengine.loggers.silent import SilentLogger
 from ofengine.ranks.zero import is_rank_zero
+from ofengine.run.arguments import check_takes
 from ofengine.run.settings import Settings
 from ofengine.run.undone import leaving_no_trace
 from ofengine.run.view import RunView, Step
@@ -80,6 +81,7 @@ def make_callbacks(
 
 def add_task_callbacks(callbacks: List[Callback], task: Any) -> None:
     """Put those of ``configure_callbacks`` behind ``callbacks``, in the place of their classes."""
+    check_takes(task, "configure_callbacks")
     brought = _as_list("configure_callbacks()", task.configure_callbacks(), Callback)
     kinds = {type(each) for each in brought}
     callbacks[:] = [*(each for each in callbacks if type(each) not in kinds), *brought]

@@ -19,11 +19,11 @@ class ConfigurationError(OFEngineError):
 
 
 class UnknownArgumentError(ConfigurationError, TypeError):
-    """The Trainer has no argument of this name."""
+    """The Trainer, a verb or a class of ofengine's has no argument of this name."""
 
 
 class UnknownAttributeError(ConfigurationError, AttributeError):
-    """The trainer or task has no attribute of this name, which Lightning's has."""
+    """The trainer or task has no attribute of this name, which Lightning's has, or not yet."""
 
 
 class UnknownNameError(ConfigurationError, ImportError):
@@ -84,11 +84,20 @@ def take_colours_off(error: BaseException) -> None:
 
 
 def said_by(error: BaseException) -> str:
-    """What ``error`` says, its kind first, in one line and without OneFlow's colours."""
-    text = " ".join(_COLOUR.sub("", str(error)).split()).rstrip(".")
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+    """What ``error`` says, its kind first, in one line and without OneFlow's colours.
+
+    Of OneFlow's frames in C++ there is only the file of the innermost one, which names the
+    operation: a check that failed there often says no more than "(5 vs 2)".
+    """
+    said = _COLOUR.sub("", str(error))
+    frames = list(_CPP_FRAME.finditer(said))
+    text = " ".join(said[: frames[0].start() if frames else None].split()).rstrip(".")[:300]
+    if frames:
+        text = f"{text}, in OneFlow's {frames[-1].group(1)}".lstrip(" ,")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+_CPP_FRAME = re.compile(r'^\s*File ".*?([^/"]+)\.(?:cpp|cc|h|cu|cuh)", line \d+', re.MULTILINE)
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _PASSED_BY = ("ofengine", "oneflow", "contextlib")
 

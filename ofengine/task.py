@@ -33,6 +33,7 @@ from ofengine.errors import (
     warn,
 )
 from ofengine.onnx_model import write_onnx
+from ofengine.run.arguments import check_takes
 from ofengine.run.lightning import HOOKS, LOG_ARGUMENTS, TASK_ATTRIBUTES, mend_for
 from ofengine.run.view import RunView
 from ofengine.task_attributes import Attached, error_within, scheduler_of
@@ -89,8 +90,10 @@ class TaskModule(TaskHooks, nn.Module):
                 own_error = error_within(own, self)
                 if own_error is not None:
                     raise own_error from None
-            elif name in ("logger", "loggers") and self._trainer is not None:
-                return getattr(self._trainer, name)  # no property: a user's own stands
+            elif name in ("logger", "loggers"):  # no property: a user's own stands
+                if self._trainer is None:
+                    raise UnknownAttributeError(self._not_attached(name)) from None
+                return getattr(self._trainer, name)
             mend = mend_for(TASK_ATTRIBUTES, name) or mend_for(HOOKS, name)
             if mend is None:
                 raise
@@ -153,6 +156,7 @@ class TaskModule(TaskHooks, nn.Module):
         Several are returned by name, ``{"generator": ..., "critic": {"optimizer": ...}}``, see the
         page "Several optimizers".
         """
+        check_takes(self, "param_groups")
         return flow.optim.SGD(self.param_groups())
 
     def build_graph(self) -> nn.Graph:
@@ -350,11 +354,14 @@ class TaskModule(TaskHooks, nn.Module):
         """The Trainer that runs this task."""
         attached = self.__dict__.get("_trainer")
         if attached is None or attached.trainer is None:
-            raise ConfigurationError(
-                f"{type(self).__name__} is not attached to a Trainer yet: `trainer`, `log`, "
-                "`optimizer` and `device` can be used from fit, validate, test or predict on."
-            )
+            raise ConfigurationError(self._not_attached("device"))
         return attached.trainer
+
+    def _not_attached(self, name: str) -> str:
+        return (
+            f"{type(self).__name__} is not attached to a Trainer yet: `trainer`, `log`, "
+            f"`optimizer` and `{name}` can be used from fit, validate, test or predict on."
+        )
 
     @property
     def optimizer(self) -> Optimizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import traceback
 from contextlib import contextmanager
 from typing import Any, Dict, Iterable, Iterator, Optional, Set, Tuple
 
@@ -13,6 +14,12 @@ from oneflow.optim.optimizer import _decorate_step
 def default_options(optimizer: Optimizer) -> Dict[str, Any]:
     """The options that every group of ``optimizer`` has."""
     return optimizer._default_options
+
+
+def is_of_empty_list(error: IndexError) -> bool:
+    """True where an optimizer raised ``error`` because it was given an empty list to train."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_code is Optimizer._parse_input_parameters.__code__
 
 
 def own_options(optimizer: Optimizer) -> Set[str]:

@@ -298,10 +298,16 @@ def _verified(path: Path, file: BinaryIO) -> Tuple[Dict[str, str], Dict[str, np.
     except BadHeader as error:
         file.seek(0)
         begin, reason = file.read(4), f"{error}."
-        if begin[:1] == b"\x80" or begin == b"PK\x03\x04":
+        if begin == b"PK\x03\x04":
             reason = (
                 "it looks like a pickle, which is not opened, because it could run any code; of a "
                 ".pth file, load_weights(module, path) takes the weights without running it."
+            )
+        elif begin[:1] == b"\x80":
+            reason = (
+                "it looks like a bare pickle, or a .pth file from before PyTorch 1.6, which is not "
+                "opened, because it could run any code: write the state_dict() anew with "
+                "torch.save of PyTorch 1.6 or later, whose zip files load_weights takes."
             )
         raise CheckpointError(f"{path} is damaged or no safetensors file: {reason}") from None
     version = str(header.metadata.get("format_version", ""))

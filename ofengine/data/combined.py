@@ -6,6 +6,7 @@ from typing import Any, Iterator, List, Optional, Protocol, Sequence, Tuple
 
 from oneflow.utils.data import DataLoader
 
+from ofengine.constructors import tells_unknown_arguments
 from ofengine.data.structure import describe
 from ofengine.errors import DataError
 from ofengine.run.arguments import check_choice
@@ -16,6 +17,7 @@ END: Any = object()
 """In the place of a batch: the pass has none any more."""
 
 
+@tells_unknown_arguments
 class CombinedLoader:
     """Several loaders as one, whose batches have a batch of each.
 

@@ -14,6 +14,7 @@ from flowvision.datasets import ImageFolder
 from flowvision.datasets.folder import pil_loader
 from flowvision.datasets.vision import StandardTransform
 
+from ofengine.constructors import tells_unknown_arguments
 from ofengine.data.image_cache import ImageCache, cached
 from ofengine.data.transform_chain import flat
 from ofengine.data.transforms import as_image
@@ -25,6 +26,7 @@ _KEPT_BEHIND = (transforms.Resize, transforms.CenterCrop)
 _ENDING = ".images"
 
 
+@tells_unknown_arguments
 class CachedImageFolder(ImageFolder):
     """``flowvision.datasets.ImageFolder`` whose images are decoded once, into a file on the disk.
 

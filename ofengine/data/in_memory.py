@@ -26,6 +26,7 @@ from oneflow.utils.data import (
 )
 
 from ofengine._oneflow.loaders import collate
+from ofengine.constructors import tells_unknown_arguments
 from ofengine.data.transform_chain import steps_of
 from ofengine.data.transforms import Crop, Pad, Resize, Step, draw
 from ofengine.errors import ConfigurationError
@@ -35,6 +36,7 @@ _MOST_KEPT = 2**30
 """Bytes of images that are kept once they were resized; of more, each is resized every time."""
 
 
+@tells_unknown_arguments
 class ImageArrays(Dataset):
     """Images and labels in memory, with the transforms of flowvision.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional
 
+from ofengine.constructors import ships, tells_unknown_arguments
+
 
 class Logger:
     """Receives metrics. Subclass it to send them elsewhere.
@@ -16,6 +18,12 @@ class Logger:
 
     resumed_from: Optional[Path] = None
     """The checkpoint file that the run goes on from; set before :meth:`load_state_dict`."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Of ofengine's own ones, an argument that they have not is told."""
+        super().__init_subclass__(**options)
+        if ships(cls):
+            tells_unknown_arguments(cls)
 
     @property
     def log_dir(self) -> Optional[str]:

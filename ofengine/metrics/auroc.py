@@ -39,9 +39,8 @@ class AUROC(_OfClasses):
         num_classes: int = 2,
         average: str = "macro",
         ignore_index: Optional[int] = None,
-        **_unknown: Any,
     ) -> None:
-        self._options(num_classes, ignore_index, _unknown)
+        self._options(num_classes, ignore_index)
         if average not in ("macro", "weighted", "none"):
             raise ConfigurationError(
                 f'AUROC(average={average!r}): give "macro", "weighted" or "none".'

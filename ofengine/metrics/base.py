@@ -21,7 +21,8 @@ import attrs
 import numpy as np
 import oneflow as flow
 
-from ofengine.errors import ConfigurationError, GraphModeError
+from ofengine.constructors import ships, tells_unknown_arguments
+from ofengine.errors import ConfigurationError, GraphModeError, quoted
 from ofengine.tracing import active_trace, forbid_in_trace
 
 State = Dict[str, np.ndarray]
@@ -162,6 +163,12 @@ class Metric:
     is_scalar: bool = True
     """True where :meth:`value` is one number, which can be logged."""
     _kept: _Both
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Of ofengine's own ones, an argument that they have not is told."""
+        super().__init_subclass__(**options)
+        if ships(cls):
+            tells_unknown_arguments(cls)
 
     def __new__(cls, *_: Any, **__: Any) -> Metric:
         """With no sums yet, whether or not a subclass calls ``super().__init__()``."""
@@ -330,7 +337,7 @@ class Metric:
         if not layout or not state:
             return None
         if set(state) != set(layout):
-            return f"has {sorted(state)} and not {sorted(layout)}"
+            return f"has {quoted(sorted(state))} and not {quoted(sorted(layout))}"
         for name, (kind, shape) in layout.items():
             value = np.asarray(state[name])
             like = len(shape) == value.ndim and all(

@@ -11,14 +11,6 @@ from ofengine.errors import ConfigurationError, DataError
 from ofengine.metrics.base import Metric, State
 
 _AVERAGES = ("binary", "macro", "micro", "weighted", "none")
-_ARGUMENTS = {
-    "task": "num_classes tells it, 2 for binary: leave it out",
-    "dist_sync_on_step": "the engine puts ranks together: leave it out",
-    "multidim_average": "all positions of a sample count alike: leave it out",
-    "validate_args": "arguments are always checked: leave it out",
-    "compute_on_step": "log(..., on_step=True) shows single batches: leave it out",
-}
-"""Arguments of torchmetrics."""
 
 
 class _OfClasses(Metric):
@@ -26,13 +18,8 @@ class _OfClasses(Metric):
 
     _names: Tuple[str, ...] = ()
 
-    def _options(
-        self, num_classes: Optional[int], ignore_index: Optional[int], unknown: Dict[str, Any]
-    ) -> None:
+    def _options(self, num_classes: Optional[int], ignore_index: Optional[int]) -> None:
         own = type(self).__name__
-        for name in unknown:
-            mend = _ARGUMENTS.get(name, f"see ofengine.metrics.{own}")
-            raise ConfigurationError(f"{own} has no argument {name!r}: {mend}.")
         for name, value in (("num_classes", num_classes), ("ignore_index", ignore_index)):
             is_whole = isinstance(value, int) and not isinstance(value, bool)
             if value is not None and not is_whole:
@@ -116,9 +103,8 @@ class Accuracy(_OfClasses):
         top_k: int = 1,
         ignore_index: Optional[int] = None,
         threshold: float = 0.5,
-        **_unknown: Any,
     ) -> None:
-        self._options(num_classes, ignore_index, _unknown)
+        self._options(num_classes, ignore_index)
         if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
             raise ConfigurationError(f"Accuracy(top_k={top_k!r}): give a whole number from 1 on.")
         self.top_k = top_k
@@ -181,9 +167,8 @@ class ConfusionMatrix(_OfClasses):
         normalize: Optional[str] = None,
         ignore_index: Optional[int] = None,
         threshold: float = 0.5,
-        **_unknown: Any,
     ) -> None:
-        self._options(num_classes, ignore_index, _unknown)
+        self._options(num_classes, ignore_index)
         if normalize not in (None, "true", "pred", "all"):
             raise ConfigurationError(
                 f'ConfusionMatrix(normalize={normalize!r}): give None, "true", "pred" or "all".'
@@ -228,9 +213,8 @@ class _PrecisionRecall(_OfClasses):
         ignore_index: Optional[int] = None,
         threshold: float = 0.5,
         zero_division: float = 0.0,
-        **_unknown: Any,
     ) -> None:
-        self._options(num_classes, ignore_index, _unknown)
+        self._options(num_classes, ignore_index)
         if average is None:
             average = "binary" if num_classes == 2 else "macro"
         if average not in _AVERAGES or (average == "binary" and num_classes != 2):

@@ -20,6 +20,9 @@ class Mean(Metric):
     number for all. A mean over tokens is ``update(mean_of_batch, weight=tokens_in_batch)``.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def sums(self, value: Any, weight: Any = 1) -> Dict[str, Any]:
         """The sum of value times weight, and that of the weights."""
         value = _tensor(value)

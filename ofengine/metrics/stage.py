@@ -158,9 +158,17 @@ def scalar(name: str, value: Any) -> Any:
         return float(value)
     except (TypeError, ValueError):
         raise ConfigurationError(
-            f"log({name!r}, ...) got {describe(value)}: log a tensor of one element or a number; "
-            "use log_dict for a dict."
+            f"log({name!r}, ...) got {describe(value)}: {_mend(value)}."
         ) from None
+
+
+def _mend(value: Any) -> str:
+    if value is None:
+        return (
+            "log a number, or, of a metric of ofengine.metrics, whose update() returns nothing, "
+            "the object itself, as in self.acc.update(scores, y) and self.log('acc', self.acc)"
+        )
+    return "log a tensor of one element or a number; use log_dict for a dict"
 
 
 def read_all(values: Sequence[Any]) -> List[List[float]]:

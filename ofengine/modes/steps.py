@@ -40,9 +40,9 @@ def split_outputs(outputs: Any, task_name: str) -> Tuple[Any, Dict[str, Any]]:
     loss = outputs
     if isinstance(outputs, dict):
         if "loss" not in outputs:
+            keys = f"its keys: {list(outputs)}" if outputs else "it has no keys"
             raise ConfigurationError(
-                f"{task_name}.training_step returned a dict without the key 'loss' "
-                f"(its keys: {list(outputs)})."
+                f"{task_name}.training_step returned a dict without the key 'loss' ({keys})."
             )
         rest = {key: value for key, value in outputs.items() if key != "loss"}
         loss = outputs["loss"]

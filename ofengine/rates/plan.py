@@ -16,6 +16,7 @@ from oneflow.optim import Optimizer
 from ofengine._oneflow.graphs import updates_many_tensors_at_once
 from ofengine._oneflow.lowering import lower_rates
 from ofengine._oneflow.watched_options import set_quietly, watch_options
+from ofengine.constructors import tells_unknown_arguments
 from ofengine.errors import RateError
 from ofengine.rates.calendar import Calendar
 from ofengine.rates.groups import Group
@@ -43,6 +44,7 @@ class DecayEvents:
     key: str = "lr_decay_scale"
 
 
+@tells_unknown_arguments
 class RatePlan:
     """Every group's rate at every optimizer step, in plain Python.
 

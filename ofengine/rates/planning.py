@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any, Dict, Iterable, Optional, Sequence, Tuple
 
+from ofengine._oneflow.optimizer_state import is_of_empty_list
 from ofengine.data.combined import length_of, together
 from ofengine.data.sources import count_batches
 from ofengine.errors import ConfigurationError, RateError
@@ -19,6 +20,7 @@ from ofengine.rates.optimizers import (
 from ofengine.rates.options import ScheduledOptions
 from ofengine.rates.plan import DecayEvents, RatePlan
 from ofengine.rates.several import is_by_name, read_named
+from ofengine.run.arguments import check_takes
 from ofengine.run.settings import Settings
 
 log = logging.getLogger("ofengine")
@@ -110,6 +112,7 @@ def new_plan(
 
 
 def _configure_optimizers(task: Any) -> Any:
+    check_takes(task, "configure_optimizers")
     try:
         return task.configure_optimizers()
     except ValueError as error:
@@ -118,6 +121,14 @@ def _configure_optimizers(task: Any) -> Any:
                 "OneFlow's linear warm-up takes groups of equal lr only: use "
                 "ofengine.rates.WarmupLR, which takes any, or scale the groups by lr_scale."
             ) from error
+        raise
+    except IndexError as error:
+        if is_of_empty_list(error):
+            raise RateError(
+                f"{type(task).__name__}.configure_optimizers() gave an optimizer an empty list: "
+                "return a group or more from param_groups(), as in "
+                "[{'params': self.parameters(), 'lr': 0.1}]."
+            ) from None
         raise
 
 

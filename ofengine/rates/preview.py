@@ -245,7 +245,7 @@ class Preview:
         is_beside = len(names) <= height // 2 and longest <= width // 3
         canvas = Canvas(
             width - 11 - (longest + 1 if is_beside else 0), height,
-            (0, max(self.total_steps - 1, 1)), (low, high), log_y=log_y, plain=plain,
+            (0, self.total_steps), (low, high), log_y=log_y, plain=plain,
         )  # fmt: skip
         ends = []
         drawn = [canvas.draw(self._stairs(curve)) for curve in shared]
@@ -320,13 +320,13 @@ class Preview:
         return shared
 
     def _stairs(self, curve: Sequence[float]) -> List[Tuple[float, float]]:
-        """The curve as points, with a corner where a rate stays and then jumps."""
+        """The curve as points, with corners where a rate jumps; the last step has width, too."""
         points: List[Tuple[float, float]] = []
         for step, rate in zip(self.steps, curve):
             if points and rate != points[-1][1]:
                 points.append((step, points[-1][1]))
             points.append((step, rate))
-        return points
+        return [*points, (self.total_steps, curve[-1])]
 
     def _range(self) -> Tuple[float, float, bool]:
         """(lowest, highest, logarithmic?) of the y axis."""

@@ -6,9 +6,11 @@ from typing import Any, Dict
 
 from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 
+from ofengine.constructors import tells_unknown_arguments
 from ofengine.errors import RateError
 
 
+@tells_unknown_arguments
 class WarmupLR(LRScheduler):
     """Each group warms up linearly to where ``scheduler`` has its rate by then, and goes on there.
 

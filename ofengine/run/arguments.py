@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 import re
@@ -20,6 +21,24 @@ def check_choice(name: str, value: Any, choices: Any) -> Any:
     if not isinstance(value, str) or value not in choices:
         raise ConfigurationError(f"{name}={value!r}: use one of {sorted(choices)}.")
     return value
+
+
+def check_takes(owner: Any, method: str, *given: str) -> None:
+    """Raise where ``owner``'s ``method`` cannot be called with what is ``given``, by position."""
+    called = getattr(owner, method)
+    is_bound = inspect.ismethod(called)
+    try:
+        of = called.__func__ if is_bound else called
+        signature = inspect.signature(of, follow_wrapped=False)
+    except (TypeError, ValueError):
+        return  # nobody knows what it takes
+    try:
+        signature.bind(*(("self",) if is_bound else ()), *given)
+    except TypeError:
+        raise ConfigurationError(
+            f"{type(owner).__name__}.{method}{signature} cannot be called as the engine calls it: "
+            f"write `def {method}({', '.join(('self', *given))})`."
+        ) from None
 
 
 def check_count(name: str, value: Any, least: int, what: str, most: float = math.inf) -> int:

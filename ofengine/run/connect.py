@@ -17,8 +17,8 @@ from ofengine.data_module import DataModule
 from ofengine.errors import ConfigurationError, DataError
 from ofengine.modes.own_graphs import has_own_graph
 from ofengine.rates.plan import DecayEvents
-from ofengine.run.arguments import Limit, batches_between_validations
-from ofengine.run.hooks import refuse_eager_only_hooks
+from ofengine.run.arguments import Limit, batches_between_validations, check_takes
+from ofengine.run.hooks import refuse_eager_only_hooks, refuse_other_arguments
 from ofengine.run.precision import FULL
 from ofengine.run.profiling import watch_data
 from ofengine.run.settings import LIMIT_OF_STAGE, Settings
@@ -111,6 +111,7 @@ def own_data(run: Run, stage: str) -> Any:
     """What the DataModule has for ``stage``, or else the task."""
     name, own = LOADER_OF_STAGE[stage], run.datamodule
     owner = run.task if own is None or not overrides(own, name, DataModule) else own
+    check_takes(owner, name)
     return getattr(owner, name)()
 
 
@@ -121,9 +122,11 @@ def training_source(trainer: Any, given: Any) -> Iterator[Any]:
         yield given
         return
     given.trainer = trainer
+    refuse_other_arguments([given])
     given.prepare_data()
     given.setup("fit")
     try:
+        check_takes(given, "train_dataloader")
         yield given.train_dataloader()
     finally:
         given.teardown("fit")

@@ -10,6 +10,8 @@ from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Seque
 from ofengine.callback import EAGER_ONLY_HOOKS, HOOKS, METHODS, Callback, overrides, ships
 from ofengine.data_module import DATA_MODULE_HOOKS, DataModule
 from ofengine.errors import ConfigurationError, warn
+from ofengine.loggers.base import Logger
+from ofengine.run.arguments import check_takes
 from ofengine.run.lightning import HOOKS as HOOKS_OF_LIGHTNING, TASK_ATTRIBUTES
 from ofengine.run.profile import Profile
 from ofengine.run.view import RunView
@@ -89,6 +91,28 @@ def warn_of_misspelt_methods(task: TaskModule, callbacks: Iterable[Callback]) ->
 
 def _is_method(value: object) -> bool:
     return inspect.isfunction(value) or isinstance(value, (staticmethod, classmethod))
+
+
+_CALLED: Mapping[type, Sequence[str]] = {
+    TaskModule: (*HOOKS, "prepare_data", "on_save_checkpoint", "on_load_checkpoint"),
+    Callback: (*HOOKS, "state_dict", "check_state_dict", "load_state_dict"),
+    DataModule: ("prepare_data", "setup", "teardown"),
+    Logger: (
+        *("log_metrics", "log_hyperparams", "save_due", "state_dict", "check_state_dict"),
+        *("run_dirs", "save", "finalize"),
+    ),
+}
+"""What the engine calls, by position, of each kind of thing that users write."""
+
+
+def refuse_other_arguments(owners: Iterable[object]) -> None:
+    """Raise :class:`ConfigurationError` for a hook that takes other arguments than it is given."""
+    for owner in owners:
+        for base, names in _CALLED.items():
+            for name in names if isinstance(owner, base) else ():
+                if overrides(owner, name, base):
+                    _, *given = inspect.signature(getattr(base, name)).parameters
+                    check_takes(owner, name, *given)
 
 
 def refuse_eager_only_hooks(task: TaskModule, callbacks: Iterable[Callback]) -> None:

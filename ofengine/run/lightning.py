@@ -255,7 +255,6 @@ TASK_ATTRIBUTES: Mapping[str, str] = {
     "hparams_initial": "write self.hparams, which holds what save_hyperparameters() was told",
     "remove_ignored_hparams": "write save_hyperparameters(ignore=[...])",
     # Logs and output.
-    **_each("logger loggers", "a task has it from fit on: use it in hooks and steps"),
     **_each(
         "write_prediction write_prediction_dict",
         "return it from predict_step: predict gives all of them back, and a PredictionWriter in "

@@ -18,7 +18,12 @@ from ofengine.processes.interrupts import InterruptGuard
 from ofengine.run import together
 from ofengine.run.culprit import tell_culprit
 from ofengine.run.faster_layers import faster_layers
-from ofengine.run.hooks import HookRunner, tell_of_lightning_s_names, warn_of_misspelt_methods
+from ofengine.run.hooks import (
+    HookRunner,
+    refuse_other_arguments,
+    tell_of_lightning_s_names,
+    warn_of_misspelt_methods,
+)
 from ofengine.run.mode import Mode
 from ofengine.run.profiling import profiling
 from ofengine.run.state import Run
@@ -67,8 +72,7 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
             "OneFlow trains static graphs in the main thread only: call fit() there, or use "
             'Trainer(mode="eager").'
         )
-    warn_of_misspelt_methods(task, run.callbacks)
-    tell_of_lightning_s_names(task, run.callbacks, run.datamodule)
+    _look_at_methods(run)
     first = trainer.is_global_zero
     called = [each for each in run.callbacks if first or not each.rank_zero_only]
     hooks = HookRunner(trainer, task, called)
@@ -119,6 +123,12 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
                     stack.callback(each.finalize, status)
                 for call in reversed(hooks.calls["teardown"]):
                     stack.callback(call, verb)
+
+
+def _look_at_methods(run: Run) -> None:
+    warn_of_misspelt_methods(run.task, run.callbacks)
+    tell_of_lightning_s_names(run.task, run.callbacks, run.datamodule)
+    refuse_other_arguments([*_data_of(run), run.task, *run.callbacks, *run.loggers])
 
 
 def _mode(name: str, run: Run, hooks: HookRunner) -> Mode:

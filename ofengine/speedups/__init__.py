@@ -13,6 +13,7 @@ from typing import Any, Dict, List, Optional, Tuple, Type
 
 from oneflow import nn
 
+from ofengine.constructors import tells_unknown_arguments
 from ofengine.errors import ConfigurationError
 from ofengine.speedups import layers
 
@@ -37,6 +38,7 @@ def _faster(layer: nn.Module) -> Optional[type]:
     return _FASTER.get(own)
 
 
+@tells_unknown_arguments
 class cpu_speedups:
     """Have the layers of ``model`` compute on a CPU in faster operators, from now on.
 

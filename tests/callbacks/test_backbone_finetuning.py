@@ -204,8 +204,8 @@ def test_a_task_that_does_not_fit_is_refused(
         ({"backbone_initial_lr": float("nan")}, "initial_lr=nan: give a number above 0"),
         ({"should_align": 1}, "should_align=1: give True or False"),
         ({"train_bn": None}, "train_bn=None: give True or False"),
-        ({"initial_denom_lr": 10}, "'initial_denom_lr': backbone_initial_ratio_lr says it; leave"),
-        ({"verbose": True}, "'verbose': each change is logged; leave it out"),
+        ({"initial_denom_lr": 10}, "'initial_denom_lr': backbone_initial_ratio_lr says it: leave"),
+        ({"verbose": True}, "'verbose': each change is logged: leave it out"),
         ({"unfreeze": 3}, "no argument 'unfreeze'"),
     ],
 )

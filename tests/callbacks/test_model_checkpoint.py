@@ -429,7 +429,7 @@ def test_a_folder_that_cannot_be_one_is_an_error_before_training(tmp_path: Path)
     [
         ({"mode": "best"}, "mode='best'"),
         ({"save_top_k": -2}, "save_top_k=-2"),
-        ({"save_top_k": 2}, "needs a metric"),
+        ({"restore_best": True}, "needs a metric"),
         ({"save_top_k": True}, "save_top_k=True"),
         ({"every_n_epochs": 0}, "every_n_epochs=0"),
         ({"every_n_train_steps": 0.5}, "every_n_train_steps=0.5"),

@@ -301,6 +301,8 @@ def test_a_pickle_is_refused_without_being_opened(tmp_path: Path) -> None:
     for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
         text = refused(tmp_path / "file", pickle.dumps(Runs(tmp_path / "ran"), protocol))
         assert "could run any code" in text
+        with pytest.raises(CheckpointError, match=r"torch\.save of PyTorch 1\.6 or later"):
+            load_weights(nn.Linear(2, 2), tmp_path / "file")
     assert not (tmp_path / "ran").exists()
 
 

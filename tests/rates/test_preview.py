@@ -248,6 +248,20 @@ def test_degenerate_runs_are_drawn_too() -> None:
     assert "a a" in preview_of(Layers([{"name": "a"}]), 1, max_epochs=1).draw()
 
 
+def test_every_step_of_a_picture_is_as_wide_as_another() -> None:
+    """The rates 1, 2, 3 and 4, a step each: of a field of 68 columns each has 17."""
+    task = Layers([{"name": "a", "lr": 1.0}], lambda step: step + 1.0)
+    lines = preview_of(task, 4, max_epochs=1).draw(plain=True, height=8).splitlines()
+    rows = [line[line.index("|" if "|" in line else "+") + 1 :] for line in lines[1:9]]
+    flat = [len(re.findall(r"['.a-]", row[:68])) for row in rows]
+    assert sum(count > 15 for count in flat) == 4
+
+
+def test_the_only_step_of_a_run_has_width() -> None:
+    only = preview_of(Layers([{"name": "a"}]), 1, max_epochs=1).draw().splitlines()[1]
+    assert len(re.findall("[\u2801-\u28ff]|a(?! a)", only)) > 60
+
+
 def test_the_curves_as_files(tmp_path: Any) -> None:
     pytest.importorskip("matplotlib")
     options = [{"name": f"layer.{i}", "lr_scale": 0.5**i} for i in range(12)]

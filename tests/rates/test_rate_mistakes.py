@@ -151,6 +151,7 @@ def grouped(groups: Callable[[Any], Any]) -> TaskModule:
 
 
 GROUPS: List[Tuple[str, Callable[[Any], Any], Optional[str]]] = [
+    ("no group", lambda t: [], r"an empty list.*param_groups\(\)"),
     ("a parameter forgotten", lambda t: [{"params": [t.layer.weight]}], "'layer.bias'"),
     (
         "a parameter twice",

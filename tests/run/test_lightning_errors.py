@@ -110,7 +110,7 @@ def test_an_attribute_of_lightning_s_trainer(name: str, says: str) -> None:
     ("name", "says"),
     [
         ("global_rank", "trainer.global_rank"),
-        ("logger", "from fit on"),
+        ("datamodule", "trainer.datamodule"),
         ("optimizer_step", "on_after_optimizer_step"),
         ("transfer_batch_to_device", "collate_fn"),
     ],

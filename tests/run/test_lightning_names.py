@@ -12,6 +12,7 @@ import ofengine.callbacks
 from ofengine import Callback, TaskModule, Trainer
 from ofengine.data_module import DATA_MODULE_ATTRIBUTES, DATA_MODULE_HOOKS
 from ofengine.foreign_names import EXPORTS
+from ofengine.lightning_arguments import CLASS_ARGUMENTS
 from ofengine.loggers import CSVLogger
 from ofengine.run.lightning import (
     ARGUMENTS_ELSEWHERE,
@@ -31,6 +32,7 @@ TABLES = {
     "HOOKS": HOOKS,
     "DATA_MODULE_ATTRIBUTES": DATA_MODULE_ATTRIBUTES,
     "DATA_MODULE_HOOKS": DATA_MODULE_HOOKS,
+    **CLASS_ARGUMENTS,
 }
 _ADVICE = re.compile(
     r"\b(add|ask|call|change|compute|freeze|give|keep|leave|let|list|make|note|return|run|split|"
@@ -58,7 +60,7 @@ EXPECTED = {
         """,
     "TASK_ATTRIBUTES": """
         all_gather automatic_optimization clip_gradients fabric
-        global_rank hparams_initial local_rank logger loggers manual_backward on_gpu
+        global_rank hparams_initial local_rank manual_backward on_gpu
         strict_loading summarize to_torchscript toggle_optimizer
         untoggle_optimizer
         """,
@@ -107,7 +109,7 @@ def _calls(sentence: str, name: str) -> Iterator[str]:
         yield from re.findall(r"(\w+)=", inside)
 
 
-@pytest.mark.parametrize("title", TABLES)
+@pytest.mark.parametrize("title", EXPECTED)
 def test_the_names_that_users_of_lightning_try_are_there(title: str) -> None:
     assert not set(EXPECTED[title].split()) - set(TABLES[title])
 

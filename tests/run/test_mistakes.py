@@ -44,6 +44,7 @@ def test_no_training_step(mode: str) -> None:
 RETURNS: List[Tuple[str, Callable[[Any], Any], str]] = [
     ("nothing", lambda loss: None, r"return"),
     ("a dict without loss", lambda loss: {"los": loss}, r"'loss'.*'los'"),
+    ("an empty dict", lambda loss: {}, r"'loss' \(it has no keys\)"),
     ("a vector", lambda loss: flow.stack([loss, loss]), r"\(2,\).*mean"),
     ("a detached loss", lambda loss: loss.detach(), r"detached"),
     ("a float", lambda loss: 3.0, r"float"),
@@ -239,7 +240,7 @@ def test_a_verb_without_its_step_says_what_to_write(mode: str, verb: str, step: 
         pytest.param(lambda batch: batch, r"\(2, 2\).*mean", id="a matrix"),
         pytest.param(lambda batch: "hello", "str", id="a string"),
         pytest.param(lambda batch: {"a": 1.0}, "log_dict", id="a dict"),
-        pytest.param(lambda batch: None, "None|nothing", id="nothing"),
+        pytest.param(lambda batch: None, "the object itself", id="what a metric's update returns"),
         pytest.param(lambda batch: [1.0], "list", id="a list"),
     ],
 )
@@ -332,11 +333,14 @@ def test_a_python_number_logged_in_a_compiled_step_warns_that_it_stays() -> None
 # ---------------------------------------------------------------------- before a run
 
 
-@pytest.mark.parametrize("name", ["trainer", "optimizer", "device", "current_epoch", "global_step"])
+@pytest.mark.parametrize(
+    "name",
+    ["trainer", "optimizer", "device", "current_epoch", "global_step", "logger", "loggers"],
+)
 def test_a_task_without_a_trainer(name: str) -> None:
     with pytest.raises(ConfigurationError) as error:
         getattr(Line(), name)
-    sentence(error, "Line", "fit")
+    assert "Lightning" not in sentence(error, "Line is not attached to a Trainer yet", "fit")
 
 
 @pytest.mark.parametrize("name", ["optimizer", "rates"])

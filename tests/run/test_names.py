@@ -305,6 +305,22 @@ def test_an_example_that_does_not_fit_is_told_and_changes_nothing(mode: str) -> 
     assert task.norm.training
 
 
+class Widths(Convolves):
+    """OneFlow finds the wrong width only in C++, and tells all of its frames."""
+
+    def forward(self, x: Any) -> Any:
+        return self.head(x)
+
+
+def test_of_an_example_that_does_not_fit_no_frames_of_oneflow_s_are_told(mode: str) -> None:
+    trainer = quiet_trainer(mode=mode, max_epochs=1, callbacks=ModelSummary())
+    with pytest.warns(OFEngineWarning, match=r"raised RuntimeError: \(5 vs 4\), in") as caught:
+        trainer.fit(Widths(flow.ones(2, 5)), [flow.ones(2, 4)])
+    told = next(str(each.message) for each in caught if "example_input_array" in str(each.message))
+    assert "in OneFlow's matmul_op: the summary has no shapes" in told
+    assert not [part for part in ("File", ".cpp", "Error Type") if part in told]
+
+
 def test_an_example_changes_no_running_statistics(mode: str) -> None:
     shown, plain = Convolves(flow.ones(2, 3, 6, 6)), Convolves(None)
     plain.load_state_dict(shown.state_dict())
