@@ -82,6 +82,7 @@ def _lightning_names() -> str:
         ("Attributes and methods of the task", lightning.TASK_ATTRIBUTES),
         ("Hooks and methods to override", lightning.HOOKS),
         ("Arguments of log", lightning.LOG_ARGUMENTS),
+        ("Arguments of training_step", lightning.STEP_ARGUMENTS),
     ):
         rows = "\n".join(
             f"<tr><td><code>{name}</code></td><td>{html.escape(mend, quote=False)}</td></tr>"

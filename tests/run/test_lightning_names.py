@@ -14,6 +14,7 @@ from ofengine.data_module import DATA_MODULE_ATTRIBUTES, DATA_MODULE_HOOKS
 from ofengine.loggers import CSVLogger
 from ofengine.run.lightning import (
     HOOKS,
+    STEP_ARGUMENTS,
     TASK_ATTRIBUTES,
     TRAINER_ARGUMENTS,
     TRAINER_ATTRIBUTES,
@@ -25,6 +26,7 @@ TABLES = {
     "TRAINER_ATTRIBUTES": TRAINER_ATTRIBUTES,
     "TASK_ATTRIBUTES": TASK_ATTRIBUTES,
     "HOOKS": HOOKS,
+    "STEP_ARGUMENTS": STEP_ARGUMENTS,
     "DATA_MODULE_ATTRIBUTES": DATA_MODULE_ATTRIBUTES,
     "DATA_MODULE_HOOKS": DATA_MODULE_HOOKS,
 }
@@ -56,6 +58,7 @@ EXPECTED = {
         strict_loading summarize to_torchscript toggle_optimizer
         untoggle_optimizer
         """,
+    "STEP_ARGUMENTS": "optimizer_idx hiddens dataloader_idx optimizer_closure",
     "DATA_MODULE_ATTRIBUTES": "save_hyperparameters hparams from_datasets",
     "DATA_MODULE_HOOKS": "transfer_batch_to_device state_dict load_state_dict on_exception",
     "HOOKS": """
