@@ -15,6 +15,7 @@ from ofengine.data.structure import describe_returned
 from ofengine.errors import ConfigurationError, GraphModeError
 from ofengine.run.lightning import STEP_ARGUMENTS, mend_for
 from ofengine.run.state import Run
+from ofengine.run.weighing import check_weight
 
 
 def step_arity(task: nn.Module, step: str, most: int) -> int:
@@ -73,6 +74,10 @@ def split_outputs(outputs: Any, task_name: str) -> Tuple[Any, Dict[str, Any]]:
                 f"(its keys: {list(outputs)})."
             )
         rest = {key: value for key, value in outputs.items() if key != "loss"}
+        if "weight" in rest:
+            weight = rest["weight"]
+            if type(weight) is not flow.Tensor or weight.dim():  # others need no call
+                check_weight(weight, task_name)
         loss = outputs["loss"]
     if not isinstance(loss, flow.Tensor):
         raise ConfigurationError(
