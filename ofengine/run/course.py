@@ -18,6 +18,7 @@ from ofengine.data.seeding import BatchSeeds, seed_epoch
 from ofengine.data.sources import describe_once
 from ofengine.data.structure import describe_shapes, is_empty, size_of
 from ofengine.errors import DataError, RateError, quoted, warn
+from ofengine.modes.steps import trained_parameters
 from ofengine.rates.counted import is_counted
 from ofengine.run.progress import Point
 from ofengine.run.state import Run
@@ -193,6 +194,8 @@ def observes_steps(run: Run) -> bool:
 def observe_metric(run: Run, interval: str, count: int) -> None:
     """Let ReduceLROnPlateau see its metric, where that is due after ``count`` intervals."""
     for name, each in run.each().items():
+        if name and not trained_parameters(each):
+            continue  # it is frozen, and perhaps its metric is not there
         if interval == "step" and name:
             if run.progress.batch_idx % each.every_n_batches:
                 continue  # it made none
