@@ -10,6 +10,7 @@ from oneflow import nn
 from ofengine.errors import ConfigurationError, OFEngineError, quoted
 from ofengine.modes.eager import EagerMode
 from ofengine.modes.graph import GraphMode
+from ofengine.modes.steps import trained_parameters
 from ofengine.run.mode import HookCalls, Mode, ParameterStates
 from ofengine.run.state import Run
 
@@ -29,6 +30,7 @@ class SeveralMode:
     """
 
     def __init__(self, run: Run, evaluation: Mode, calls: HookCalls) -> None:
+        self._run = run
         self._evaluation = evaluation
         self._is_eager = run.settings.mode == "eager"
         self._parts: List[Tuple[str, int, Run, List[Any]]] = []
@@ -89,18 +91,9 @@ class SeveralMode:
             returned["loss"] = loss.clone()  # hooks may write into it
             total = loss if total is None else total + loss
         if total is None:
-            raise self._nobody_steps(batch_idx)
+            raise _nobody_steps(self._run, batch_idx)
         self.losses.append(losses)
         return {**outputs, "loss": total}
-
-    def _nobody_steps(self, batch_idx: int) -> ConfigurationError:
-        rare = [name for name, every, _, _ in self._parts if batch_idx % every]
-        others = f", and the turn of {quoted(rare, most=8)} comes in other batches" if rare else ""
-        return ConfigurationError(
-            f"no optimizer steps in batch {batch_idx}: all parameters of "
-            f"{quoted(sorted(self._frozen), most=8)} are frozen, by requires_grad or a callback "
-            f"such as GradualUnfreezing{others}: let those of one that steps in every batch train."
-        )
 
     def eval_step(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
         """See :class:`~ofengine.run.mode.Mode`."""
@@ -146,6 +139,30 @@ class SeveralMode:
     def lower_rates(self, graph: nn.Graph) -> None:
         """Of the optimizer whose step is going on."""
         self._stepping.training_mode.lower_rates(graph)
+
+
+def stepping(run: Run, batch_idx: int) -> List[Run]:
+    """The parts of ``run`` whose optimizers are to step in a batch.
+
+    Raises :class:`ConfigurationError` where there is none.
+    """
+    turns = [part for part in run.parts.values() if batch_idx % part.every_n_batches == 0]
+    found = [part for part in turns if trained_parameters(part)]
+    if not found:
+        raise _nobody_steps(run, batch_idx)
+    return found
+
+
+def _nobody_steps(run: Run, batch_idx: int) -> ConfigurationError:
+    every = run.parts.items()
+    rare = [name for name, part in every if batch_idx % part.every_n_batches]
+    held = [name for name, part in every if name not in rare and not trained_parameters(part)]
+    others = f", and the turn of {quoted(rare, most=8)} comes in other batches" if rare else ""
+    return ConfigurationError(
+        f"no optimizer steps in batch {batch_idx}: all parameters of {quoted(held, most=8)} are "
+        f"frozen, by requires_grad or a callback such as GradualUnfreezing{others}: let those of "
+        "one that steps in every batch train."
+    )
 
 
 @contextlib.contextmanager
