@@ -24,6 +24,7 @@ from ofengine.task import TaskModule
 log = logging.getLogger("ofengine")
 
 _LOOPS = "ofengine.run.loops"
+_CALLED = {"validation": "validation", "test": "testing", "predict": "prediction"}
 _MEMORY = re.compile(
     r"out of memory|allocate failed|bad_alloc|cannot allocate|cudaErrorMemoryAllocation", re.I
 )
@@ -38,11 +39,13 @@ class _Place:
         culprit: ``Class.method`` of the outermost callback, logger or task; "" for none.
         loader: what a batch was being fetched from; None where none was.
         loop: the innermost frame of a loop over batches.
+        stage: that of the evaluation that was going on; "" where none was.
     """
 
     culprit: str = ""
     loader: Optional[Batches] = None
     loop: Optional[FrameType] = None
+    stage: str = ""
 
     @classmethod
     def of(cls, error: BaseException) -> _Place:
@@ -57,8 +60,10 @@ class _Place:
                     spare = spare or f"{kind}.{code.co_name}"
             elif isinstance(owner, Batches) and code.co_name != "__init__":
                 place.loader = owner
-            elif frame.f_globals.get("__name__") == _LOOPS and "batch_idx" in frame.f_locals:
-                place.loop = frame
+            elif frame.f_globals.get("__name__") == _LOOPS:
+                place.loop = frame if "batch_idx" in frame.f_locals else place.loop
+                stage = frame.f_locals.get("stage")  # a name in an evaluation alone
+                place.stage = stage if isinstance(stage, str) else place.stage
         place.culprit = place.culprit or spare
         return place
 
@@ -75,7 +80,7 @@ class _Place:
         elif evaluates:
             text = f"batch {local['batch_idx']} of {local['loader'].what}"
         elif at.point is Point.BEGIN:
-            return "before the first batch"
+            return f"in {_CALLED[self.stage]}" if self.stage else "before the first batch"
         elif self.loop is None or at.batch_idx < 0:
             return f"in epoch {at.epoch} {step}" if at.point is not Point.OVER else step[1:-1]
         else:

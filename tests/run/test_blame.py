@@ -10,7 +10,7 @@ import pytest
 from helpers import Bare, batches, line_of, quiet_trainer
 from oneflow import nn
 
-from ofengine import OFEngineError
+from ofengine import Callback, OFEngineError
 from ofengine.errors import quoted
 
 
@@ -175,6 +175,40 @@ def test_the_log_names_the_user_s_method_and_line_and_no_batch_where_there_is_no
     said = caplog.records[0].getMessage()
     assert said.startswith(f"Own.{method} raised ZeroDivisionError {WHEN[method]}, at {__file__}:")
     assert said.endswith(": `return 1 // 0  # the user's line`.")
+
+
+@pytest.mark.parametrize(
+    ("verb", "hook", "when"),
+    [
+        ("validate", "setup", "before the first batch"),
+        ("validate", "on_validation_epoch_end", "in validation"),
+        ("test", "on_test_start", "in testing"),
+        ("predict", "on_predict_end", "in prediction"),
+    ],
+)
+def test_so_it_is_in_the_other_verbs(
+    mode: str, verb: str, hook: str, when: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Fails(Callback):
+        pass
+
+    def fails(*_: Any) -> None:
+        raise KeyError("own")
+
+    class Steps(Bare):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("loss", self.layer(batch).mean())
+
+        test_step = validation_step
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.layer(batch)
+
+    setattr(Fails, hook, fails)
+    with caplog.at_level(logging.ERROR), pytest.raises(KeyError):
+        getattr(quiet_trainer(eval_mode=mode, callbacks=Fails()), verb)(Steps(), batches())
+    said = caplog.records[0].getMessage()
+    assert said.startswith(f"Fails.{hook} raised KeyError {when}, at {__file__}:")
 
 
 @pytest.mark.parametrize("decorate", [bare, wrapped])
