@@ -39,6 +39,10 @@ class ModelStatistics(Callback):
     without. So it costs the time of one more eager step, a copy of the model, and the numbers of
     all activations in the memory of the process, every ``every_n_steps`` steps; nothing in between.
 
+    Of several optimizers the steps of those whose turn it is are computed, all with the weights of
+    before the batch: a parameter's gradient is that of its own optimizer's loss, and activations
+    are those of all these steps.
+
     Quantities, in float64 of all numbers: "norm" (the 2-norm), "mean", "std" (of all, not of a
     sample), "max" (of absolute values), "zeros" and "not_finite" (shares from 0 to 1).
 

@@ -14,6 +14,7 @@ import numpy as np
 import oneflow as flow
 from oneflow import nn
 
+from ofengine._oneflow.tracing import calling_any_module
 from ofengine.checkpoint.file import put
 from ofengine.data.structure import describe
 from ofengine.errors import ConfigurationError, said_by
@@ -88,7 +89,8 @@ def _converted(module: nn.Module, inputs: Tuple[Any, ...], convert: Any) -> byte
             return _tensors_of(self.module(*given))
 
     graph = Forward()
-    graph(*inputs)
+    with calling_any_module():
+        graph(*inputs)
     with tempfile.TemporaryDirectory(prefix="ofengine-onnx-") as folder:
         weights, model = Path(folder) / "weights", Path(folder) / "model.onnx"
         flow.save(graph.state_dict(), str(weights))

@@ -110,6 +110,7 @@ def _lightning_names() -> str:
         ("Attributes and methods of the task", lightning.TASK_ATTRIBUTES),
         ("Hooks and methods to override", lightning.HOOKS),
         ("Arguments of log", lightning.LOG_ARGUMENTS),
+        ("Arguments of training_step", lightning.STEP_ARGUMENTS),
         *((f"Arguments of {name}", table) for name, table in sorted(of_classes.items())),
     ):
         rows = "\n".join(

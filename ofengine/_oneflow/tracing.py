@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
+from types import ModuleType
 from typing import Any, ContextManager, Dict, Iterable, Iterator, List, Optional, Set, Tuple
 
 import attrs
@@ -12,6 +14,7 @@ from oneflow import nn
 from oneflow.framework import graph_build_util
 from oneflow.nn.graph.graph_block import GraphTensor
 from oneflow.nn.graph.proxy import Proxy, ProxyParameterList
+from oneflow.nn.modules import module as module_file
 from oneflow.utils import checkpoint
 
 
@@ -263,6 +266,33 @@ def checkpointing_nothing() -> Iterator[None]:
         yield
     finally:
         checkpoint._checkpoint_without_reentrant = own
+
+
+class _Warnings(ModuleType):
+    """Python's ``warnings`` to OneFlow's file of ``nn.Module``, but for one message."""
+
+    def warn(self, message: Any, *args: Any, **kwargs: Any) -> None:
+        """Warn at the same line of that file as if it had called Python's own."""
+        if not str(message).endswith(
+            " is called in a nn.Graph, but not registered into a nn.Graph."
+        ):
+            kwargs.setdefault("stacklevel", 2)
+            warnings.warn(message, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def calling_any_module() -> Iterator[None]:
+    """In the block, OneFlow does not warn that a module which is traced is no part of the graph.
+
+    ``flow.ones``, ``flow.zeros`` and ``flow.full`` are such modules, and so is a loss that a step
+    makes. Of what one with parameters has besides, whoever traces the step tells in its own words.
+    The filters of ``warnings`` are the user's.
+    """
+    module_file.warnings = _Warnings("warnings")
+    try:
+        yield
+    finally:
+        module_file.warnings = warnings  # and not what was there, where threads trace at once
 
 
 def outside_the_trace() -> ContextManager[None]:

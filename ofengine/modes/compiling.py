@@ -14,7 +14,11 @@ from oneflow import nn
 from ofengine._oneflow import graphs
 from ofengine._oneflow.lazy_names import forget_lazy_names
 from ofengine._oneflow.shapes import checking_shapes
-from ofengine._oneflow.tracing import checkpointing_nothing, has_forward_hooks
+from ofengine._oneflow.tracing import (
+    calling_any_module,
+    checkpointing_nothing,
+    has_forward_hooks,
+)
 from ofengine.errors import ConfigurationError, GraphModeError, OFEngineError, warn
 from ofengine.modes.explain import explain
 from ofengine.modes.guards import Guards
@@ -158,6 +162,7 @@ def trace(
             for each in (compile_quietly, no_garbage_collected, checking_shapes):
                 stack.enter_context(each())
             stack.enter_context(checkpointing_nothing())
+            stack.enter_context(calling_any_module())
             stack.enter_context(guards.reading())
             run(graph, inputs)
     except OFEngineError as error:

@@ -138,7 +138,7 @@ class EagerMode:
         return rest
 
     def _weighed(self, loss: Any, weight: Any) -> Any:
-        weight = weight_of(loss, weight, self._task_name)
+        weight = weight_of(loss, weight)
         if self._exchange is None:
             self._run.weighing.add(weight)
         else:

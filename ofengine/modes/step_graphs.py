@@ -152,7 +152,7 @@ class _TrainStepGraph(StepGraph):
         loss, rest = split_outputs(outputs, name)
         weights: List[Any] = []
         if scale is not None and "weight" in rest:
-            scale = weight_of(loss, rest["weight"], name)
+            scale = weight_of(loss, rest["weight"])
             weights.append(scale)
         scaled = loss if scale is None else loss * scale
         precision = precision_of(self)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import Any, Dict, Iterable, List, Tuple
+from typing import Any, Dict, Iterable, List, Sequence, Tuple
 
 import oneflow as flow
 from oneflow import nn
@@ -13,15 +13,20 @@ from oneflow.optim import Optimizer
 from ofengine._oneflow.optimizer_state import update_no_graph_makes
 from ofengine.data.structure import describe_returned
 from ofengine.errors import ConfigurationError, GraphModeError
+from ofengine.run.lightning import STEP_ARGUMENTS, mend_for
 from ofengine.run.state import Run
+from ofengine.run.weighing import check_weight
 
 
 def step_arity(task: nn.Module, step: str, most: int) -> int:
     """How many of (batch, batch_idx, dataloader_idx) the task's ``step`` takes: 1 to ``most``.
 
-    ``most`` is 2 for ``training_step`` and 3 for the others.
+    ``most`` is 2 for ``training_step`` and 3 for the others. Of several optimizers
+    ``training_step`` is given the name of one as the third.
     """
     parameters = list(inspect.signature(getattr(task, step)).parameters.values())
+    if step == "training_step":
+        _refuse_names(task, parameters, most)
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     required = [p for p in positional if p.default is p.empty]
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
@@ -32,6 +37,30 @@ def step_arity(task: nn.Module, step: str, most: int) -> int:
             f"called: write `def {step}(self, batch, batch_idx)`."
         )
     return min(most, len(positional))
+
+
+def _refuse_names(task: nn.Module, parameters: Sequence[inspect.Parameter], most: int) -> None:
+    """Raise where ``training_step`` would be given something else than the argument's name says."""
+    given = [p for p in parameters[:most] if p.kind is not p.VAR_KEYWORD]
+    required = [p for p in parameters[most:] if p.default is p.empty]
+    for each in parameters if most > 2 else [*given, *required]:
+        mend = mend_for(STEP_ARGUMENTS, each.name)
+        if mend is not None:
+            raise ConfigurationError(
+                f"{type(task).__name__}.training_step has the argument {each.name}, which is "
+                f"Lightning's: {mend}."
+            )
+    if most > 2 and len(given) > 2 and _is_number(given[2]):
+        raise ConfigurationError(
+            f"{type(task).__name__}.training_step takes {given[2]} as its third argument, and is "
+            "given the name of the optimizer there: write optimizer_name, a text, and compare it "
+            "with the names that configure_optimizers() returns."
+        )
+
+
+def _is_number(parameter: inspect.Parameter) -> bool:
+    """True where an argument is said, or called, to be one."""
+    return parameter.annotation in (int, "int") or parameter.name.endswith(("idx", "index"))
 
 
 def split_outputs(outputs: Any, task_name: str) -> Tuple[Any, Dict[str, Any]]:
@@ -45,6 +74,10 @@ def split_outputs(outputs: Any, task_name: str) -> Tuple[Any, Dict[str, Any]]:
                 f"{task_name}.training_step returned a dict without the key 'loss' ({keys})."
             )
         rest = {key: value for key, value in outputs.items() if key != "loss"}
+        if "weight" in rest:
+            weight = rest["weight"]
+            if type(weight) is not flow.Tensor or weight.dim():  # others need no call
+                check_weight(weight, task_name)
         loss = outputs["loss"]
     if not isinstance(loss, flow.Tensor):
         raise ConfigurationError(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import logging
-from typing import Any, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 from oneflow import nn
 from oneflow.nn.optimizer.lr_scheduler import LRScheduler
@@ -17,6 +18,7 @@ from ofengine.data.seeding import BatchSeeds, seed_epoch
 from ofengine.data.sources import describe_once
 from ofengine.data.structure import describe_shapes, is_empty, size_of
 from ofengine.errors import DataError, RateError, quoted, warn
+from ofengine.modes.steps import trained_parameters
 from ofengine.rates.counted import is_counted
 from ofengine.run.progress import Point
 from ofengine.run.state import Run
@@ -146,6 +148,24 @@ def check_all_train(run: Run) -> None:
         )
 
 
+def check_first_batch(run: Run, outputs: Dict[str, Any]) -> None:
+    """What only an epoch's first step shows: layers that it made, and what it returned.
+
+    Warns, after the first batch of a run, of a key that is almost "weight", which nobody reads.
+    """
+    check_all_train(run)
+    if run.progress.batches_seen > run.settings.world_size:
+        return
+    for returned in [outputs[name] for name in run.parts if name in outputs] or [outputs]:
+        keys = [key for key in returned if isinstance(key, str) and key.startswith("w")]
+        close = difflib.get_close_matches("weight", keys, n=1, cutoff=0.8)
+        if "weight" not in returned and close:
+            warn(
+                f"{type(run.task).__name__}.training_step returned a dict with the key "
+                f"{close[0]!r}: did you mean 'weight', by which batches are averaged?"
+            )
+
+
 def refresh_parameters(run: Run) -> None:
     """Look which parameters train now; hooks may have frozen or unfrozen some, or made others."""
     check_all_train(run)
@@ -174,6 +194,8 @@ def observes_steps(run: Run) -> bool:
 def observe_metric(run: Run, interval: str, count: int) -> None:
     """Let ReduceLROnPlateau see its metric, where that is due after ``count`` intervals."""
     for name, each in run.each().items():
+        if name and not trained_parameters(each):
+            continue  # it is frozen, and perhaps its metric is not there
         if interval == "step" and name:
             if run.progress.batch_idx % each.every_n_batches:
                 continue  # it made none

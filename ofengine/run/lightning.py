@@ -1,9 +1,9 @@
 """What to write where a user writes a name that PyTorch Lightning has and ofengine has not.
 
-Four tables, for the arguments of the Trainer and of its verbs, the Trainer's attributes, the
-task's attributes, and the hooks. Each has the names of Lightning 2.x and the well-known ones that
-1.x had; a name that ofengine has is in none of them. A value is the end of an error's sentence: a
-clause that begins in lower case and has no full stop.
+Tables for the arguments of the Trainer and of its verbs, the Trainer's attributes, the task's
+attributes, the hooks, and the arguments of log and of training_step. Each has the names of
+Lightning 2.x and the well-known ones that 1.x had; a name that ofengine has is in none of them. A
+value is the end of an error's sentence: a clause that begins in lower case and has no full stop.
 """
 
 from __future__ import annotations
@@ -364,3 +364,12 @@ LOG_ARGUMENTS: Dict[str, str] = {
     "metric_attribute": "log the metric object itself, as in log(name, self.acc)",
 }
 """Arguments of ``self.log``."""
+
+STEP_ARGUMENTS: Mapping[str, str] = {
+    "optimizer_idx": "of several optimizers each has a name: write optimizer_name as the third "
+    "argument, a text, and compare it with the names that configure_optimizers returns",
+    "optimizer_closure": "the Trainer calls the step of the optimizer: leave it out",
+    "hiddens": _SPLIT_SEQUENCES,
+    "dataloader_idx": "a step has one batch of all its loaders: leave it out",
+}
+"""Arguments of ``training_step``."""

@@ -185,7 +185,7 @@ def _train_epoch(
             if batch_idx >= next_wait:
                 if next_wait == 0:
                     step = labels.step()
-                    course.check_all_train(run)  # the step may have made a layer
+                    course.check_first_batch(run, outputs)
                 if waiting is not None:
                     step = losses.wait(waiting, waiting_place)
                 waiting, waiting_place = loss, len(losses.unread)

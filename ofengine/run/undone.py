@@ -20,8 +20,9 @@ from ofengine.data.generators import (
     set_states_in,
     states_in,
 )
-from ofengine.errors import ConfigurationError, quoted
+from ofengine.errors import ConfigurationError
 from ofengine.metrics.held import metrics_held
+from ofengine.modes.several import frozen, stepping
 from ofengine.modes.steps import split_outputs, step_arity
 from ofengine.run.state import Run
 from ofengine.run.view import Step
@@ -116,13 +117,31 @@ class KeptRun:
 
 
 def eager_step(run: Run) -> Step:
-    """The loss of ``training_step``, computed eagerly in either mode."""
-    task, takes_both = run.task, step_arity(run.task, "training_step", 2) == 2
+    """The loss of ``training_step``, computed eagerly in either mode.
+
+    Of several optimizers the sum of those whose turn it is, each without gradients of the others'
+    parameters; in a part of the run that of its own.
+    """
+    if run.parts:
+        return _step_of_all(run)
+    task, named = run.task, (run.name,) if run.name else ()
+    takes_both = step_arity(task, "training_step", 2 + len(named)) > 1
 
     def step(batch: Any, batch_idx: int) -> Any:
-        with flow.enable_grad():
-            outputs = task.training_step(*(batch, batch_idx)[: 1 + takes_both])
+        with flow.enable_grad(), frozen(run.others):
+            given = (batch, batch_idx, *named) if takes_both else (batch,)
+            outputs = task.training_step(*given)
         return split_outputs(outputs, type(task).__name__)[0]
+
+    return step
+
+
+def _step_of_all(run: Run) -> Step:
+    steps = {name: eager_step(part) for name, part in run.parts.items()}
+
+    def step(batch: Any, batch_idx: int) -> Any:
+        losses = [steps[part.name](batch, batch_idx) for part in stepping(run, batch_idx)]
+        return sum(losses[1:], losses[0])
 
     return step
 
@@ -138,11 +157,6 @@ def leaving_no_trace(run: Run) -> Iterator[Step]:
         raise ConfigurationError(
             "leaving_no_trace() computes a step of this process alone, and several ranks train "
             "together: use it with devices=1."
-        )
-    if run.parts:
-        raise ConfigurationError(
-            "leaving_no_trace() computes the step of a single optimizer, as ModelStatistics needs "
-            f"it, and there are {quoted(list(run.parts), most=8)}: leave it out."
         )
     kept = KeptRun(run)
     try:

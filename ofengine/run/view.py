@@ -327,7 +327,9 @@ class RunView(ToldView):
                 norm = task.head.weight.grad.norm()
 
         In ``on_train_batch_start``, it is the step to come, in both modes to the bit: the same
-        weights, and the same random numbers. At the end of the block, put back are parameters,
+        weights, and the same random numbers. Of several optimizers it is the sum of the losses of
+        those whose turn it is, all with the weights of before the batch, and each parameter has the
+        gradient of its own optimizer's. At the end of the block, put back are parameters,
         buffers and gradients, the attributes of all modules (down to dicts and lists, and the
         hooks among them), the sums of metrics, what was logged, and where all generators stand.
         Takes a copy of the model, and the time of the steps; waits for the device.

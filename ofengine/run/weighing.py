@@ -18,10 +18,10 @@ _LEAST = 1e-37
 """What a window is divided by at least, that of weight 0, whose gradient is 0."""
 
 
-def weight_of(loss: Any, weight: Any, task_name: str) -> Any:
-    """``weight``, that ``training_step`` returned, as a tensor of no dimension; lazy ones too.
+def check_weight(weight: Any, task_name: str) -> None:
+    """Raise :class:`ConfigurationError` where ``weight`` is none; a tensor's value is not read.
 
-    Raises :class:`ConfigurationError` where it is no number from 0 on.
+    A number has to be one from 0 on, a tensor to have one element.
     """
     if isinstance(weight, flow.Tensor):
         if weight.numel() != 1:
@@ -29,14 +29,20 @@ def weight_of(loss: Any, weight: Any, task_name: str) -> Any:
                 f"{task_name}.training_step returned a weight of shape {tuple(weight.shape)}: "
                 "reduce it to one number, for example with .sum()."
             )
-        weight = weight.detach().to(loss.dtype)
-        return weight.reshape(()) if weight.dim() else weight
+        return
     number = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
     if not number or not math.isfinite(weight) or weight < 0:
         raise ConfigurationError(
             f"{task_name}.training_step returned the weight {weight!r}: give a number from 0 on, "
             "such as the tokens of the batch, or a tensor of one element."
         )
+
+
+def weight_of(loss: Any, weight: Any) -> Any:
+    """``weight``, which is one, as a tensor of no dimension; lazy ones too."""
+    if isinstance(weight, flow.Tensor):
+        weight = weight.detach().to(loss.dtype)
+        return weight.reshape(()) if weight.dim() else weight
     return _number(float(weight), loss)
 
 

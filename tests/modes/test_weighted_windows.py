@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -14,6 +15,7 @@ from helpers.stopping import check_stopping
 from oneflow import nn
 
 from ofengine import Callback, ConfigurationError, TaskModule
+from ofengine.errors import OFEngineWarning
 
 TOKENS = [6, 2, 5, 4, 3]
 """How many tokens each batch has; of each, some are masked."""
@@ -58,7 +60,10 @@ class Tokens(TaskModule):
 
 
 def fitted(mode: str, kind: str = "tensor", **arguments: Any) -> Tokens:
-    task = Tokens(kind)
+    return fitted_task(mode, Tokens(kind), **arguments)
+
+
+def fitted_task(mode: str, task: Tokens, **arguments: Any) -> Tokens:
     quiet_trainer(mode=mode, max_epochs=2, **arguments).fit(task, token_batches())
     return task
 
@@ -157,22 +162,56 @@ class Wrong(Tokens):
         return {"loss": super().training_step(batch, batch_idx)["loss"], "weight": self.weight}
 
 
+@pytest.mark.parametrize("accumulate", [2, 1, {0: 1, 5: 4}], ids=str)
 @pytest.mark.parametrize("weight", [-1, float("nan"), True, "3", None])
-def test_a_weight_that_is_none_is_told(mode: str, weight: Any) -> None:
+def test_a_weight_that_is_none_is_told(mode: str, weight: Any, accumulate: Any) -> None:
     refused(
         Wrong(weight), ConfigurationError, "Wrong.training_step returned the weight", "from 0 on",
-        mode=mode, train=token_batches(), accumulate_grad_batches=2,
+        mode=mode, train=token_batches(), accumulate_grad_batches=accumulate,
     )  # fmt: skip
 
 
-def test_a_weight_of_many_elements_is_told(mode: str) -> None:
+class Keyed(Tokens):
+    """Returns its weight under another key."""
+
+    def __init__(self, key: Any) -> None:
+        super().__init__()
+        self.key = key
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        returned = super().training_step(batch, batch_idx)
+        return {"loss": returned["loss"], self.key: returned["weight"]}
+
+
+@pytest.mark.parametrize("key", ["wieght", "weights", "weigth", "wight"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_key_that_is_almost_weight_is_told_once(mode: str, key: str, accumulate: int) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fitted_task(mode, Keyed(key), accumulate_grad_batches=accumulate)
+    told = [str(each.message) for each in caught if key in str(each.message)]
+    assert told == [
+        f"Keyed.training_step returned a dict with the key {key!r}: did you mean 'weight', by "
+        "which batches are averaged?"
+    ]
+
+
+@pytest.mark.parametrize("key", ["height", "eight", "width", "scores", "loss_1"])
+def test_other_keys_are_the_user_s(mode: str, key: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", OFEngineWarning)
+        fitted_task(mode, Keyed(key))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_weight_of_many_elements_is_told(mode: str, accumulate: int) -> None:
     class Many(Tokens):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return {"loss": super().training_step(batch, batch_idx)["loss"], "weight": batch[1]}
 
     refused(
         Many(), ConfigurationError, r"a weight of shape \(6,\)", r"\.sum\(\)", mode=mode,
-        train=token_batches(), accumulate_grad_batches=2,
+        train=token_batches(), accumulate_grad_batches=accumulate,
     )  # fmt: skip
 
 

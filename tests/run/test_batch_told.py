@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any, Iterator, Optional
 
 import oneflow as flow
@@ -86,6 +87,11 @@ def fails(verb: str, data: Any, error: Any, caplog: Any, task: Any = None, **opt
     return "\n".join(each.getMessage() for each in caplog.records)
 
 
+def without_line(text: str) -> str:
+    """``text`` without the user's line, which is not there where a worker raised."""
+    return re.sub(r", at \S*test_batch_told.py:\d+: `raise .*`(?=\.$)", "", text)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("verb", ["fit", "validation", "validate", "test", "predict"])
 def test_a_batch_that_cannot_be_had_is_told(
@@ -102,7 +108,7 @@ def test_a_batch_that_cannot_be_had_is_told(
         "fit": f", in epoch 0 (after step {steps})",
         "validation": ", in epoch 0 (after step 2)",
     }
-    assert text == told + samples + in_fit.get(verb, "") + "."
+    assert without_line(text) == told + samples + in_fit.get(verb, "") + "."
 
 
 @pytest.mark.parametrize("kind", ["map, workers", "generator"])
@@ -123,7 +129,7 @@ def test_a_pass_that_cannot_be_begun_is_told(caplog: pytest.LogCaptureFixture) -
 
     text = fails("fit", Never(), Broken, caplog)
     told = "the dataloader raised Broken in batch 0 of train_dataloader, in epoch 0"
-    assert text == f"{told} (after step 0)."
+    assert without_line(text) == f"{told} (after step 0)."
 
 
 def test_an_end_by_accident_tells_its_batch(caplog: pytest.LogCaptureFixture) -> None:
@@ -145,9 +151,10 @@ def test_a_step_of_an_evaluation_tells_its_own_batch(
     data = [flow.ones(2, 2)] * 6
     text = fails("validation", data, Broken, caplog, Fails(), mode=mode)
     told = "Fails.on_validation_batch_end raised Broken in batch 4 of val_dataloader"
-    assert text == f"{told}, in epoch 0 (after step 2)."
+    assert without_line(text) == f"{told}, in epoch 0 (after step 2)."
     caplog.clear()
-    assert fails("validate", data, Broken, caplog, Fails(), mode=mode) == f"{told}."
+    text = fails("validate", data, Broken, caplog, Fails(), mode=mode)
+    assert without_line(text) == f"{told}."
 
 
 # ---------------------------------------------------------------------- memory

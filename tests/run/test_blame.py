@@ -10,7 +10,7 @@ import pytest
 from helpers import Bare, batches, line_of, quiet_trainer
 from oneflow import nn
 
-from ofengine import OFEngineError
+from ofengine import Callback, OFEngineError
 from ofengine.errors import quoted
 
 
@@ -121,6 +121,112 @@ def test_the_culprit_is_the_user_s_method_whatever_self_is_called(
     with caplog.at_level(logging.ERROR), pytest.raises(AttributeError):
         quiet_trainer(max_epochs=1).fit(scope["Own"](), batches())
     assert caplog.records[0].getMessage().startswith("Own.training_step raised AttributeError")
+
+
+def bare(function: Any) -> Any:
+    """A decorator that hands no name on."""
+
+    def wrapper(*args: Any) -> Any:
+        return function(*args)
+
+    return wrapper
+
+
+def wrapped(function: Any) -> Any:
+    return functools.wraps(function)(bare(function))
+
+
+WHEN = {
+    "setup": "before the first batch",
+    "configure_optimizers": "before the first batch",
+    "train_dataloader": "before the first batch",
+    "train": "before the first batch",  # nn.Module's own method, which the engine calls
+    "on_train_epoch_start": "in epoch 0 (after step 0)",
+    "on_train_batch_end": "in epoch 0, batch 0 (after step 1)",
+    "on_validation_epoch_start": "in epoch 0, batch 1 (after step 2)",
+    "on_train_epoch_end": "in epoch 0 (after step 2)",
+    "on_train_end": "after step 2",
+}
+
+
+@pytest.mark.parametrize("around", ["nothing", "bare", "wrapped", "assigned"])
+@pytest.mark.parametrize("method", WHEN)
+def test_the_log_names_the_user_s_method_and_line_and_no_batch_where_there_is_none(
+    mode: str, method: str, around: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Own(Bare):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("loss", self.layer(batch).mean())
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.layer(batch).mean()
+
+    def fails(self: Any, *_: Any) -> Any:
+        return 1 // 0  # the user's line
+
+    if around == "nothing":
+        fails.__code__ = fails.__code__.replace(co_name=method)
+    decorate = {"bare": bare, "wrapped": wrapped}.get(around, lambda function: function)
+    setattr(Own, method, decorate(fails))
+    data = None if method == "train_dataloader" else batches(2)
+    with caplog.at_level(logging.ERROR), pytest.raises(ZeroDivisionError):
+        trainer = quiet_trainer(mode=mode, max_epochs=1, num_sanity_val_steps=0)
+        trainer.fit(Own(), data, batches(1))
+    said = caplog.records[0].getMessage()
+    assert said.startswith(f"Own.{method} raised ZeroDivisionError {WHEN[method]}, at {__file__}:")
+    assert said.endswith(": `return 1 // 0  # the user's line`.")
+
+
+@pytest.mark.parametrize(
+    ("verb", "hook", "when"),
+    [
+        ("validate", "setup", "before the first batch"),
+        ("validate", "on_validation_epoch_end", "in validation"),
+        ("test", "on_test_start", "in testing"),
+        ("predict", "on_predict_end", "in prediction"),
+    ],
+)
+def test_so_it_is_in_the_other_verbs(
+    mode: str, verb: str, hook: str, when: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Fails(Callback):
+        pass
+
+    def fails(*_: Any) -> None:
+        raise KeyError("own")
+
+    class Steps(Bare):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("loss", self.layer(batch).mean())
+
+        test_step = validation_step
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.layer(batch)
+
+    setattr(Fails, hook, fails)
+    with caplog.at_level(logging.ERROR), pytest.raises(KeyError):
+        getattr(quiet_trainer(eval_mode=mode, callbacks=Fails()), verb)(Steps(), batches())
+    said = caplog.records[0].getMessage()
+    assert said.startswith(f"Fails.{hook} raised KeyError {when}, at {__file__}:")
+
+
+@pytest.mark.parametrize("decorate", [bare, wrapped])
+def test_one_decorator_of_two_methods_hides_neither(
+    decorate: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Own(Bare):
+        @decorate
+        def on_fit_start(self) -> None:
+            pass
+
+        @decorate
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return 1 // 0
+
+    with caplog.at_level(logging.ERROR), pytest.raises(ZeroDivisionError):
+        quiet_trainer(max_epochs=1).fit(Own(), batches())
+    assert caplog.records[0].getMessage().startswith("Own.training_step raised")
 
 
 def test_a_task_without_the_property_s_owner_still_tells_what_is_missing() -> None:

@@ -17,6 +17,7 @@ from ofengine.loggers import CSVLogger
 from ofengine.run.lightning import (
     ARGUMENTS_ELSEWHERE,
     HOOKS,
+    STEP_ARGUMENTS,
     TASK_ATTRIBUTES,
     TRAINER_ARGUMENTS,
     TRAINER_ATTRIBUTES,
@@ -30,6 +31,7 @@ TABLES = {
     "TRAINER_ATTRIBUTES": TRAINER_ATTRIBUTES,
     "TASK_ATTRIBUTES": TASK_ATTRIBUTES,
     "HOOKS": HOOKS,
+    "STEP_ARGUMENTS": STEP_ARGUMENTS,
     "DATA_MODULE_ATTRIBUTES": DATA_MODULE_ATTRIBUTES,
     "DATA_MODULE_HOOKS": DATA_MODULE_HOOKS,
     **CLASS_ARGUMENTS,
@@ -64,6 +66,7 @@ EXPECTED = {
         strict_loading summarize to_torchscript toggle_optimizer
         untoggle_optimizer
         """,
+    "STEP_ARGUMENTS": "optimizer_idx hiddens dataloader_idx optimizer_closure",
     "DATA_MODULE_ATTRIBUTES": "save_hyperparameters hparams from_datasets",
     "DATA_MODULE_HOOKS": "transfer_batch_to_device state_dict load_state_dict on_exception",
     "HOOKS": """

@@ -132,6 +132,58 @@ def test_a_step_that_is_not_told_which() -> None:
     refused(misspelt, ConfigurationError, "'optimiser', .*or return one optimizer", train=ROWS)
 
 
+THIRD = {
+    "optimizer_idx": "has the argument optimizer_idx, .*write optimizer_name as the third argument",
+    "hiddens": "has the argument hiddens, .*split long sequences",
+    "optimizer_closure": "has the argument optimizer_closure, .*leave it out",
+    "dataloader_idx": "has the argument dataloader_idx, .*leave it out",
+    "opt_idx": "takes opt_idx as its third argument, and is given the name of the optimizer",
+    "which: int": "takes which: ?'?int'? as its third argument, and is given the name",
+    "*, optimizer_idx=0": "has the argument optimizer_idx, .*write optimizer_name",
+    "optimizer_name, hiddens=None": "has the argument hiddens, ",
+}
+
+
+def with_arguments(arguments: str) -> Any:
+    scope: Dict[str, Any] = {"Small": Small}
+    exec(
+        "class Own(Small):\n"
+        f"    def training_step(self, {arguments}):\n"
+        "        return self.b(self.a(batch)).mean()\n",
+        scope,
+    )
+    return scope["Own"]
+
+
+@pytest.mark.parametrize("third", THIRD)
+def test_a_step_that_would_be_given_a_text_for_a_number(mode: str, third: str) -> None:
+    task = with_arguments(f"batch, batch_idx, {third}")(both)
+    refused(task, ConfigurationError, f"Own.training_step {THIRD[third]}", train=ROWS, mode=mode)
+
+
+@pytest.mark.parametrize("third", ["optimizer_name", "which", "name: str", "*rest"])
+def test_a_third_argument_of_another_name_is_told_the_name(mode: str, third: str) -> None:
+    task = with_arguments(f"batch, batch_idx, {third}")(both)
+    quiet_trainer(mode=mode, max_epochs=1).fit(task, ROWS)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["batch, batch_idx, optimizer_idx", "batch, batch_idx, hiddens", "batch, dataloader_idx"],
+)
+def test_of_a_single_optimizer_lightning_s_arguments_are_told_too(
+    mode: str, arguments: str
+) -> None:
+    def one(a: Any, b: Any) -> Any:
+        return flow.optim.SGD([*a, *b], lr=0.1)
+
+    name = arguments.rpartition(" ")[2]
+    text = f"Own.training_step has the argument {name}, which is Lightning's: "
+    refused(with_arguments(arguments)(one), ConfigurationError, text, train=ROWS, mode=mode)
+    task = with_arguments("batch, batch_idx, hiddens=None")(one)  # is given to nobody
+    quiet_trainer(mode=mode, max_epochs=1).fit(task, ROWS)
+
+
 def test_what_is_not_done_with_several() -> None:
     text = "returned 2 optimizers by name, and accumulate_grad_batches=2 averages for one"
     refused(Small(both), ConfigurationError, text, train=ROWS, accumulate_grad_batches=2)
