@@ -46,5 +46,5 @@ def warn_of_no_best(callback: object, monitor: str, has_looked: bool) -> None:
     because = "training ended before their first turn came (every_n_epochs, every_n_train_steps, "
     because += "and check_val_every_n_epoch of the Trainer say when that is)"
     if has_looked:
-        because = f"{monitor} was NaN each time"
+        because = f"{monitor} was NaN each time, or the files that were kept are gone"
     warn(f"{type(callback).__name__}(monitor={monitor!r}) kept no best weights: {because}.")

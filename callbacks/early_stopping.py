@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import numbers
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Tuple
 
 from ofengine.callback import Callback
 from ofengine.callbacks._monitor import hint, somebody_stops, warn_of_misspelt_monitor
-from ofengine.checkpoint.checks import check_fits, flag, maybe, number, record, whole
+from ofengine.checkpoint.checks import check_fits, flag, maybe, number, record, row, whole
 from ofengine.errors import ConfigurationError, warn
 from ofengine.run.arguments import check_choice, check_count, check_flag
 from ofengine.run.view import RunView
@@ -22,7 +22,10 @@ _STATE = record(
         "best_score": number(), "last_score": maybe(number()), "stopped_epoch": maybe(whole()),
         "wait_count": whole(),
     },
-    {"validated": flag, "waits_for_epoch_end": flag, "missed": flag},
+    {
+        "validated": flag, "waits_for_epoch_end": flag, "missed": flag,
+        "stopped_by": maybe(row(number(), number(), whole())),
+    },
 )  # fmt: skip
 
 
@@ -35,7 +38,8 @@ class EarlyStopping(Callback):
 
     A resumed run goes on counting where the run before it stopped. One that had been stopped
     stops again before its first batch, unless what is configured now (a larger ``patience``,
-    another threshold) lets it go on.
+    another threshold) lets it go on. A stop that ``min_epochs`` or ``min_steps`` holds back stays
+    one, in a resumed run too, whatever the metric does by then.
 
     Args:
         monitor: the metric to go by, a name in ``trainer.callback_metrics``.
@@ -106,6 +110,8 @@ class EarlyStopping(Callback):
         self.wait_count = 0
         self.stopped_epoch: Optional[int] = None
         self._last_score: Optional[float] = None
+        self._stopped_by: Optional[Tuple[float, float, int]] = None
+        """The metric, the best value and the count at the look that ended training."""
         self._validated = False
         self._wait_for_epoch_end = False
         self._missed = False
@@ -122,6 +128,7 @@ class EarlyStopping(Callback):
             "validated": self._validated,
             "waits_for_epoch_end": self._wait_for_epoch_end,
             "missed": self._missed,
+            "stopped_by": self._stopped_by and list(self._stopped_by),
         }
 
     def check_state_dict(self, state: Dict[str, Any], task: TaskModule) -> None:
@@ -139,6 +146,8 @@ class EarlyStopping(Callback):
         self._validated = state.get("validated", True)
         self._wait_for_epoch_end = state.get("waits_for_epoch_end", False)
         self._missed = state.get("missed", False)
+        by = state.get("stopped_by")
+        self._stopped_by = None if by is None else (float(by[0]), float(by[1]), int(by[2]))
 
     # ------------------------------------------------------------------ when
 
@@ -168,7 +177,7 @@ class EarlyStopping(Callback):
                 "there is no reason to stop.",
                 self.stopped_epoch,
             )
-            self.stopped_epoch = None
+            self.stopped_epoch = self._stopped_by = None
             trainer.should_stop = somebody_stops(trainer)
 
     def on_validation_end(self, trainer: RunView, task: TaskModule) -> None:
@@ -211,7 +220,7 @@ class EarlyStopping(Callback):
             self._missed = True
             return
         score = self._last_score = metrics[self.monitor]
-        reason = self._reason_by_value()
+        reason = self._reason_by_value(score, self.best_score)
         if not reason and self._is_better(score, self.best_score, self.min_delta):
             if self.verbose:
                 log.info(
@@ -223,9 +232,10 @@ class EarlyStopping(Callback):
             self.best_score, self.wait_count = score, 0
         elif not reason:
             self.wait_count += 1
-            reason = self._reason_by_count()
+            reason = self._reason_by_count(self.best_score, self.wait_count)
         if reason:
             trainer.should_stop = True
+            self._stopped_by = (score, self.best_score, self.wait_count)
             self.stopped_epoch = trainer.current_epoch
             log.info(
                 "EarlyStopping: training stops in epoch %d at step %d: %s.",
@@ -240,33 +250,31 @@ class EarlyStopping(Callback):
         return score - by_more_than > other
 
     def reason_to_stop(self) -> str:
-        """Why the last look ends training; "" where it does not."""
-        return self._reason_by_value() or self._reason_by_count()
+        """Why the last look ends training, or the one that did; "" where neither does."""
+        now = self._reason(self._last_score, self.best_score, self.wait_count)
+        return now or (self._reason(*self._stopped_by) if self._stopped_by else "")
 
-    def _reason_by_value(self) -> str:
-        score, stop, diverged = (
-            self._last_score,
-            self.stopping_threshold,
-            self.divergence_threshold,
-        )
-        if score is None:
-            return ""
+    def _reason(self, score: Optional[float], best: float, count: int) -> str:
+        by_value = "" if score is None else self._reason_by_value(score, best)
+        return by_value or self._reason_by_count(best, count)
+
+    def _reason_by_value(self, score: float, best: float) -> str:
+        stop, diverged = self.stopping_threshold, self.divergence_threshold
         value = f"{self.monitor} = {score:g}"
         if self.check_finite and not math.isfinite(score):
-            return f"{value} is not finite (the best was {self.best_score:g})"
+            return f"{value} is not finite (the best was {best:g})"
         if stop is not None and self._is_better(score, stop):
             return f"{value} is better than stopping_threshold={stop:g}"
         if diverged is not None and self._is_better(diverged, score):
             return f"{value} is worse than divergence_threshold={diverged:g}"
         return ""
 
-    def _reason_by_count(self) -> str:
-        if self.wait_count < max(self.patience, 1):
+    def _reason_by_count(self, best: float, count: int) -> str:
+        if count < max(self.patience, 1):
             return ""
         return (
             f"{self.monitor} was no better{f' by {self.min_delta:g}' if self.min_delta else ''} "
-            f"{self.wait_count} time{'s' if self.wait_count > 1 else ''} in a row than its best, "
-            f"{self.best_score:g}"
+            f"{count} time{'s' if count > 1 else ''} in a row than its best, {best:g}"
         )
 
 

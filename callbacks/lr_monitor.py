@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Dict, Optional
 
 from ofengine.callback import Callback
+from ofengine.checkpoint.checks import check_fits, record, whole
 from ofengine.errors import ConfigurationError
 from ofengine.rates.options import standing
 from ofengine.run.view import RunView
 from ofengine.task import TaskModule
+
+_STATE = record({"logged": whole()})
 
 
 class LearningRateMonitor(Callback):
@@ -51,11 +54,34 @@ class LearningRateMonitor(Callback):
                 )
         self.logging_interval = logging_interval or "step"
         self._options = [option for option, logs in both.items() if logs]
-        self._logged = 0
+        self._logged: Optional[int] = None
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> Dict[str, Any]:
+        """The optimizer steps that were done when rates were logged last."""
+        return {} if self._logged is None else {"logged": self._logged}
+
+    def check_state_dict(self, state: Dict[str, Any], task: TaskModule) -> None:
+        """Raise :class:`CheckpointError` where ``state`` is none of a LearningRateMonitor."""
+        check_fits(state, _STATE, "the state of LearningRateMonitor is wrong")
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Go on from ``state``: a step of before is logged where that was still to come."""
+        check_fits(state, _STATE, "the state of LearningRateMonitor is wrong")
+        self._logged = state["logged"]
+
+    # ------------------------------------------------------------------ the run
+
+    def setup(self, trainer: RunView, task: TaskModule, stage: str) -> None:
+        """Begin anew with each ``fit``."""
+        if stage == "fit":
+            self._logged = None
 
     def on_train_start(self, trainer: RunView, task: TaskModule) -> None:
-        """Only steps of this run are logged."""
-        self._logged = trainer.global_step
+        """Without a state, log only steps that are made from here on."""
+        if self._logged is None:
+            self._logged = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: RunView, task: TaskModule, outputs: Any, batch: Any, batch_idx: int

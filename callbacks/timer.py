@@ -31,7 +31,8 @@ class Timer(Callback):
         duration: seconds, or as ``Trainer(max_time=...)`` takes it: "DD:HH:MM:SS", a timedelta or a
             dict of its arguments; None only measures.
         interval: "step" looks after each batch whether the time is used up, "epoch" after each
-            epoch.
+            epoch. A resumed run looks before it goes on, too, unless that is within an epoch
+            of "epoch".
         verbose: log when it ends training.
 
     Raises:
@@ -61,7 +62,7 @@ class Timer(Callback):
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> Dict[str, Any]:
-        """The seconds of each stage, and whether it has ended training."""
+        """The seconds of each stage, and whether those of training were used up at a look."""
         return {**{stage: self.time_elapsed(stage) for stage in _STAGES}, "ended": self._ended}
 
     def check_state_dict(self, state: Dict[str, Any], task: TaskModule) -> None:
@@ -99,8 +100,9 @@ class Timer(Callback):
     def on_train_start(self, trainer: RunView, task: TaskModule) -> None:
         """Let the clock go. A resumed run that had ended here goes on where there is time again."""
         self._begin("train")
-        self._look(trainer)
-        if self._ended and not self.reason_to_stop():
+        if self.interval == "step" or not trainer.resumes_within_epoch:
+            self._look(trainer)
+        if self._ended and not self._is_used_up():
             self._ended = False
             trainer.should_stop = somebody_stops(trainer)
 
@@ -115,17 +117,21 @@ class Timer(Callback):
         self._look(trainer)
 
     def reason_to_stop(self) -> str:
-        """Why training ends; "" where there is time left."""
-        if self.duration is None or self.time_elapsed() < self.duration:
+        """Why this ends training; "" where it saw time left when it looked, or there is now."""
+        if not self._ended or not self._is_used_up():
             return ""
         return f"the {self.duration:g} s for training are used up"
 
+    def _is_used_up(self) -> bool:
+        return self.duration is not None and self.time_elapsed() >= self.duration
+
     def _look(self, trainer: RunView) -> None:
-        reason = self.reason_to_stop()
-        if reason and not trainer.should_stop:
-            trainer.should_stop = self._ended = True
-            if self.verbose:
-                log.info("Timer: %s: it ends here.", reason)
+        if not self._is_used_up():
+            return
+        self._ended = True
+        if not trainer.should_stop and self.verbose:
+            log.info("Timer: %s: it ends here.", self.reason_to_stop())
+        trainer.should_stop = True
 
     def on_train_end(self, trainer: RunView, task: TaskModule) -> None:
         """Stop the clock."""

@@ -18,7 +18,12 @@ from ofengine.checkpoint.file import Checkpoint
 from ofengine.checkpoint.kernels import tell_kernels
 from ofengine.checkpoint.owners import Matches, describe_owner, in_words, match
 from ofengine.checkpoint.schema import check_state, of_each
-from ofengine.checkpoint.seen import split_by_data, tell_of_readers, tell_of_what_is_missing
+from ofengine.checkpoint.seen import (
+    split_by_data,
+    tell_of_other_batches,
+    tell_of_readers,
+    tell_of_what_is_missing,
+)
 from ofengine.checkpoint.snapshot import MOMENTS, plain_options
 from ofengine.checkpoint.undo import Attributes, Undo
 from ofengine.checkpoint.weights import copy_weights
@@ -272,6 +277,10 @@ class Resumed:
             run.cut_short = None
             if entry.data is None and run.is_done() and not run.should_stop:
                 entry = None
+        elif run.cut_short is not None:  # nothing is to be done, and the epoch stays open
+            train.states_at_start = self.state["random_at_pass"]
+            self._check_order(train)
+            Entry(None, self.state).restore_step_state(run)
         seen, of_data = split_by_data(run, self.state.get("seen", {}))
         if entry is None or entry.data is None or not entry.data.done:  # else see _reached
             seen = {**seen, **of_data}
@@ -320,18 +329,15 @@ class Resumed:
         run.moments_resumed = None  # until here, generators stood somewhere on the way
         _, of_data = split_by_data(run, self.state.get("seen", {}))
         tell_of_what_is_missing(run, of_data, [], str(self.checkpoint.path), within_epoch=True)
-        kept, now = (
-            self.state.get("order"),
-            train.order.digest(self.state["loop"]["batches_done"] - 1),
-        )
-        if kept is not None and now is not None and kept != now:
-            warn(
-                f"{train.what} gives other batches in this epoch than before the run was stopped, "
-                "so that it does not go on exactly: the data is another, or its sampler counts "
-                "passes, or draws from a generator that is no attribute or that others draw from "
-                "between its batches. A sampler can keep where it stands in state_dict and "
-                "load_state_dict."
-            )
+        self._check_order(train)
+
+    def _check_order(self, train: Batches) -> None:
+        kept, last = self.state.get("order"), self.state["loop"]["batches_done"] - 1
+        now = train.order.digest(last)
+        if kept is not None and now is None:
+            train.order.known[last] = kept  # for the next checkpoint
+        elif kept not in (None, now):
+            tell_of_other_batches(train.what)
 
     def _watched(self, train: Batches, batches: Iterator[Any]) -> Iterator[Any]:
         """The first batch, of which a part was made before the run was stopped.

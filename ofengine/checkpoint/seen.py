@@ -132,6 +132,16 @@ def tell_of_readers(run: Run, where: str) -> None:
         )
 
 
+def tell_of_other_batches(what: str) -> None:
+    """Warn of data that comes in another order than before."""
+    warn(
+        f"{what} gives other batches in this epoch than before the run was stopped, so that it "
+        "does not go on exactly: the data is another, or its sampler counts passes, or draws from "
+        "a generator that is no attribute or that others draw from between its batches. A sampler "
+        "can keep where it stands in state_dict and load_state_dict."
+    )
+
+
 _WAY_OF_CALLBACKS = "state_dict of the callback, and take it back in load_state_dict"
 
 

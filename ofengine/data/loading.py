@@ -49,6 +49,8 @@ class Order:
         """Takes (index of the batch in the pass, what it is made of)."""
         self.parts: List[Order] = []
         """Of each loader, where several are gone through together."""
+        self.known: Dict[int, str] = {}
+        """Digests, by index, that were not taken from these batches: a checkpoint has them."""
 
     def samples(self, batch_idx: int) -> str:
         """Which samples the batch at this index is made of, as "samples 4, 5"; "" if not known."""
@@ -62,6 +64,8 @@ class Order:
 
     def digest(self, batch_idx: int) -> Optional[str]:
         """What tells the samples of the batch at this index of the pass; None where not known."""
+        if batch_idx in self.known:
+            return self.known[batch_idx]
         if self.parts:
             return "".join(each.digest(batch_idx) or "" for each in self.parts) or None
         indices = next((each for number, each in self._given if number == batch_idx), None)

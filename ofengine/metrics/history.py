@@ -33,7 +33,9 @@ class History(Sequence[Row]):
         """Put ``metrics`` into the newest row where it is of this step, and has none of them."""
         last = len(self._steps) - 1
         is_new = last < 0 or (self._epochs[last], self._steps[last]) != (epoch, step)
-        if is_new or any(self._rows[n][-1] == last for n in metrics if n in self._rows):
+        columns = [self._rows[name] for name in metrics if name in self._rows]
+        # All that a metric had may have been forgotten.
+        if is_new or any(rows and rows[-1] == last for rows in columns):
             self._epochs.append(epoch)
             self._steps.append(step)
             last += 1

@@ -270,6 +270,7 @@ class GraphMode:
     def load_gradients(self, gradients: Dict[str, Any]) -> None:
         """See :class:`~ofengine.run.mode.Mode`."""
         names = {id(p): name for name, p in self.task.named_parameters()}
+        self._run.parameters = self._run.parameters or trained_parameters(self._run)
         trained = enumerate(names.get(id(p), "") for p in self._run.parameters)
         self._gradients = {i: gradients[name] for i, name in trained if name in gradients}
 
@@ -324,7 +325,7 @@ class GraphMode:
             replaced = [name for name, each in own if tensors.get(id(each)) == "data"]
             if replaced:
                 self._let_go_of(replaced)
-            training = trained_parameters(self._run) if self._run.optimization else []
+            training = trained_parameters(self._run)
             if [*map(id, training)] != [*map(id, self._run.parameters)]:
                 gradients = self.gradients()
                 self._run.parameters = training

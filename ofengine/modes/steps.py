@@ -168,10 +168,12 @@ def clip_by_norm(parameters: Iterable[Any], max_norm: float, norm_type: float) -
 
 
 def trained_parameters(run: Run) -> List[Any]:
-    """The parameters of all groups that train now, in the groups' order."""
+    """The parameters of all groups that train now, in the groups' order; none before ``fit``."""
+    if run.optimization is None:
+        return []
     return [
         parameter
-        for group in run.made.optimizer.param_groups
+        for group in run.optimization.optimizer.param_groups
         for parameter in group.parameters
         if parameter.requires_grad
     ]

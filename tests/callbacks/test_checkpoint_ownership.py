@@ -145,6 +145,16 @@ def test_a_best_file_that_is_nowhere_is_told_and_a_worse_one_is_kept(tmp_path: P
     assert second.best_model_score == 3.0
 
 
+def test_files_that_are_gone_are_not_told_as_nan(tmp_path: Path) -> None:
+    first = ModelCheckpoint(tmp_path / "a", monitor="val", save_last=True)
+    fit(first, 2, [1.0, 2.0])
+    shutil.copy(tmp_path / "a" / "last.safetensors", tmp_path / "alone.safetensors")
+    shutil.rmtree(tmp_path / "a")
+    second = ModelCheckpoint(tmp_path / "b", monitor="val")
+    with pytest.warns(OFEngineWarning, match="val was NaN each time, or the files that were kept"):
+        fit(second, 2, [1.0, 2.0], tmp_path / "alone.safetensors")
+
+
 def test_the_checkpoint_s_own_name_counts_in_any_folder(tmp_path: Path) -> None:
     first = ModelCheckpoint(tmp_path / "a", monitor="val")
     fit(first, 1, [1.0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import oneflow as flow
@@ -11,7 +12,7 @@ import pytest
 from helpers import Resume, Scored, quiet_trainer
 
 from ofengine import Callback, CheckpointError, ConfigurationError, OFEngineWarning
-from ofengine.callbacks import EarlyStopping
+from ofengine.callbacks import EarlyStopping, ModelCheckpoint
 
 NAN, INF = float("nan"), float("inf")
 BATCHES = [flow.ones(3, 2)] * 2
@@ -215,6 +216,7 @@ def test_the_state_survives_the_round_trip() -> None:
         "validated": True,
         "waits_for_epoch_end": False,
         "missed": False,
+        "stopped_by": None,
     }
     fresh = EarlyStopping("val_loss")
     assert fresh.state_dict()["best_score"] == math.inf
@@ -277,6 +279,37 @@ def test_a_run_that_had_stopped_goes_on_where_it_may_now(
     assert early.stopped_epoch is None
     assert len(messages(caplog)) == 1
     assert f"stopped in epoch {len(scores) - 1}, training goes on" in messages(caplog)[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "worse"), [({"patience": 1}, 2.0), ({"divergence_threshold": 5.0}, 9.0)]
+)
+def test_a_stop_that_is_held_back_stays_one_when_the_metric_recovers(
+    mode: str, tmp_path: Path, arguments: Dict[str, Any], worse: float
+) -> None:
+    def run(path: Optional[Path] = None, **now: Any) -> Tuple[int, Optional[int]]:
+        early = EarlyStopping("val_loss", **{**arguments, **now})
+        saves = [] if path else [ModelCheckpoint(tmp_path, save_top_k=-1)]
+        trainer = quiet_trainer(
+            mode=mode, max_epochs=6, min_epochs=4, num_sanity_val_steps=0, callbacks=[early, *saves]
+        )
+        trainer.fit(Task([1.0, worse, 0.5, 0.25, 0.125, 0.0]), BATCHES, BATCHES, ckpt_path=path)
+        return trainer.global_step, early.stopped_epoch
+
+    whole, path = run(), tmp_path / "epoch=2-step=6.safetensors"
+    assert whole == (8, 1)
+    assert run(path) == whole
+    assert run(path, patience=9, divergence_threshold=99.0) == (12, None)
+
+
+def test_another_that_may_go_on_does_not_overrule_a_stop_that_is_held_back() -> None:
+    held, other = (EarlyStopping("val_loss", patience=1) for _ in range(2))
+    fit(held, [1, 2, 0.5], [other], min_epochs=3)
+    states = held.state_dict(), other.state_dict()
+    assert states[0]["stopped_by"] == [2.0, 1.0, 1]
+    early, patient = EarlyStopping("val_loss", patience=1), EarlyStopping("val_loss", patience=9)
+    also = [patient, Resume(early, states[0]), Resume(patient, states[1]), WasStopping()]
+    assert fit(early, [0.25], also).global_step == 0
 
 
 @pytest.mark.parametrize("patient_first", [True, False])

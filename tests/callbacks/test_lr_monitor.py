@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, Dict, List, Tuple
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import oneflow as flow
 import pytest
 from helpers import quiet_trainer
 from oneflow import nn
 
-from ofengine import Callback, ConfigurationError, TaskModule
+from ofengine import Callback, CheckpointError, ConfigurationError, TaskModule
 from ofengine.callbacks import LearningRateMonitor, LRDecayCallback
 from ofengine.loggers import Logger
 
@@ -131,6 +132,38 @@ def test_a_second_fit_logs_from_its_own_first_step_on() -> None:
     trainer.fit(TwoGroups(), batches(2))
     trainer.fit(TwoGroups(), batches(2))
     assert [step for step, _ in records.rates] == [2, 2]
+
+
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+def test_a_resumed_run_logs_what_the_whole_run_logs(
+    mode: str, interval: str, tmp_path: Path
+) -> None:
+    def logged(callbacks: List[Callback], path: Optional[Path] = None) -> List[Tuple[int, float]]:
+        trainer = quiet_trainer(
+            mode=mode, max_epochs=2, log_every_n_steps=3, accumulate_grad_batches=2,
+            callbacks=[LearningRateMonitor(interval), *callbacks],
+        )  # fmt: skip
+        trainer.fit(TwoGroups(), batches(6), ckpt_path=path)
+        return [(row["step"], row["lr/head"]) for row in trainer.history if "lr/head" in row]
+
+    class Saves(Callback):
+        fires_last = True
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.batches_seen in (6, 7):  # an epoch's last batch, and one within a window
+                trainer.save_checkpoint(tmp_path / f"{trainer.batches_seen}.safetensors")
+
+    whole = logged([Saves()])
+    assert [step for step, _ in whole] == [3, 6]
+    for seen in (6, 7):
+        assert logged([], tmp_path / f"{seen}.safetensors") == whole
+
+
+def test_a_state_that_is_none_of_its_own_is_refused() -> None:
+    with pytest.raises(
+        CheckpointError, match="state of LearningRateMonitor is wrong: logged is -1"
+    ):
+        LearningRateMonitor().load_state_dict({"logged": -1})
 
 
 @pytest.mark.parametrize("wrong", ["batch", "steps", 1, ""])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import numpy as np
 import oneflow as flow
@@ -11,7 +11,7 @@ import pytest
 from helpers import quiet_trainer, weights_of
 from oneflow import nn
 
-from ofengine import Callback, ConfigurationError, TaskModule
+from ofengine import Callback, CheckpointError, ConfigurationError, OFEngineWarning, TaskModule
 from ofengine.callbacks import ModelCheckpoint, StochasticWeightAveraging
 
 
@@ -116,6 +116,68 @@ def test_a_resumed_run_leaves_the_same_mean(mode: str, tmp_path: Path, epochs: i
     assert len(ends) == 5 - epochs
     resumed = weights_of(task)
     assert {name for name in whole if whole[name].tobytes() != resumed[name].tobytes()} == set()
+
+
+def resumed_with(
+    mode: str, folder: Path, before: Tuple[Any, int], now: Tuple[Any, int]
+) -> Tuple[StochasticWeightAveraging, Any]:
+    """Of (``swa_epoch_start``, epochs), the run of ``now`` that goes on from that of before."""
+    saves = ModelCheckpoint(folder)
+    fitted(mode, StochasticWeightAveraging(before[0]), before[1], callbacks=[saves])
+    averaging = StochasticWeightAveraging(now[0])
+    return averaging, fitted(mode, averaging, now[1], ckpt_path=saves.best_model_path)[0]
+
+
+def test_a_share_of_more_epochs_begins_anew_where_none_of_before_counts(
+    mode: str, tmp_path: Path
+) -> None:
+    whole = StochasticWeightAveraging(0.5)
+    expected = weights_of(fitted(mode, whole, 4)[0])
+    averaging, task = resumed_with(mode, tmp_path, (0.5, 2), (0.5, 4))
+    left = weights_of(task)
+    assert averaging.count == whole.count == 2
+    assert {name for name in left if left[name].tobytes() != expected[name].tobytes()} == set()
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "match"),
+    [
+        (
+            (0.5, 4),
+            (0.5, 6),
+            "each epoch from 2 on has counted.* each epoch from 3 on counts.*write",
+        ),
+        (
+            (2, 4),
+            (0, 5),
+            "from 2 on has counted.* from 0 on counts.*write swa_epoch_start=2, every",
+        ),
+        ((5, 6), (0.5, 7), "from 5 on has counted.* from 4 on counts"),
+    ],
+)
+def test_epochs_that_should_not_have_counted_or_should_have_are_told(
+    tmp_path: Path, before: Tuple[Any, int], now: Tuple[Any, int], match: str
+) -> None:
+    with pytest.warns(OFEngineWarning, match=match):
+        resumed_with("eager", tmp_path, before, now)
+
+
+def test_the_same_epochs_by_another_way_of_saying_so_are_not_told(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    averaging, _ = resumed_with("eager", tmp_path, (3, 4), (0.5, 5))
+    assert averaging.count == 2
+    assert not [each for each in recwarn if "has counted" in str(each.message)]
+
+
+def test_states_of_earlier_versions_do_not_say_which_epochs_counted() -> None:
+    averaging = StochasticWeightAveraging(2)
+    averaging.load_state_dict({"averaged": {}, "count": 0})
+    assert averaging.state_dict()["epochs"] == {"first": 0, "every": 1, "ended": 0}
+    for wrong in ({"first": -1, "every": 1, "ended": 0}, {"first": 0}, 3):
+        state: Dict[str, Any] = {"averaged": {}, "count": 0, "epochs": wrong}
+        with pytest.raises(CheckpointError, match="state of StochasticWeightAveraging is wrong"):
+            averaging.check_state_dict(state, Net())
 
 
 def test_validation_runs_with_the_mean_where_that_is_asked_for(mode: str) -> None:

@@ -86,6 +86,41 @@ def test_a_resumed_run_has_the_time_that_is_left(
     assert timer.time_elapsed() == 5.0
 
 
+@pytest.mark.parametrize(("interval", "steps"), [("epoch", 4), ("step", 3)])
+def test_a_resumed_run_ends_by_epochs_at_the_end_of_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, interval: str, steps: int
+) -> None:
+    def run(path: Optional[Path] = None) -> int:
+        saves = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1)
+        callbacks = [Clock(monkeypatch), Timer(3, interval), *([] if path else [saves])]
+        trainer = quiet_trainer(max_epochs=2, callbacks=callbacks)
+        trainer.fit(Task(), batches(4), ckpt_path=path)
+        return trainer.global_step
+
+    assert run() == steps
+    for step in range(1, steps + 1):
+        assert run(tmp_path / f"epoch=0-step={step}.safetensors") == steps
+
+
+def test_time_that_no_look_has_seen_used_up_ends_nothing_yet(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def run(threshold: Optional[float], path: Optional[Path] = None) -> int:
+        early = EarlyStopping("seen", stopping_threshold=threshold)
+        saves = ModelCheckpoint(tmp_path, monitor="seen")
+        callbacks = [early, Timer(3, "epoch"), *([] if path else [saves])]
+        trainer = quiet_trainer(
+            max_epochs=2, val_check_interval=2, num_sanity_val_steps=0,
+            callbacks=[Clock(monkeypatch), *callbacks],
+        )  # fmt: skip
+        trainer.fit(Task(), batches(4), batches(1), ckpt_path=path)
+        return trainer.global_step
+
+    assert run(float("inf")) == 2
+    # After 2 + 2 seconds EarlyStopping's reason is gone, and an epoch's end is not there yet.
+    assert run(None, tmp_path / "epoch=0-step=2.safetensors") == 4
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

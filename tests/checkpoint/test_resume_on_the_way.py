@@ -14,6 +14,8 @@ from oneflow.utils.data import DataLoader, Dataset, IterableDataset
 
 from ofengine import Callback, TaskModule, Trainer
 from ofengine.callbacks import ModelCheckpoint
+from ofengine.checkpoint import read
+from ofengine.checkpoint.snapshot import MOMENTS
 
 BATCHES, STOPPED_AFTER = 6, 4
 
@@ -198,3 +200,68 @@ def test_half_a_batch_is_told_where_making_one_draws(
     assert run().global_step == 6
     told = [str(each.message) for each in recwarn if "was being made" in str(each.message)]
     assert len(told) == draws
+
+
+# ---------------------------------------------------------------------- nothing to do
+
+
+class Rows(Dataset):
+    def __len__(self) -> int:
+        return BATCHES
+
+    def __getitem__(self, index: int) -> Any:
+        return np.full(2, index + 1, dtype="float32")
+
+
+class Dropped(Noise):
+    """A weighted loss of dropout, whose masks are drawn on the way."""
+
+    def training_step(self, batch: Any) -> Any:
+        loss = nn.functional.dropout(self.scale * batch, 0.5).square().mean()
+        return {"loss": loss, "weight": batch.sum()}
+
+
+class StopsWithin(Callback):
+    """Ends the run in an open window of its second epoch, or lets it go on; saves at its end."""
+
+    fires_last = True
+
+    def __init__(self, stops: bool, path: Path) -> None:
+        self.stops, self.path = stops, path
+
+    def on_train_start(self, trainer: Any, task: Any) -> None:
+        trainer.should_stop = trainer.should_stop and self.stops
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.batches_seen == BATCHES + 2:
+            trainer.should_stop = self.stops
+
+    def on_train_end(self, trainer: Any, task: Any) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("at_end", [True, False])
+def test_sittings_with_nothing_to_do_lose_nothing(mode: str, at_end: bool, tmp_path: Path) -> None:
+    def sitting(number: int, stops: bool, path: Optional[Path] = None) -> Path:
+        files = tmp_path / f"{number}-end.safetensors", tmp_path / f"{number}-after.safetensors"
+        trainer = quiet_trainer(
+            mode=mode, max_epochs=2, seed=7, accumulate_grad_batches=4,
+            callbacks=StopsWithin(stops, files[0]),
+        )  # fmt: skip
+        trainer.fit(Dropped(), DataLoader(Rows(), batch_size=1, shuffle=True), ckpt_path=path)
+        trainer.save_checkpoint(files[1])
+        return files[0 if at_end else 1]
+
+    whole = read(sitting(0, stops=False)).weights["scale"].tobytes()
+    cut = sitting(0, stops=True)
+    again = sitting(2, True, sitting(1, True, cut))
+    first, last = read(cut).state, read(again).state
+    assert first is not None
+    assert last is not None
+    assert first["random_at_pass"]
+    assert first["gradients"]
+    assert first["weights"]["batches"] == 2
+    for part in MOMENTS:
+        np.testing.assert_equal(last[part], first[part], part)
+    for number, path in ((3, cut), (4, again)):
+        assert read(sitting(number, False, path)).weights["scale"].tobytes() == whole

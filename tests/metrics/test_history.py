@@ -61,6 +61,21 @@ def test_of_many_rows_the_newest_are_kept(monkeypatch: pytest.MonkeyPatch) -> No
     ]
 
 
+def test_a_metric_whose_values_are_all_forgotten_comes_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_MOST", 20)
+    history, again = History(), History()
+    history.add({"val": 1.0}, 0, 0)
+    for step in range(1, 23):
+        history.add({"loss": float(step)}, step, 0)
+    assert np.isnan(history["val"]).all()
+    again.load(history.state())
+    for each in (history, again):
+        each.add({"val": 2.0}, 22, 0)  # shares a row with that step's loss
+        assert each[-1] == {"epoch": 0, "step": 22, "loss": 22.0, "val": 2.0}
+
+
 def test_a_state_gives_the_same_history() -> None:
     history, again = some(), History()
     state = history.state()
