@@ -135,6 +135,8 @@ class EagerMode:
                 for call in self._before_zero_grad:
                     call(optimizer)
                 optimizer.zero_grad(set_to_none=True)
+            if batch is ABSENT:  # no hook of a batch writes the next step's rates
+                self._run.rates.write(self._run.progress.global_step + 1)
         return rest
 
     def _weighed(self, loss: Any, weight: Any) -> Any:

@@ -360,7 +360,11 @@ def test_the_command_line_says_what_is_wrong(tmp_path: Path, capsys: Any) -> Non
 @pytest.mark.parametrize("cheats", [False, True])
 def test_the_command_line_starts_ranks(cheats: bool, tmp_path: Path) -> None:
     file = tmp_path / "task.py"
-    file.write_text(SCRIPT.replace("loss.is_lazy", "self.trainer.world_size > 1"))
+    script = SCRIPT.replace("loss.is_lazy", "self.trainer.world_size > 1")
+    optimizer = "flow.optim.SGD(self.param_groups(), lr=0.01)"
+    scheduled = "[o], [{'scheduler': lambda step: 0.5**step, 'interval': 'step'}]"
+    assert optimizer in script  # rates that move: of a resumed round a rank may have no batch
+    file.write_text(script.replace(f"return {optimizer}", f"o = {optimizer}; return {scheduled}"))
     command = [sys.executable, "-m", "ofengine", "prove", f"{file}:Task", "--steps", "4"]
     paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     ended = subprocess.run(
