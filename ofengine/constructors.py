@@ -12,7 +12,7 @@ from types import FunctionType
 from typing import Any, Dict, FrozenSet, Type, TypeVar
 
 from ofengine.errors import UnknownArgumentError, quoted
-from ofengine.lightning_arguments import CLASS_ARGUMENTS
+from ofengine.lightning_classes import CLASS_ARGUMENTS
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "ofengine"
 
 ROOMS: List[List[str]] = [
     ["ofengine"],  # the package itself: only names, looked up when they are first used
-    ["errors", "foreign_names", "tables", "lines", "disk", "lightning_arguments", "constructors"],
+    ["errors", "foreign_names", "tables", "lines", "disk", "lightning_classes", "constructors"],
     ["_oneflow"],
     ["speedups"],
     ["launch.environment", "launch.slot", "launch.heartbeat"],

@@ -23,7 +23,7 @@ MODULES = {
 }
 """The modules whose names are public, and where each says which they are."""
 SINGLE = {
-    "ofengine.errors": ["UnknownArgumentError", "UnknownAttributeError"],
+    "ofengine.errors": ["UnknownArgumentError", "UnknownAttributeError", "UnknownNameError"],
     "ofengine.onnx_model": ["write_onnx"],
     "ofengine.run.progress": ["Progress", "Point"],
     "ofengine.run.settings": ["Settings"],
@@ -102,7 +102,8 @@ def _module(path: str) -> Any:
 def _lightning_names() -> str:
     """A table of each kind of Lightning's names, with what the error says to write instead."""
     lightning = _module("ofengine/run/lightning.py")
-    of_classes = _module("ofengine/lightning_arguments.py").CLASS_ARGUMENTS
+    classes = _module("ofengine/lightning_classes.py")
+    of_classes = classes.CLASS_ARGUMENTS
     parts = [_OF_LIGHTNING]
     for title, table in (
         ("Arguments of the Trainer and its verbs", lightning.TRAINER_ARGUMENTS),
@@ -111,6 +112,8 @@ def _lightning_names() -> str:
         ("Hooks and methods to override", lightning.HOOKS),
         ("Arguments of log", lightning.LOG_ARGUMENTS),
         ("Arguments of training_step", lightning.STEP_ARGUMENTS),
+        ("Arguments of the Trainer that something else takes", lightning.ARGUMENTS_ELSEWHERE),
+        ("Classes", classes.EXPORTS),
         *((f"Arguments of {name}", table) for name, table in sorted(of_classes.items())),
     ):
         rows = "\n".join(

@@ -89,7 +89,7 @@ def test_no_other_way_to_tell_a_message_is_in_the_code() -> None:
         "what was trained since the last checkpoint could not be saved: ‹error›",
         "‹text› is below 1",
         "No restart is left of ‹restarts›. Giving up.",
-        "ofengine ‹verb› needs jsonargparse",
+        "ofengine ‹what› needs jsonargparse",
     ],
 )
 def test_a_message_of_each_kind_is_on_the_page(text: str) -> None:

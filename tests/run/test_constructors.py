@@ -26,7 +26,7 @@ from ofengine.callbacks import (
     Throughput,
 )
 from ofengine.errors import UnknownArgumentError
-from ofengine.lightning_arguments import CLASS_ARGUMENTS
+from ofengine.lightning_classes import CLASS_ARGUMENTS
 from ofengine.loggers import CSVLogger, JSONLinesLogger, TensorBoardLogger
 from ofengine.metrics import Accuracy, Metric
 

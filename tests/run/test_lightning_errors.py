@@ -21,7 +21,7 @@ from ofengine import (
     TaskModule,
     Trainer,
 )
-from ofengine.foreign_names import EXPORTS
+from ofengine.lightning_classes import EXPORTS
 
 
 class Line(TaskModule):

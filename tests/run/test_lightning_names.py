@@ -11,8 +11,7 @@ import pytest
 import ofengine.callbacks
 from ofengine import Callback, TaskModule, Trainer
 from ofengine.data_module import DATA_MODULE_ATTRIBUTES, DATA_MODULE_HOOKS
-from ofengine.foreign_names import EXPORTS
-from ofengine.lightning_arguments import CLASS_ARGUMENTS
+from ofengine.lightning_classes import CLASS_ARGUMENTS, EXPORTS
 from ofengine.loggers import CSVLogger
 from ofengine.run.lightning import (
     ARGUMENTS_ELSEWHERE,
