@@ -240,6 +240,7 @@ def _moments(run: Run, copies: Mapping[int, Any]) -> State:
             "half_made": point is Point.READY
             and run.interrupts.ended_waiting
             and not getattr(source, "num_workers", 0),
+            "untold": _untold(run),
             "epoch_length": run.epoch_length,
             "frozen": [n for n, p in task.named_parameters() if not p.requires_grad],
             "in_eval_mode": [n for n, m in task.named_modules() if not m.training]
@@ -259,6 +260,12 @@ def _moments(run: Run, copies: Mapping[int, Any]) -> State:
         "optimizers": states_of_others(run),
         "seen": changed_since_start(run, left_out),
     }
+
+
+def _untold(run: Run) -> List[int]:
+    """Who is to be told yet of this moment: places among the callbacks, -1 for the task."""
+    places = {id(each): place for place, each in enumerate(run.callbacks)}
+    return [places.get(id(e), -1) for e in run.telling.left_for_later(run.progress.point)]
 
 
 def _arrays(tensors: Dict[str, Any]) -> Dict[str, np.ndarray]:

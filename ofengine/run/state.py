@@ -26,6 +26,7 @@ from ofengine.run.orders import Orders
 from ofengine.run.profile import Profile
 from ofengine.run.progress import Point, Progress
 from ofengine.run.settings import Settings
+from ofengine.run.telling import Telling
 from ofengine.run.weighing import Weighing
 from ofengine.shared_metrics import SharedMetrics
 
@@ -53,6 +54,8 @@ class Run:
     """Where the time goes, where that is asked for."""
     weighing: Weighing = attrs.Factory(Weighing)
     """What the batches of the open accumulation window weigh; the mode's to change."""
+    telling: Telling = attrs.Factory(Telling)
+    """Whom the hook that is being fired was told to."""
     place: Place = attrs.Factory(Place)
     """Where it is, for whoever speaks after a crash."""
     orders: Orders = attrs.Factory(Orders)

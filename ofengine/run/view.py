@@ -147,6 +147,7 @@ class RunView(ToldView):
             and run.train is not None
             and run.progress.batches_seen > 0
             and run.progress.point is not Point.STEP
+            and not run.telling.is_lost(run.progress.point)
             and not run.interrupts.hurried
             and run.moments_resumed is None
             and (run.ranks is None or not run.ranks.over)
