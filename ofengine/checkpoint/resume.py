@@ -282,6 +282,11 @@ class Resumed:
         tell_of_what_is_missing(run, seen, lost, path, within_epoch=entry is not None)
         return entry
 
+    def stay_within(self, run: Run, train: Batches) -> None:
+        """Keep what an epoch that was cut short needs, for a run that goes on within it later."""
+        train.states_at_start = self.state["random_at_pass"]
+        Entry(None, self.state).restore_step_state(run)
+
     def _other_states(self, run: Run) -> State:
         """What other optimizers kept that fits those of now, which hooks may have made anew."""
         kept, others, fitting = self.state.get("optimizers", {}), other_optimizers(run), {}

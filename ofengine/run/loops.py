@@ -63,6 +63,9 @@ def fit_loop(
     if resumed is not None:
         train.set_epoch(resumed.state["loop"]["epoch"])  # it may draw, before generators are set
         entry = resumed.enter(run, train)
+        if entry is None and run.cut_short is not None:
+            course.refresh_parameters(run)
+            resumed.stay_within(run, train)
         if progress.point in (Point.EPOCH_START, Point.EPOCH_END):
             hooks.catch_up()
         if progress.point is Point.EPOCH_END:
