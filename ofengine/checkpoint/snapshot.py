@@ -242,7 +242,7 @@ def _moments(run: Run, copies: Mapping[int, Any]) -> State:
             and not getattr(source, "num_workers", 0),
             "untold": _untold(run),
             "epoch_length": run.epoch_length,
-            "frozen": [n for n, p in task.named_parameters() if not p.requires_grad],
+            "frozen": run.frozen if point is Point.OVER else frozen_in(task),
             "in_eval_mode": [n for n, m in task.named_modules() if not m.training]
             if point not in (Point.VALIDATING, Point.VALIDATED, Point.OVER)
             else run.layers_in_eval_mode,
@@ -260,6 +260,11 @@ def _moments(run: Run, copies: Mapping[int, Any]) -> State:
         "optimizers": states_of_others(run),
         "seen": changed_since_start(run, left_out),
     }
+
+
+def frozen_in(task: TaskModule) -> List[str]:
+    """The parameters that do not train, by name."""
+    return [name for name, each in task.named_parameters() if not each.requires_grad]
 
 
 def _untold(run: Run) -> List[int]:

@@ -85,7 +85,7 @@ def fit_loop(
         losses.epoch_ended()
         _end_epoch(run)
     progress.point = Point.OVER
-    course.note_layers_in_eval_mode(run)
+    course.note_end(run)
     hooks.fire("on_train_end")
     report.log_epoch(run)  # what that hook logged
     losses.training_ended()

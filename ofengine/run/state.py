@@ -128,6 +128,8 @@ class Run:
     states_before_validation: Optional[State] = None
     layers_in_eval_mode: List[str] = attrs.Factory(list)
     """Of training, while validation or the user has others in eval mode."""
+    frozen: List[str] = attrs.Factory(list)
+    """The parameters that did not train when training ended; callbacks may let them train."""
     data_states_after_fit: State = attrs.Factory(
         lambda: {"now": {}, "validation": [], "at_pass": None, "at_validation": []}
     )
