@@ -74,6 +74,9 @@ def restore(trainer: RunView, task: TaskModule, path: str) -> None:
         warn(f"the best weights, in {path}, are not loaded: {broken}.")
         return
     check_weights(task, weights, path)
+    trainer.settle()
+    own = {**dict(task.named_buffers()), **dict(task.named_parameters())}
+    trainer.set_weights_aside({n: each.detach().clone() for n, each in own.items()}, for_good=True)
     copy_weights(task, weights)
     log.info("the best weights are back, from %s.", path)
 

@@ -72,7 +72,8 @@ def _copies(run: Run) -> Dict[int, Any]:
     if run.progress.point is Point.VALIDATING and before is not None:
         copies.update((id(tensor), copy) for tensor, copy in before["tensors"])
     own = {**dict(run.task.named_buffers()), **dict(run.task.named_parameters())}
-    copies.update((id(own[n]), kept) for n, kept in run.weights_aside.items() if n in own)
+    aside = {**run.weights_aside, **run.weights_left}
+    copies.update((id(own[n]), kept) for n, kept in aside.items() if n in own)
     return copies
 
 

@@ -121,6 +121,8 @@ class Run:
     """What of the task was finite when its training began, and is to stay so."""
     weights_aside: State = attrs.Factory(dict)
     """Training's weights, by name, while a callback has others in the task."""
+    weights_left: State = attrs.Factory(dict)
+    """Those that training ended with, where a callback has left others in the task."""
 
     # For the checkpoint.
     cut_short: Optional[State] = None
