@@ -74,6 +74,9 @@ def restore(trainer: RunView, task: TaskModule, path: str) -> None:
         warn(f"the best weights, in {path}, are not loaded: {broken}.")
         return
     check_weights(task, weights, path)
+    trainer.settle()
+    own = {**dict(task.named_buffers()), **dict(task.named_parameters())}
+    trainer.set_weights_aside({n: each.detach().clone() for n, each in own.items()}, for_good=True)
     copy_weights(task, weights)
     log.info("the best weights are back, from %s.", path)
 
@@ -100,10 +103,19 @@ def warn_of_refusal(trainer: RunView, broken: str, kept: List[str]) -> None:
     )
 
 
-def tell_of_last(trainer: RunView, path: str, is_saved: bool, kept: List[str]) -> None:
-    """Say where a run that ends before its time goes on; ``kept`` are its files."""
+def tell_of_last(trainer: RunView, path: str, is_saved: Optional[bool], kept: List[str]) -> None:
+    """Say where a run that ends before its time goes on; ``kept`` are its files.
+
+    ``is_saved`` is None where the moment at hand is not one that can be saved.
+    """
+    stays = f"{kept[-1] if kept else 'no file'} stays"
+    at = f"epoch {trainer.current_epoch}, step {trainer.global_step}"
     if is_saved:
-        text = f"saved {path} (epoch {trainer.current_epoch}, step {trainer.global_step})"
+        text = f"saved {path} ({at})"
+    elif is_saved is not None:
+        text = f"saved nothing of what is not finite; {stays}"
+    elif trainer.batches_seen and not trainer.resumes_within_epoch:
+        text = f"saved nothing of {at}, of which something was not done; {stays}"
     else:
-        text = f"saved nothing of what is not finite; {kept[-1] if kept else 'no file'} stays"
+        return  # nothing was trained, or nothing since the file that the run goes on from
     log.info('%s: fit(..., ckpt_path="last") goes on from there.', text)

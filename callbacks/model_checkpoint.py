@@ -292,10 +292,10 @@ class ModelCheckpoint(Callback):
         """Save where training has come to, if that is a moment that can be saved."""
         first = next(each for each in trainer.callbacks if isinstance(each, ModelCheckpoint))
         unsafe = isinstance(exception, (NonFiniteError, CheckpointError))
-        if first is not self or not self.save_on_exception or unsafe or not trainer.can_save:
+        if first is not self or not self.save_on_exception or unsafe:
             return
         try:
-            is_saved = self._save_last(trainer)
+            is_saved = self._save_last(trainer) if trainer.can_save else None
             self._finish()
         except OFEngineError as error:
             log.error("what was trained since the last checkpoint could not be saved: %s", error)

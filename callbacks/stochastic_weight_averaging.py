@@ -23,10 +23,11 @@ class StochasticWeightAveraging(WeightAveraging):
 
     At the end of epoch ``swa_epoch_start`` and of each ``every_n_epochs``-th after it the task's
     parameters, frozen ones too, go into the mean, each with the same weight. When training ends the
-    mean is written into the task. Every checkpoint holds the training weights, with which a resumed
-    run goes on; the mean is in its state. Where a resumed run is of more epochs, so that a share of
-    them begins later, a mean of earlier epochs alone is begun anew; one of both is kept, with a
-    warning.
+    mean is written into the task. Every checkpoint, one that is saved after ``fit`` too, holds the
+    training weights, with which a resumed run goes on; the mean is in its state, and
+    ``ofengine.checkpoint.save_weights(task, path)`` writes it to a file. Where a resumed run is of
+    more epochs, so that a share of them begins later, a mean of earlier epochs alone is begun anew;
+    one of both is kept, with a warning.
 
     The rates stay those of the task's own schedule: for a high constant rate while weights are
     averaged, declare it in ``configure_optimizers``.
@@ -168,14 +169,9 @@ class StochasticWeightAveraging(WeightAveraging):
     def on_train_end(self, trainer: RunView, task: TaskModule) -> None:
         """Write the mean into the task; checkpoints keep the weights of training."""
         if self.count:
-            trainer.set_weights_aside(self._clones(task))
+            trainer.set_weights_aside(self._clones(task), for_good=True)
             self.copy_to(task)
         super().on_train_end(trainer, task)
-
-    def teardown(self, trainer: RunView, task: TaskModule, stage: str) -> None:
-        """Let go of the weights of training."""
-        super().teardown(trainer, task, stage)
-        trainer.set_weights_aside({})
 
 
 def _without_epochs(state: Dict[str, Any]) -> Dict[str, Any]:

@@ -206,7 +206,7 @@ class Trainer(KnowsCallbacks):
         data = connect.take_datamodule(
             run, self, "fit", datamodule, train_dataloaders, val_dataloaders
         )
-        self._attach(task)
+        connect.attach(self._run, self, task)
         add_task_callbacks(run.callbacks, task)
         connect.check_step(task, "train")
         add_rate_callback(run.callbacks, self.mode)
@@ -324,6 +324,12 @@ class Trainer(KnowsCallbacks):
         broken = None if state is None else self.not_finite(content)
         if broken is not None:
             warn(f"save_checkpoint({str(path)!r}) saves it, though {broken}.")
+        if state is not None and self._run.weights_left:
+            warn(
+                f"save_checkpoint({str(path)!r}) saves the weights that training ended with, and "
+                "not those that a callback has left in the task: write these by "
+                "ofengine.checkpoint.save_weights(task, path)."
+            )
         return write(path, weights, state, metadata)
 
     def checkpoint_content(self) -> Content:
@@ -346,7 +352,7 @@ class Trainer(KnowsCallbacks):
         refuse_arguments(verb, unknown, arguments_of(getattr(self, verb)))
         starting.start_missing_ranks(self.settings)
         data = connect.take_datamodule(self._run, self, verb, datamodule, dataloaders)
-        self._attach(task)
+        connect.attach(self._run, self, task)
         add_task_callbacks(self._run.callbacks, task)
         connect.check_step(task, stage)
         together.begin(self._run, verb)
@@ -366,13 +372,6 @@ class Trainer(KnowsCallbacks):
             return evaluation_loop(self._run, hooks, mode, stage, loaders, keeps=keeps)
 
         return carry_out(self, self._run, verb, body)
-
-    def _attach(self, task: Any) -> None:
-        connect.check_task(task)
-        self._run.task = task
-        task._trainer = self
-        self._run.metrics.attach(task, self.callbacks)
-        self._run.metrics.forget()
 
     @contextlib.contextmanager
     def _imagining(self, task: TaskModule, batches: Optional[int]) -> Iterator[Any]:

@@ -26,7 +26,10 @@ ROOMS: List[List[str]] = [
         *("run.arguments", "run.devices", "run.lightning", "run.precision", "run.windows"),
         "run.settings",
     ],
-    ["run.profile", "run.progress", "run.finite", "run.weighing", "run.orders"],
+    [
+        *("run.profile", "run.progress", "run.telling"),
+        *("run.finite", "run.weighing", "run.orders"),
+    ],
     ["data"],
     ["rates"],
     ["tracing"],

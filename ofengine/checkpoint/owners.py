@@ -17,6 +17,11 @@ class Matches(NamedTuple):
     lost: List[int]
     """The states that belong to nobody."""
 
+    def at(self, places: Sequence[int], own: Sequence[Any], task: Any) -> List[Any]:
+        """Those of ``own`` that the file has at ``places``, and the task for -1."""
+        found = [each for each, index in zip(own, self.of_own) if index in places]
+        return [*found, task] if -1 in places else found
+
 
 def describe_owner(owner: Any) -> Dict[str, Any]:
     """What tells ``owner`` from others: its class, its ``state_key``, its plain arguments."""

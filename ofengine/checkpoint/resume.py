@@ -259,6 +259,7 @@ class Resumed:
             each.hold(states)
         self._set_states(run, train, random, tells=True)
         self._restore_layers(run)
+        run.telling.owed = self._owners.at(loop.get("untold", []), run.callbacks, run.task)
         tensors = self.state.get("tensors", {})
         lost = put_tensors(run.task, tensors, run.settings.device)  # on_train_start may make some
         put_others(other_optimizers(run), self._other_states(run), run.settings.device)

@@ -109,7 +109,7 @@ _LOOP = record(
         "frozen": listed(text),
         "in_eval_mode": listed(text),
     },
-    {"half_made": flag},
+    {"half_made": flag, "untold": listed(whole(-1))},
 )
 GENERATORS = by_name(by_name(anything))
 """The states of generators by their place; each is compared with the generator at that place."""
@@ -245,6 +245,9 @@ def _of_a_run(state: Any, place: str) -> None:
     _check_windows(state["run"], max(0, loop["epoch"]))
     if "logger_keys" in state and len(state["logger_keys"]) != len(state["loggers"]):
         raise misfit("logger_keys", state["logger_keys"], "one for each of loggers")
+    for index in loop.get("untold", []):
+        if index >= len(state["callbacks"]):
+            raise misfit("loop/untold", index, "the place of one of callbacks")
     if "callbacks" in state["random"]:
         listed(anything, len(state["callbacks"]))(state["random"]["callbacks"], "random/callbacks")
     for name, each in of_each(state).items():

@@ -72,7 +72,8 @@ def _copies(run: Run) -> Dict[int, Any]:
     if run.progress.point is Point.VALIDATING and before is not None:
         copies.update((id(tensor), copy) for tensor, copy in before["tensors"])
     own = {**dict(run.task.named_buffers()), **dict(run.task.named_parameters())}
-    copies.update((id(own[n]), kept) for n, kept in run.weights_aside.items() if n in own)
+    aside = {**run.weights_aside, **run.weights_left}
+    copies.update((id(own[n]), kept) for n, kept in aside.items() if n in own)
     return copies
 
 
@@ -240,8 +241,9 @@ def _moments(run: Run, copies: Mapping[int, Any]) -> State:
             "half_made": point is Point.READY
             and run.interrupts.ended_waiting
             and not getattr(source, "num_workers", 0),
+            "untold": _untold(run),
             "epoch_length": run.epoch_length,
-            "frozen": [n for n, p in task.named_parameters() if not p.requires_grad],
+            "frozen": run.frozen if point is Point.OVER else frozen_in(task),
             "in_eval_mode": [n for n, m in task.named_modules() if not m.training]
             if point not in (Point.VALIDATING, Point.VALIDATED, Point.OVER)
             else run.layers_in_eval_mode,
@@ -259,6 +261,17 @@ def _moments(run: Run, copies: Mapping[int, Any]) -> State:
         "optimizers": states_of_others(run),
         "seen": changed_since_start(run, left_out),
     }
+
+
+def frozen_in(task: TaskModule) -> List[str]:
+    """The parameters that do not train, by name."""
+    return [name for name, each in task.named_parameters() if not each.requires_grad]
+
+
+def _untold(run: Run) -> List[int]:
+    """Who is to be told yet of this moment: places among the callbacks, -1 for the task."""
+    places = {id(each): place for place, each in enumerate(run.callbacks)}
+    return [places.get(id(e), -1) for e in run.telling.left_for_later(run.progress.point)]
 
 
 def _arrays(tensors: Dict[str, Any]) -> Dict[str, np.ndarray]:

@@ -23,6 +23,7 @@ from ofengine.run.precision import FULL
 from ofengine.run.profiling import watch_data
 from ofengine.run.settings import LIMIT_OF_STAGE, Settings
 from ofengine.run.state import Run
+from ofengine.run.view import RunView
 from ofengine.run.windows import Windows
 from ofengine.task import TaskModule
 
@@ -57,6 +58,16 @@ def check_graph_mode(run: Run) -> None:
             f"{type(task).__name__}.build_graph(): leave build_graph() as it is, or leave "
             "precision out and call config.enable_amp() and set_grad_scaler() in its __init__."
         )
+
+
+def attach(run: Run, trainer: RunView, task: Any) -> None:
+    """Let ``task`` be that of ``run``, which ``trainer`` shows to it."""
+    check_task(task)
+    if task is not run.task:
+        run.weights_left = {}
+    run.task, task._trainer = task, trainer
+    run.metrics.attach(task, run.callbacks)
+    run.metrics.forget()
 
 
 def check_task(task: Any) -> None:

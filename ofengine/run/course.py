@@ -11,7 +11,7 @@ from oneflow import nn
 from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 
 from ofengine._oneflow.session import synchronize
-from ofengine.checkpoint.snapshot import before_validation
+from ofengine.checkpoint.snapshot import before_validation, frozen_in
 from ofengine.data.batches import Batches
 from ofengine.data.generators import states_in
 from ofengine.data.seeding import BatchSeeds, seed_epoch
@@ -245,6 +245,12 @@ def batch_seeds(run: Run, train: Batches) -> Optional[BatchSeeds]:
 def note_layers_in_eval_mode(run: Run) -> None:
     """Note which layers training has in eval mode: validation, or the user, will change it."""
     run.layers_in_eval_mode = [n for n, m in run.task.named_modules() if not m.training]
+
+
+def note_end(run: Run) -> None:
+    """Note which parameters and layers train, for what is saved when that was changed again."""
+    run.frozen = frozen_in(run.task)
+    note_layers_in_eval_mode(run)
 
 
 def begin_validation(run: Run, validation: List[Batches]) -> None:

@@ -14,6 +14,7 @@ from ofengine.loggers.base import Logger
 from ofengine.run.arguments import check_takes
 from ofengine.run.lightning import HOOKS as HOOKS_OF_LIGHTNING, TASK_ATTRIBUTES
 from ofengine.run.profile import Profile
+from ofengine.run.telling import HOOK_AT, Telling
 from ofengine.run.view import RunView
 from ofengine.task import TaskModule
 
@@ -28,8 +29,14 @@ def only_looks(call: Callable[..., Any]) -> bool:
 class HookRunner:
     """For every hook the bound functions that override it: a hook of nobody costs nothing."""
 
-    def __init__(self, trainer: RunView, task: TaskModule, callbacks: Sequence[Callback]) -> None:
-        self._trainer, self._task = trainer, task
+    def __init__(
+        self,
+        trainer: RunView,
+        task: TaskModule,
+        callbacks: Sequence[Callback],
+        telling: Telling,
+    ) -> None:
+        self._trainer, self._task, self._telling = trainer, task, telling
         self._first = [callback for callback in callbacks if not callback.fires_last]
         self._last = [callback for callback in callbacks if callback.fires_last]
         self.profile: Optional[Profile] = None
@@ -39,25 +46,49 @@ class HookRunner:
     def look_again(self, *hooks: str) -> None:
         """Find the overrides of ``hooks`` anew: what was idle may have something to do now."""
         for hook in hooks:
-            own = [getattr(self._task, hook)] if overrides(self._task, hook, TaskModule) else []
+            own = [self._task] if overrides(self._task, hook, TaskModule) else []
             before, after = (
                 [
-                    partial(getattr(callback, hook), self._trainer, self._task)
+                    callback
                     for callback in group
                     if overrides(callback, hook, Callback) and hook not in callback.idle_hooks
                 ]
                 for group in (self._first, self._last)
             )
-            self.calls[hook] = [*before, *own, *after]
+            owners = self._telling.owners[hook] = [*before, *own, *after]
+            self.calls[hook] = [self._call_of(each, hook) for each in owners]
             if self.profile is not None:
                 self.calls[hook] = [_timed(self.profile, hook, c) for c in self.calls[hook]]
             if hook in _OF_UPDATES:
                 self.calls[hook] = list(map(self._trainer.metrics.around_update, self.calls[hook]))
 
+    def _call_of(self, owner: Any, hook: str) -> Callable[..., Any]:
+        method: Callable[..., Any] = getattr(owner, hook)
+        return method if owner is self._task else partial(method, self._trainer, self._task)
+
     def fire(self, hook: str, *args: Any) -> None:
         """Call every override of ``hook``, in order."""
-        for call in self.calls[hook]:
+        self._telling.left = iter(self.calls[hook])
+        for call in self._telling.left:
             call(*args)
+
+    def catch_up(self) -> None:
+        """Tell those who had not been told of this moment when it was saved, in order."""
+        telling, progress = self._telling, self._trainer.progress
+        owed, telling.owed = telling.owed, []
+        hook = HOOK_AT.get(progress.point)
+        if hook is None or not owed:
+            return
+        ids = set(map(id, owed))
+        owners, calls = telling.owners[hook], self.calls[hook]
+        telling.owners[hook] = [each for each in owners if id(each) in ids]
+        # Of a batch those alone are owed it who look at the run, and not at what they are given.
+        at_batch = hook == "on_train_batch_end"
+        args: Tuple[Any, ...] = ({}, None, progress.batch_idx) if at_batch else ()
+        telling.left = iter([call for each, call in zip(owners, calls) if id(each) in ids])
+        for call in telling.left:
+            call(*args)
+        telling.owners[hook] = owners
 
 
 def _timed(profile: Profile, hook: str, call: Callable[..., Any]) -> Callable[..., Any]:

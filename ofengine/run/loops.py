@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 from typing import Any, Dict, List, Optional, Tuple
 
-import oneflow as flow
-
 from ofengine.checkpoint.resume import Entry, Resumed
 from ofengine.checkpoint.snapshot import note_start
 from ofengine.data.batches import Batches
@@ -20,17 +18,12 @@ from ofengine.run import course, live, report, together
 from ofengine.run.anomaly import train_step_of
 from ofengine.run.connect import STEP_OF_STAGE
 from ofengine.run.hooks import HookRunner, only_looks
-from ofengine.run.losses import LossWatch, warn_of_metrics
+from ofengine.run.losses import LossWatch, run_ahead, warn_of_metrics
 from ofengine.run.mode import Mode
 from ofengine.run.progress import Point
 from ofengine.run.state import Run
 
 log = logging.getLogger("ofengine")
-
-_LEAST_AHEAD, _MOST_AHEAD = 16, 128
-"""Steps that are handed to the device between two waits for it, at least and at most."""
-_BYTES_AHEAD = 64 * 1024 * 1024
-"""The memory that batches of these steps may take where they are more than the least."""
 
 
 # In a step, a name costs less than a look into an enum.
@@ -70,6 +63,8 @@ def fit_loop(
     if resumed is not None:
         train.set_epoch(resumed.state["loop"]["epoch"])  # it may draw, before generators are set
         entry = resumed.enter(run, train)
+        if progress.point in (Point.EPOCH_START, Point.EPOCH_END):
+            hooks.catch_up()
         if progress.point is Point.EPOCH_END:
             _end_epoch(run)
     while entry is not None or not run.is_done():
@@ -80,22 +75,22 @@ def fit_loop(
         _train_epoch(run, hooks, train, validate, entry, labels, losses)
         entry = None
         mode.settle()
-        report.log_metrics(run, metrics.close_epoch())
+        report.log_epoch(run)
         losses.read(metrics.newest_loss)
         progress.point = Point.EPOCH_END
         hooks.fire("on_train_epoch_end")
         losses.epoch_ended()
         _end_epoch(run)
     progress.point = Point.OVER
-    course.note_layers_in_eval_mode(run)
+    course.note_end(run)
     hooks.fire("on_train_end")
-    report.log_metrics(run, metrics.close_epoch())  # what that hook logged
+    report.log_epoch(run)  # what that hook logged
     losses.training_ended()
     metrics.end()
 
 
 def _end_epoch(run: Run) -> None:
-    report.log_metrics(run, run.metrics.close_epoch())  # what on_train_epoch_end logged
+    report.log_epoch(run)  # what on_train_epoch_end logged
     report.save_logs(run)
     course.observe_metric(run, "epoch", run.progress.epoch + 1)
     run.progress.epoch += 1
@@ -115,7 +110,7 @@ def _train_epoch(
     batch_start, batch_end = hooks.calls["on_train_batch_start"], hooks.calls["on_train_batch_end"]
     after_update = hooks.calls["on_after_optimizer_step"]
     copies_loss = not all(map(only_looks, batch_end))
-    settings, progress = run.settings, run.progress
+    settings, progress, telling = run.settings, run.progress, run.telling
     step, commit = labels.begin_epoch(), run.metrics.commit
     stage = run.metrics.begin_batches()
     logged = stage.current
@@ -171,14 +166,14 @@ def _train_epoch(
                     call()
             progress.batches_done += train.in_round
             progress.batches_seen += train.in_round
-            progress.point = _STEPPED
             stage.batch, stage.batch_idx, stage.loss = batch, batch_idx, outputs["loss"]
             keep_loss(loss := stage.loss)
             if logged:
                 commit(batch)
             if copies_loss:
                 outputs["loss"] = loss.clone()  # hooks may write into theirs
-            for call in batch_end:
+            progress.point, telling.left = _STEPPED, iter(batch_end)
+            for call in telling.left:
                 call(outputs, batch, batch_idx)
             if logged:
                 commit(batch)  # what those hooks logged
@@ -189,7 +184,9 @@ def _train_epoch(
                 if waiting is not None:
                     step = losses.wait(waiting, waiting_place)
                 waiting, waiting_place = loss, len(losses.unread)
-                next_wait = batch_idx + _run_ahead(batch)
+                next_wait = batch_idx + run_ahead(batch)
+        else:
+            _catch_up(run, hooks)
         if closes and progress.point is _STEPPED:  # a resumed run may be beyond it
             if progress.global_step % log_every == 0:
                 report.log_step(run)
@@ -225,24 +222,14 @@ def _train_epoch(
     run.metrics.end_batches()
 
 
-def _run_ahead(batch: Any) -> int:
-    """How many steps like that of ``batch`` may be handed to the device before the next wait.
-
-    Python runs far ahead of the device where nothing stops it, and what waits holds its batch. A
-    wait costs some hundred microseconds, which is much beside the steps of a small network.
-    """
-    size = _bytes_of(batch)
-    return min(_MOST_AHEAD, max(_LEAST_AHEAD, _BYTES_AHEAD // size)) if size else _LEAST_AHEAD
-
-
-def _bytes_of(batch: Any) -> int:
-    if isinstance(batch, flow.Tensor):
-        return int(batch.numel() * batch.element_size())
-    if isinstance(batch, dict):
-        batch = batch.values()
-    elif not isinstance(batch, (list, tuple)):
-        return 0
-    return sum(map(_bytes_of, batch))
+def _catch_up(run: Run, hooks: HookRunner) -> None:
+    """Tell the rest of a batch that is done, or of the validation behind it."""
+    if run.progress.point is not Point.VALIDATED:
+        hooks.catch_up()
+        return
+    course.note_layers_in_eval_mode(run)
+    with course.in_eval_mode(run.task), evaluating():
+        hooks.catch_up()
 
 
 def _total(run: Run, loaders: List[Batches], most: Optional[int]) -> Optional[int]:

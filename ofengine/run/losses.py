@@ -16,6 +16,10 @@ from ofengine.errors import NonFiniteError, warn
 from ofengine.modes.labels import LabelWatch
 from ofengine.run.state import Run
 
+_LEAST_AHEAD, _MOST_AHEAD = 16, 128
+"""Steps that are handed to the device between two waits for it, at least and at most."""
+_BYTES_AHEAD = 64 * 1024 * 1024
+"""The memory that batches of these steps may take where they are more than the least."""
 _WAITING = "waiting: bound on steps ahead"
 _MENDS = "try a lower learning rate, gradient_clip_val, or look at that batch"
 
@@ -145,3 +149,23 @@ def warn_of_metrics(run: Run, stage: str, metrics: Dict[str, float]) -> None:
         f"{stage}{at} gave what is not finite: {some}; "
         f"{run.broken() or 'all weights are finite: look at its data'}."
     )
+
+
+def run_ahead(batch: Any) -> int:
+    """How many steps like that of ``batch`` may be handed to the device before the next wait.
+
+    Python runs far ahead of the device where nothing stops it, and what waits holds its batch. A
+    wait costs some hundred microseconds, which is much beside the steps of a small network.
+    """
+    size = _bytes_of(batch)
+    return min(_MOST_AHEAD, max(_LEAST_AHEAD, _BYTES_AHEAD // size)) if size else _LEAST_AHEAD
+
+
+def _bytes_of(batch: Any) -> int:
+    if isinstance(batch, flow.Tensor):
+        return int(batch.numel() * batch.element_size())
+    if isinstance(batch, dict):
+        batch = batch.values()
+    elif not isinstance(batch, (list, tuple)):
+        return 0
+    return sum(map(_bytes_of, batch))

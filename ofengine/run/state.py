@@ -26,6 +26,7 @@ from ofengine.run.orders import Orders
 from ofengine.run.profile import Profile
 from ofengine.run.progress import Point, Progress
 from ofengine.run.settings import Settings
+from ofengine.run.telling import Telling
 from ofengine.run.weighing import Weighing
 from ofengine.shared_metrics import SharedMetrics
 
@@ -53,6 +54,8 @@ class Run:
     """Where the time goes, where that is asked for."""
     weighing: Weighing = attrs.Factory(Weighing)
     """What the batches of the open accumulation window weigh; the mode's to change."""
+    telling: Telling = attrs.Factory(Telling)
+    """Whom the hook that is being fired was told to."""
     place: Place = attrs.Factory(Place)
     """Where it is, for whoever speaks after a crash."""
     orders: Orders = attrs.Factory(Orders)
@@ -118,6 +121,8 @@ class Run:
     """What of the task was finite when its training began, and is to stay so."""
     weights_aside: State = attrs.Factory(dict)
     """Training's weights, by name, while a callback has others in the task."""
+    weights_left: State = attrs.Factory(dict)
+    """Those that training ended with, where a callback has left others in the task."""
 
     # For the checkpoint.
     cut_short: Optional[State] = None
@@ -125,6 +130,8 @@ class Run:
     states_before_validation: Optional[State] = None
     layers_in_eval_mode: List[str] = attrs.Factory(list)
     """Of training, while validation or the user has others in eval mode."""
+    frozen: List[str] = attrs.Factory(list)
+    """The parameters that did not train when training ended; callbacks may let them train."""
     data_states_after_fit: State = attrs.Factory(
         lambda: {"now": {}, "validation": [], "at_pass": None, "at_validation": []}
     )

@@ -75,7 +75,7 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
     _look_at_methods(run)
     first = trainer.is_global_zero
     called = [each for each in run.callbacks if first or not each.rank_zero_only]
-    hooks = HookRunner(trainer, task, called)
+    hooks = HookRunner(trainer, task, called, run.telling)
     modes: Dict[str, Mode] = {
         name: _mode(name, run, hooks)
         for name in ({settings.mode, settings.eval_mode} if verb == "fit" else {settings.eval_mode})
@@ -99,7 +99,7 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
             error = run.interrupts.reason(raised)
             heartbeat.leaving()
             tell_culprit(error, run.progress)
-            _leave_others_alone(run, error)
+            _take_note(run, error)
             _tell_of_exception(hooks, error)
             if error is not raised:
                 raise error from error.__cause__
@@ -151,10 +151,14 @@ def _data_of(run: Run) -> List[Any]:
     return [] if run.datamodule is None else [run.datamodule]
 
 
-def _leave_others_alone(run: Run, error: BaseException) -> None:
-    """This rank fails alone: it must wait for no other. A signal, all know of."""
+def _take_note(run: Run, error: BaseException) -> None:
+    """Who fails has not done its part; this rank fails alone, and waits for no other.
+
+    A signal, all know of; a callback that raises what stands for one has done its part.
+    """
+    signalled = isinstance(error, (KeyboardInterrupt, SystemExit))
+    run.telling.failed = not signalled
     if run.ranks is not None:
-        signalled = isinstance(error, (KeyboardInterrupt, SystemExit))
         together_ = signalled and run.ranks.agreed.signal and not run.interrupts.hurried
         run.ranks.over = run.ranks.over or not together_
 

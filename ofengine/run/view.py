@@ -159,6 +159,7 @@ class RunView(ToldView):
             and run.train is not None
             and run.progress.batches_seen > 0
             and run.progress.point is not Point.STEP
+            and not run.telling.is_lost(run.progress.point)
             and not run.interrupts.hurried
             and run.moments_resumed is None
             and (run.ranks is None or not run.ranks.over)
@@ -297,9 +298,16 @@ class RunView(ToldView):
         """
         raise ConfigurationError("this run cannot try others.")
 
-    def set_weights_aside(self, weights: Dict[str, Any]) -> None:
-        """While a callback has other weights in the task, let checkpoints hold these, by name."""
-        self._run.weights_aside = weights
+    def set_weights_aside(self, weights: Dict[str, Any], for_good: bool = False) -> None:
+        """While a callback has other weights in the task, let checkpoints hold these, by name.
+
+        ``for_good``, where the others stay in the task: up to the next ``fit``. Of several
+        callbacks that do so, the first has what training ended with, which counts.
+        """
+        if for_good:
+            self._run.weights_left = {**weights, **self._run.weights_left}
+        else:
+            self._run.weights_aside = weights
 
     def settle(self) -> None:
         """Bring the task up to date: compiled steps leave ``num_batches_tracked`` for later."""
@@ -356,7 +364,8 @@ class RunView(ToldView):
 
         From a callback, save in ``on_train_batch_end`` or later, and with ``fires_last = True``:
         what callbacks behind it do for the same batch is not in the checkpoint. A Trainer that
-        did not train saves the weights only.
+        did not train saves the weights only. Where a callback has left others in the task than
+        training ended with, as StochasticWeightAveraging does, it saves the latter, and warns.
 
         Raises :class:`CheckpointError` where the file cannot be written; the training, and the
         file that was there, are as before. :class:`ConfigurationError` where there is no run.

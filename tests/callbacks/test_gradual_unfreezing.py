@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any, Dict, List
 
 import numpy as np
@@ -135,6 +136,26 @@ def test_a_name_stands_for_both_halves_without_and_with_weight_decay() -> None:
     assert trained("eager", GradualUnfreezing(), split=True)[1] == expected
     schedule = {0: ["head"], 1: ["layer_1"], 2: ["stem"]}
     assert trained("eager", GradualUnfreezing(schedule), split=True)[1] == expected
+
+
+def test_what_is_saved_after_fit_goes_on_with_the_groups_that_were_frozen(
+    mode: str, tmp_path: Path
+) -> None:
+    whole, _ = trained(mode, GradualUnfreezing())
+
+    def fit(path: Any = None, **limits: Any) -> Any:
+        small = Small()
+        trainer = quiet_trainer(
+            mode=mode, max_epochs=EPOCHS, callbacks=GradualUnfreezing(), **limits
+        )
+        batches = image_batches([8] * BATCHES, (4,), classes=3)
+        trainer.fit(small, batches, ckpt_path=path)
+        return trainer, small
+
+    trainer, small = fit(max_steps=BATCHES - 1)
+    assert all(each.requires_grad for each in small.parameters())
+    path = trainer.save_checkpoint(tmp_path / "after.safetensors")
+    assert_same_weights(fit(path)[1], whole)
 
 
 def test_requires_grad_is_as_before_once_fit_is_over(mode: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
@@ -178,6 +179,59 @@ def test_states_of_earlier_versions_do_not_say_which_epochs_counted() -> None:
         state: Dict[str, Any] = {"averaged": {}, "count": 0, "epochs": wrong}
         with pytest.raises(CheckpointError, match="state of StochasticWeightAveraging is wrong"):
             averaging.check_state_dict(state, Net())
+
+
+def test_a_file_that_is_saved_after_fit_goes_on_with_the_weights_of_training(
+    mode: str, tmp_path: Path
+) -> None:
+    whole = weights_of(fitted(mode, StochasticWeightAveraging(1, evaluate=True))[0])
+    averaging = StochasticWeightAveraging(1, evaluate=True)
+    task, _, trainer = fitted(mode, averaging, 3)
+    mean = weights_of(task)
+    trainer.validate(task, BATCHES)  # with the mean, which is in the task already
+    with pytest.warns(OFEngineWarning, match="not those that a callback has left in the task"):
+        path = trainer.save_checkpoint(tmp_path / "after.safetensors")
+    assert weights_of(task)["head.weight"].tobytes() == mean["head.weight"].tobytes()
+    task, _, _ = fitted(mode, StochasticWeightAveraging(1, evaluate=True), ckpt_path=path)
+    resumed = weights_of(task)
+    assert {name for name in whole if whole[name].tobytes() != resumed[name].tobytes()} == set()
+
+
+@pytest.mark.parametrize("error", [False, True])
+def test_the_best_weights_are_not_those_that_a_resumed_run_goes_on_with(
+    error: bool, mode: str, tmp_path: Path
+) -> None:
+    """``restore_best`` puts them into the task; other checkpoints are written behind that."""
+
+    class Fails(Callback):
+        def on_fit_end(self, trainer: Any, task: Any) -> None:
+            if error:
+                raise OSError("no space left")
+
+    def best(folder: Path) -> List[ModelCheckpoint]:
+        """The first epoch stays the best; at an error, and else at the end, a file is written."""
+        best = ModelCheckpoint(folder / "best", monitor="seen", mode="min", restore_best=True)
+        return [best] if error else [best, ModelCheckpoint(folder / "last", save_last=True)]
+
+    def fit(folder: Path, epochs: int, *others: Callback, **options: Any) -> Any:
+        task, ends = Net(), Ends()
+        callbacks = [ends, *others, *best(folder)]
+        trainer = quiet_trainer(mode=mode, max_epochs=epochs, callbacks=callbacks)
+        with contextlib.suppress(OSError):
+            trainer.fit(task, BATCHES, BATCHES[:1], **options)
+        return ends.of, task, trainer
+
+    whole = fit(tmp_path / "whole", 3)[0]
+    folder = tmp_path / "run"
+    _, task, trainer = fit(folder, 2, Fails())
+    (last,) = folder.rglob("last.safetensors")
+    left = weights_of(task)["head.weight"].tobytes()
+    with pytest.warns(OFEngineWarning, match="has left in the task"):
+        after = trainer.save_checkpoint(tmp_path / "after.safetensors")
+    for path in [last] if error else [last, after]:  # after an error, fit has not come to its end
+        (end,), task, _ = fit(folder, 3, ckpt_path=path)
+        assert {n for n in end if end[n].tobytes() != whole[-1][n].tobytes()} == set()
+        assert weights_of(task)["head.weight"].tobytes() == left
 
 
 def test_validation_runs_with_the_mean_where_that_is_asked_for(mode: str) -> None:

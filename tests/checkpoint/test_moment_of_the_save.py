@@ -10,7 +10,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple
 import numpy as np
 import oneflow as flow
 import pytest
-from helpers import quiet_trainer
+from helpers import bits, quiet_trainer
 from helpers.resuming import some_slow
 from helpers.stopping import Mean, check_stopping, run_once
 from oneflow.utils.data import DataLoader, Sampler, TensorDataset
@@ -19,6 +19,7 @@ from ofengine import Callback, CheckpointError
 from ofengine.callbacks import ModelCheckpoint, _checkpoint_saving
 from ofengine.checkpoint import read, write
 from ofengine.data.structure import copied
+from ofengine.loggers import Logger
 
 N = 12
 DATA = TensorDataset(flow.arange(N, dtype=flow.float32))
@@ -214,3 +215,153 @@ def test_what_holds_itself_or_can_have_no_copy_is_itself() -> None:
     assert copied(itself) is itself
     lock = threading.Lock()
     assert copied([lock])[0] is lock
+
+
+# ---------------------------------------------------------------------- who was told of it
+
+
+HOOKS = ["on_train_epoch_start", "on_train_batch_end", "on_validation_end", "on_train_epoch_end"]
+
+
+class Told(Callback):
+    """Keeps which hooks it was told at which step; ends the run in one of them, once."""
+
+    def __init__(self, error: Any = None, hook: str = "", step: int = 0) -> None:
+        self.rows: List[Any] = []
+        for each in HOOKS:
+            setattr(self, each, lambda trainer, *_, name=each: self.see(trainer, name))
+        self.ends: Any = [(hook, step, error)] if error else []
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        self.rows = state["rows"]
+
+    def see(self, trainer: Any, hook: str) -> None:
+        if trainer.sanity_checking:
+            return
+        if self.ends and self.ends[0][:2] == (hook, trainer.global_step):
+            error = self.ends.pop()[2]
+            if isinstance(error, KeyboardInterrupt):
+                self.rows.append([hook, trainer.global_step])  # it has done its part
+            raise error
+        self.rows.append([hook, trainer.global_step])
+
+
+class Lowers(Callback):
+    def on_train_epoch_start(self, trainer: Any, task: Any) -> None:
+        trainer.set_lr(trainer.rates.names[0], 0.125 / (1 + trainer.current_epoch))
+
+
+def told(mode: str, folder: Path, *ending: Any, path: Any = None) -> Any:
+    """What all were told of a run, or of what is left of it, and the weights at its end."""
+    owners = [Told(*ending), Told(), Lowers(), Told()]
+    keeps = [ModelCheckpoint(folder / "a"), ModelCheckpoint(folder / "b", monitor="val")]
+    made = Mean()
+    trainer = quiet_trainer(mode=mode, max_epochs=3, callbacks=[*owners, *keeps])
+    trainer.fit(made, DataLoader(DATA, batch_size=6), DataLoader(DATA), ckpt_path=path)
+    kept = [{Path(p).name: score for p, score in each.best_k_models.items()} for each in keeps]
+    return [each.rows for each in owners if isinstance(each, Told)], kept, bits(made)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not keep what training had made of Told")
+@pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
+def test_who_was_not_told_for_an_error_is_told_by_the_resumed_run(
+    error: BaseException, mode: str, tmp_path: Path
+) -> None:
+    whole = told(mode, tmp_path)
+    assert [len(rows) for rows in whole[0]] == [15, 15, 15]
+    for hook in HOOKS:
+        folder = tmp_path / hook
+        with pytest.raises(type(error)):
+            told(mode, folder, error, hook, 4)
+        saved = [path.name for path in folder.rglob("last.safetensors")]
+        assert len(saved) == (hook != "on_train_batch_end")  # nobody could give the batch again
+        assert told(mode, folder, path="last") == whole, hook
+
+
+class Rows(Logger):
+    """Keeps its rows; fails, once, at the row with this metric after this step."""
+
+    def __init__(self, metric: str = "", step: int = 0) -> None:
+        self.rows: List[Any] = []
+        self.fails_at = [(metric, step)] if metric else []
+
+    def log_metrics(self, metrics: Dict[str, float], step: int, epoch: int) -> None:
+        if self.fails_at and self.fails_at[0][1] == step and self.fails_at[0][0] in metrics:
+            self.fails_at.clear()
+            raise OSError("no space left")
+        self.rows.append([step, epoch, metrics])
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: Dict[str, Any], continue_files: bool) -> None:
+        self.rows = state["rows"]
+
+
+class Logs(Mean):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.log("train", loss, on_step=True, on_epoch=True)
+        return loss
+
+
+def test_a_moment_whose_row_did_not_come_to_the_loggers_is_not_saved(
+    mode: str, tmp_path: Path
+) -> None:
+    def rows_of(folder: Path, logger: Rows, path: Any = None) -> Any:
+        keep = ModelCheckpoint(folder)
+        options: Dict[str, Any] = {"log_every_n_steps": 1, "logger": [Rows(), logger]}
+        trainer = quiet_trainer(mode=mode, max_epochs=2, callbacks=keep, **options)
+        trainer.fit(Logs(), DataLoader(DATA, batch_size=6), DataLoader(DATA), ckpt_path=path)
+        return [each.rows for each in trainer.loggers], list(trainer.history)
+
+    whole = rows_of(tmp_path, Rows())
+    assert whole[0][0] == whole[0][1]
+    for metric, step in [("train_step", 3), ("val", 4), ("train_epoch", 4)]:
+        folder = tmp_path / metric
+        with pytest.raises(OSError, match="no space left"):
+            rows_of(folder, Rows(metric, step))
+        assert [path.name for path in folder.rglob("*.safetensors")] == [
+            "epoch=0-step=2.safetensors"
+        ]
+        assert rows_of(folder, Rows(), "last") == whole, metric
+
+
+LOOKS: Dict[str, Dict[str, Any]] = {
+    "on_train_batch_end": {"every_n_train_steps": 2, "save_top_k": -1},
+    "on_validation_end": {"monitor": "val", "save_top_k": 2},
+    "on_train_epoch_end": {"save_top_k": -1},
+}
+
+
+@pytest.mark.parametrize("hook", LOOKS)
+def test_a_second_checkpoint_looks_at_the_moment_at_which_the_first_was_killed(
+    hook: str, mode: str, tmp_path: Path
+) -> None:
+    class Kills(Callback):
+        fires_last = True
+
+    def kill(trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 4:
+            raise KeyboardInterrupt
+
+    def fit(folder: Path, kills: bool = False, path: Any = None) -> Any:
+        options = {**LOOKS[hook], "save_on_exception": False}
+        first, second = (ModelCheckpoint(folder / name, **options) for name in "ab")
+        between = Kills()
+        if kills:
+            setattr(between, hook, kill)
+        trainer = quiet_trainer(max_epochs=3, callbacks=[first, between, second], mode=mode)
+        trainer.fit(Mean(), DataLoader(DATA, batch_size=6), DataLoader(DATA), ckpt_path=path)
+        state = second.state_dict()
+        return {name: state[name] for name in ("best_k_models", "best_model_path", "written")}
+
+    whole = fit(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "run", kills=True)
+    (last,) = (tmp_path / "run" / "a").glob("*step=4.safetensors")
+    assert not list((tmp_path / "run" / "b").glob("*step=4.safetensors"))
+    assert fit(tmp_path / "run", path=last) == whole

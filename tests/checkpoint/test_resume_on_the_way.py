@@ -10,7 +10,7 @@ import oneflow as flow
 import pytest
 from helpers import quiet_trainer
 from oneflow import nn
-from oneflow.utils.data import DataLoader, Dataset, IterableDataset
+from oneflow.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from ofengine import Callback, TaskModule, Trainer
 from ofengine.callbacks import ModelCheckpoint
@@ -26,7 +26,7 @@ class Noise(TaskModule):
         self.scale = nn.Parameter(flow.ones(1))
 
     def training_step(self, batch: Any) -> Any:
-        return (self.scale * batch).mean()
+        return (self.scale * (batch[0] if isinstance(batch, (list, tuple)) else batch)).mean()
 
     def validation_step(self, batch: Any) -> None:
         self.log("val", batch.mean())
@@ -265,3 +265,41 @@ def test_sittings_with_nothing_to_do_lose_nothing(mode: str, at_end: bool, tmp_p
         np.testing.assert_equal(last[part], first[part], part)
     for number, path in ((3, cut), (4, again)):
         assert read(sitting(number, False, path)).weights["scale"].tobytes() == whole
+
+
+# ---------------------------------------------------------------------- nothing left to do
+
+
+class StopsAt(Callback):
+    """Asks the run to end after so many batches, and again; or not to."""
+
+    def __init__(self, batches: Optional[int]) -> None:
+        self.batches = batches
+
+    def on_fit_start(self, trainer: Any, task: Any) -> None:
+        trainer.should_stop = trainer.should_stop and self.batches is not None
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        trainer.should_stop = trainer.should_stop or trainer.batches_seen == self.batches
+
+
+@pytest.mark.parametrize("limits", [{"max_steps": 4}, {"batches": 3, "accumulate_grad_batches": 4}])
+def test_a_run_that_had_nothing_left_to_do_leaves_its_epoch_to_the_next(
+    limits: Dict[str, Any], mode: str, tmp_path: Path
+) -> None:
+    rows = flow.tensor((np.arange(12, dtype="float32") ** 2).reshape(12, 1))
+
+    def fit(path: Any = None, **limits: Any) -> Any:
+        stops = StopsAt(limits.pop("batches", None))
+        trainer = quiet_trainer(mode=mode, max_epochs=2, seed=1, callbacks=stops, **limits)
+        task = Noise()
+        trainer.fit(task, DataLoader(TensorDataset(rows), batch_size=2, shuffle=True), None, path)
+        return trainer, task.scale.numpy().tobytes()
+
+    rest = {name: each for name, each in limits.items() if name == "accumulate_grad_batches"}
+    path, (whole, weights) = None, fit(**rest)
+    for sitting in range(3):
+        stopped, _ = fit(path, **limits)
+        assert stopped.batches_seen < whole.batches_seen
+        path = stopped.save_checkpoint(tmp_path / f"{sitting}.safetensors")
+        assert fit(path, **rest)[1] == weights, sitting
