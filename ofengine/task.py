@@ -35,7 +35,7 @@ from ofengine.errors import (
 from ofengine.onnx_model import write_onnx
 from ofengine.run.lightning import LOG_ARGUMENTS, TASK_ATTRIBUTES, mend_for
 from ofengine.run.view import RunView
-from ofengine.task_attributes import Attached, error_within
+from ofengine.task_attributes import Attached, error_within, of_class_alone
 from ofengine.task_hooks import TaskHooks
 from ofengine.tracing import forbid_in_trace
 
@@ -248,7 +248,7 @@ class TaskModule(TaskHooks, nn.Module):
         told = {name: own_copy(value) for name, value in kept.items()}
         self.hparams = HyperParameters({**self.hparams, **told})
 
-    @classmethod
+    @of_class_alone
     def load_from_checkpoint(cls: Type[T], path: Union[str, Path], **arguments: Any) -> T:
         """A task of this class with the weights of the checkpoint at ``path``.
 

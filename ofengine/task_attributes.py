@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+import functools
+from typing import TYPE_CHECKING, Any, Optional
 
+from ofengine.errors import ConfigurationError
 from ofengine.run.view import RunView
 
 
@@ -24,3 +26,33 @@ def error_within(own: Any, task: Any) -> Optional[AttributeError]:
     except AttributeError as error:
         return error
     return None
+
+
+if TYPE_CHECKING:
+    of_class_alone = classmethod
+else:
+
+    class of_class_alone(classmethod):
+        """A class method that makes a new object: called on an object, it would leave that as is.
+
+        Raises :class:`ConfigurationError` at such a call.
+        """
+
+        def __get__(self, instance: Any, owner: Optional[type] = None) -> Any:
+            """The method of the class; of an object, what refuses the call."""
+            bound = super().__get__(instance, owner)
+            return bound if instance is None else _refusing(bound, type(instance).__name__)
+
+
+def _refusing(method: Any, cls: str) -> Any:
+    name = method.__name__
+
+    @functools.wraps(method)
+    def refuse(*_args: Any, **_options: Any) -> Any:
+        raise ConfigurationError(
+            f"{name}() makes a new task, and was called on an object, which would stay as it is: "
+            f"call it on the class, as in task = {cls}.{name}(path), or write "
+            "ofengine.load_weights(task, path)."
+        )
+
+    return refuse
