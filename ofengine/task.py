@@ -22,14 +22,14 @@ import oneflow as flow
 from oneflow import nn
 
 from ofengine.checkpoint.file import read
-from ofengine.checkpoint.hparams import HyperParameters, own_copy
+from ofengine.checkpoint.hparams import HyperParameters
+from ofengine.checkpoint.hparams_given import keep_arguments
 from ofengine.checkpoint.hparams_restored import restored_hparams
 from ofengine.checkpoint.weights import load_weights
 from ofengine.errors import (
     ConfigurationError,
     UnknownArgumentError,
     UnknownAttributeError,
-    quoted,
     warn,
 )
 from ofengine.onnx_model import write_onnx
@@ -212,7 +212,9 @@ class TaskModule(TaskHooks, nn.Module):
     def save_hyperparameters(self, *names: str, ignore: Sequence[str] = ()) -> None:
         """Keep the arguments of ``__init__``, from which it is called, in ``self.hparams``.
 
-        ``names``: only these; default: all but ``ignore``. ``self.hparams`` is a dict whose
+        Of a base class and a subclass, all that both were given: where both have a name, the
+        subclass's value counts, with which the object can be made again. ``names``: only these;
+        default: all but ``ignore``. ``self.hparams`` is a dict whose
         entries are attributes, too. Checkpoints keep, exactly: None, booleans, numbers (numpy's
         too), texts, bytes, paths, arrays, tensors, members of an Enum, and lists, tuples, sets,
         dicts and objects of attrs classes and dataclasses that hold such values; what they keep
@@ -223,30 +225,7 @@ class TaskModule(TaskHooks, nn.Module):
         was given ``*arguments``, which have no name to be kept by.
         """
         frame = inspect.currentframe()
-        caller = frame.f_back if frame is not None else None
-        if caller is None or caller.f_code.co_name != "__init__":
-            raise ConfigurationError("call save_hyperparameters() in the task's __init__.")
-        given = inspect.getargvalues(caller)
-        arguments = {name: given.locals[name] for name in given.args[1:]}
-        arguments.update(given.locals[given.keywords] if given.keywords else {})
-        code = caller.f_code  # getargvalues leaves keyword-only arguments in the locals
-        only = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
-        arguments.update({name: given.locals[name] for name in only})
-        nameless = given.varargs
-        if nameless and given.locals.get(nameless) and not names and nameless not in ignore:
-            raise ConfigurationError(
-                f"save_hyperparameters() cannot keep *{nameless}: take one argument with a list, "
-                f"or leave it out with ignore=[{nameless!r}]."
-            )
-        unknown = [name for name in (*names, *ignore) if name not in (*arguments, nameless)]
-        if unknown:
-            raise ConfigurationError(
-                f"save_hyperparameters({unknown[0]!r}): __init__ has no such argument; it has "
-                f"{quoted(sorted(arguments), most=20)}."
-            )
-        kept = {k: v for k, v in arguments.items() if k in (names or arguments) and k not in ignore}
-        told = {name: own_copy(value) for name, value in kept.items()}
-        self.hparams = HyperParameters({**self.hparams, **told})
+        keep_arguments(self, None if frame is None else frame.f_back, names, ignore)
 
     @of_class_alone
     def load_from_checkpoint(cls: Type[T], path: Union[str, Path], **arguments: Any) -> T:

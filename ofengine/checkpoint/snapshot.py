@@ -21,6 +21,7 @@ from ofengine.checkpoint.beside import (
 )
 from ofengine.checkpoint.file import array_of
 from ofengine.checkpoint.hparams import kept_hparams
+from ofengine.checkpoint.hparams_given import told_to_make
 from ofengine.checkpoint.hparams_restored import defaults_of
 from ofengine.checkpoint.kernels import kernels_in_use
 from ofengine.checkpoint.owners import describe_owner
@@ -292,4 +293,4 @@ def _is_plain(value: Any) -> bool:
 
 
 def _plain_hparams(task: Any) -> State:
-    return kept_hparams(task.hparams, defaults_of(type(task)))
+    return kept_hparams(told_to_make(task), defaults_of(type(task)))

@@ -52,3 +52,106 @@ def test_a_subclass_may_write_its_own_and_call_that_of_its_base(tmp_path: Path) 
 
     task = Narrow.load_from_checkpoint(saved(Narrow(width=3), tmp_path, width=3))
     assert (type(task), task.hparams) == (Narrow, {"width": 3, "lr": 0.5})
+
+
+# ---------------------------------------------------------------------- bases that keep arguments
+
+
+def again(task: TaskModule, folder: Path, width: int = 2) -> Any:
+    return type(task).load_from_checkpoint(saved(task, folder, width))
+
+
+def test_what_a_subclass_adds_is_kept_where_its_base_keeps_the_arguments(tmp_path: Path) -> None:
+    class Deep(Wide):
+        def __init__(self, depth: int = 3, **options: Any) -> None:
+            super().__init__(**options)
+            self.depth = depth
+
+    task = again(Deep(depth=7, lr=0.5), tmp_path)
+    assert (task.depth, task.hparams) == (7, {"width": 2, "lr": 0.5, "depth": 7})
+
+
+def test_a_subclass_may_compute_what_its_base_is_given_and_drop_it(tmp_path: Path) -> None:
+    class Square(Wide):
+        def __init__(self, side: int, lr: float = 0.1) -> None:
+            super().__init__(width=side * side, lr=lr * 2)
+            self.side = side
+
+    task = again(Square(3, lr=0.5), tmp_path, width=9)
+    assert tuple(task.layer.weight.shape) == (1, 9)
+    assert task.hparams == {"width": 9, "lr": 0.5, "side": 3}
+
+    class Fixed(Wide):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(width=4, **options)
+
+    assert again(Fixed(lr=0.5), tmp_path, width=4).hparams == {"width": 4, "lr": 0.5}
+
+
+def test_arguments_that_a_subclass_passes_on_without_a_name_are_kept(tmp_path: Path) -> None:
+    class Deep(Wide):
+        def __init__(self, *arguments: Any, depth: int = 3, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.depth = depth
+
+    task = again(Deep(5, depth=7), tmp_path, width=5)
+    assert (task.depth, task.hparams.width) == (7, 5)
+
+    class Lost(Wide):
+        def __init__(self, *sides: int) -> None:
+            super().__init__(sides[0] * sides[1])
+
+    with pytest.raises(ConfigurationError, match=r"cannot keep \*sides: take one argument"):
+        Lost(30, 40)
+
+
+def test_base_and_subclass_may_both_keep_them_and_leave_some_out(tmp_path: Path) -> None:
+    class Base(TaskModule):
+        def __init__(self, part: Any, lr: float = 0.1) -> None:
+            super().__init__()
+            self.save_hyperparameters(ignore="part")
+            self.layer = part
+
+        training_step, configure_optimizers = Wide.training_step, Wide.configure_optimizers
+
+    class Own(Base):
+        def __init__(self, width: int, note: str = "") -> None:
+            super().__init__(nn.Linear(width, 1), lr=0.25)
+            self.save_hyperparameters("width")
+
+    task = again(Own(3, note="x"), tmp_path, width=3)
+    assert task.hparams == {"lr": 0.25, "width": 3, "note": "x"}
+
+
+def test_bases_side_by_side_are_each_given_their_own(tmp_path: Path) -> None:
+    class Mixed(TaskModule):
+        def __init__(self, scale: float = 1.0, **options: Any) -> None:
+            super().__init__(**options)
+            self.scale = scale
+
+    class Both(Mixed, Wide):
+        """No ``__init__`` of its own."""
+
+    task = again(Both(scale=4.0, width=3), tmp_path, width=3)
+    assert (task.scale, task.hparams) == (4.0, {"width": 3, "lr": 0.1, "scale": 4.0})
+
+
+def test_what_a_base_was_given_and_is_another_value_now_is_kept(tmp_path: Path) -> None:
+    class Deep(Wide):
+        def __init__(self, depth: int = 3, **options: Any) -> None:
+            super().__init__(**options)
+
+    task = Deep()
+    task.hparams.lr = 0.75
+    assert again(task, tmp_path).hparams.lr == 0.75
+
+
+def test_a_task_within_a_task_has_arguments_of_its_own(tmp_path: Path) -> None:
+    class Student(Wide):
+        def __init__(self, teachers_width: int) -> None:
+            super().__init__(width=2)
+            self.teacher = Wide(teachers_width)
+
+    student = Student(5)
+    assert student.teacher.hparams == {"width": 5, "lr": 0.1}
+    assert again(student, tmp_path).hparams.teachers_width == 5
