@@ -25,7 +25,7 @@ from ofengine.checkpoint.file import read
 from ofengine.checkpoint.hparams import HyperParameters
 from ofengine.checkpoint.hparams_given import keep_arguments
 from ofengine.checkpoint.hparams_restored import restored_hparams
-from ofengine.checkpoint.weights import load_weights
+from ofengine.checkpoint.of_task import take_checkpoint
 from ofengine.errors import (
     ConfigurationError,
     UnknownArgumentError,
@@ -205,7 +205,11 @@ class TaskModule(TaskHooks, nn.Module):
         """
 
     def on_load_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
-        """Take back what ``on_save_checkpoint`` put into ``checkpoint``; a run is resumed."""
+        """Take back what ``on_save_checkpoint`` put into ``checkpoint``.
+
+        ``fit`` calls it last, when all else of the run is there again; ``load_from_checkpoint`` and
+        ``validate``, ``test`` and ``predict`` with a ``ckpt_path`` before the weights are loaded.
+        """
 
     # ------------------------------------------------------------------ what the user calls
 
@@ -239,10 +243,11 @@ class TaskModule(TaskHooks, nn.Module):
         Raises :class:`CheckpointError` where the file is missing, damaged or of another model,
         and where a hyper-parameter is in it that could not be kept, or cannot be made again.
         """
-        state = read(path).state
+        checkpoint = read(path)
+        state = checkpoint.state
         kept = {} if state is None else state.get("hparams", {})
         task = cls(**{**restored_hparams(kept, cls, arguments, str(path)), **arguments})
-        load_weights(task, path)
+        take_checkpoint(task, checkpoint)
         unknown = [name for name in task.hparams if name not in arguments]
         if state is None and unknown:
             warn(

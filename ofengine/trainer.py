@@ -12,8 +12,8 @@ import attrs
 from ofengine.callback import Callback
 from ofengine.checkpoint.file import write
 from ofengine.checkpoint.find import CheckpointPath, supervised, weights_file
+from ofengine.checkpoint.of_task import load_checkpoint
 from ofengine.checkpoint.snapshot import content_of
-from ofengine.checkpoint.weights import load_weights
 from ofengine.data_module import DataModule
 from ofengine.defaults import (
     KnowsCallbacks,
@@ -361,7 +361,7 @@ class Trainer(KnowsCallbacks):
             if ckpt_path is not None:
                 run = self._run
                 path = together.of_rank_zero(run, lambda: str(weights_file(run, ckpt_path)))
-                load_weights(task, path)
+                load_checkpoint(task, path)
             together.share_weights(self._run)
             return evaluation_loop(self._run, hooks, mode, stage, loaders, keeps=keeps)
 

@@ -10,7 +10,8 @@ import pytest
 from helpers import quiet_trainer
 from oneflow import nn
 
-from ofengine import ConfigurationError, TaskModule
+from ofengine import CheckpointError, ConfigurationError, TaskModule
+from ofengine.checkpoint import save_weights
 
 
 class Wide(TaskModule):
@@ -21,8 +22,11 @@ class Wide(TaskModule):
         self.save_hyperparameters()
         self.layer = nn.Linear(width, 1)
 
+    def forward(self, batch: Any) -> Any:
+        return self.layer(batch)
+
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return self.layer(batch).mean()
+        return self(batch).mean()
 
     def configure_optimizers(self) -> Any:
         return flow.optim.SGD(self.param_groups(), lr=self.hparams.lr)
@@ -112,7 +116,8 @@ def test_base_and_subclass_may_both_keep_them_and_leave_some_out(tmp_path: Path)
             self.save_hyperparameters(ignore="part")
             self.layer = part
 
-        training_step, configure_optimizers = Wide.training_step, Wide.configure_optimizers
+        forward, training_step = Wide.forward, Wide.training_step
+        configure_optimizers = Wide.configure_optimizers
 
     class Own(Base):
         def __init__(self, width: int, note: str = "") -> None:
@@ -155,3 +160,73 @@ def test_a_task_within_a_task_has_arguments_of_its_own(tmp_path: Path) -> None:
     student = Student(5)
     assert student.teacher.hparams == {"width": 5, "lr": 0.1}
     assert again(student, tmp_path).hparams.teachers_width == 5
+
+
+# ---------------------------------------------------------------------- on_load_checkpoint
+
+
+class Noting(Wide):
+    """Keeps a note in its checkpoints, and how its weights were when it is handed back."""
+
+    note = "none"
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("seen", self.layer(batch).mean())
+
+    validation_step = test_step
+
+    def on_save_checkpoint(self, checkpoint: Any) -> None:
+        checkpoint["note"] = "kept"
+
+    def on_load_checkpoint(self, checkpoint: Any) -> None:
+        self.note, self.before = checkpoint["note"], self.layer.weight.numpy().copy()
+
+
+def test_the_hook_is_called_before_the_weights_are_loaded(tmp_path: Path) -> None:
+    trained = Noting()
+    task = Noting.load_from_checkpoint(saved(trained, tmp_path))
+    assert task.note == "kept"
+    assert (task.before != trained.layer.weight.numpy()).any()
+    assert (task.layer.weight.numpy() == trained.layer.weight.numpy()).all()
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_the_hook_is_called_by_verbs_that_load_weights(
+    verb: str, mode: str, tmp_path: Path
+) -> None:
+    trained, task = Noting(), Noting()
+    path = saved(trained, tmp_path)
+    getattr(quiet_trainer(mode=mode), verb)(task, [flow.ones(3, 2)], ckpt_path=path)
+    assert task.note == "kept"
+    assert (task.before != trained.layer.weight.numpy()).any()
+    assert (task.layer.weight.numpy() == trained.layer.weight.numpy()).all()
+
+
+def test_the_hook_may_make_the_layers_that_the_weights_are_for(tmp_path: Path) -> None:
+    class Growing(Wide):
+        def grow(self, heads: int) -> None:
+            self.heads = nn.ModuleList([nn.Linear(1, 1) for _ in range(heads)])
+
+        def on_save_checkpoint(self, checkpoint: Any) -> None:
+            checkpoint["heads"] = len(self.heads)
+
+        def on_load_checkpoint(self, checkpoint: Any) -> None:
+            self.grow(checkpoint["heads"])
+
+    task = Growing()
+    task.grow(3)
+    assert len(again(task, tmp_path).heads) == 3
+
+
+def test_what_the_hook_raises_is_one_sentence(tmp_path: Path) -> None:
+    path = saved(Wide(), tmp_path)
+    with pytest.raises(CheckpointError, match=r"Noting.on_load_checkpoint raised KeyError: 'note'"):
+        Noting.load_from_checkpoint(path)
+
+
+def test_a_file_of_weights_alone_has_nothing_for_the_hook(tmp_path: Path) -> None:
+    task = Noting()
+    for name in ("weights.safetensors", "weights.pth"):
+        path = save_weights(Noting(), tmp_path / name)
+        quiet_trainer().test(task, [flow.ones(3, 2)], ckpt_path=path)
+    assert task.note == "none"
