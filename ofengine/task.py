@@ -24,7 +24,7 @@ from oneflow import nn
 from ofengine.checkpoint.file import read
 from ofengine.checkpoint.hparams import HyperParameters
 from ofengine.checkpoint.hparams_given import keep_arguments
-from ofengine.checkpoint.hparams_restored import restored_hparams
+from ofengine.checkpoint.made_again import made_again, refuse_unknown
 from ofengine.checkpoint.of_task import take_checkpoint
 from ofengine.errors import (
     ConfigurationError,
@@ -34,6 +34,7 @@ from ofengine.errors import (
 )
 from ofengine.onnx_model import write_onnx
 from ofengine.run.lightning import LOG_ARGUMENTS, TASK_ATTRIBUTES, mend_for
+from ofengine.run.settings import refuse_arguments
 from ofengine.run.view import RunView
 from ofengine.task_attributes import Attached, error_within, of_class_alone
 from ofengine.task_hooks import TaskHooks
@@ -213,7 +214,9 @@ class TaskModule(TaskHooks, nn.Module):
 
     # ------------------------------------------------------------------ what the user calls
 
-    def save_hyperparameters(self, *names: str, ignore: Sequence[str] = ()) -> None:
+    def save_hyperparameters(
+        self, *names: str, ignore: Union[str, Sequence[str]] = (), **_unknown: Any
+    ) -> None:
         """Keep the arguments of ``__init__``, from which it is called, in ``self.hparams``.
 
         Of a base class and a subclass, all that both were given: where both have a name, the
@@ -228,11 +231,14 @@ class TaskModule(TaskHooks, nn.Module):
         Raises :class:`ConfigurationError` for a name that is no argument, and where ``__init__``
         was given ``*arguments``, which have no name to be kept by.
         """
+        refuse_arguments("save_hyperparameters", _unknown)
         frame = inspect.currentframe()
         keep_arguments(self, None if frame is None else frame.f_back, names, ignore)
 
     @of_class_alone
-    def load_from_checkpoint(cls: Type[T], path: Union[str, Path], **arguments: Any) -> T:
+    def load_from_checkpoint(
+        cls: Type[T], path: Union[str, Path, None] = None, **arguments: Any
+    ) -> T:
         """A task of this class with the weights of the checkpoint at ``path``.
 
         It is made with the hyper-parameters that ``save_hyperparameters`` kept, and with
@@ -241,15 +247,20 @@ class TaskModule(TaskHooks, nn.Module):
         class to import.
 
         Raises :class:`CheckpointError` where the file is missing, damaged or of another model,
-        and where a hyper-parameter is in it that could not be kept, or cannot be made again.
+        and where a hyper-parameter is in it that could not be kept, or cannot be made again, or
+        one is not that ``__init__`` needs; :class:`UnknownArgumentError` for one of ``arguments``
+        that it does not take.
         """
+        refuse_unknown(cls, arguments)
+        if path is None:
+            raise ConfigurationError(
+                f"{cls.__name__}.load_from_checkpoint() has no file: give its path first."
+            )
         checkpoint = read(path)
-        state = checkpoint.state
-        kept = {} if state is None else state.get("hparams", {})
-        task = cls(**{**restored_hparams(kept, cls, arguments, str(path)), **arguments})
+        task = made_again(cls, checkpoint, arguments)
         take_checkpoint(task, checkpoint)
         unknown = [name for name in task.hparams if name not in arguments]
-        if state is None and unknown:
+        if checkpoint.state is None and unknown:
             warn(
                 f"{path} holds weights and no hyper-parameters: {cls.__name__} was made with its "
                 f"defaults for {', '.join(unknown)}."

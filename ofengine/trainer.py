@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -50,8 +49,6 @@ from ofengine.trials.lr_find import lr_find
 from ofengine.trials.proof import Report
 from ofengine.trials.prove import prove
 from ofengine.trials.prove_ranks import prove_ranks
-
-log = logging.getLogger("ofengine")
 
 
 class Trainer(KnowsCallbacks):
@@ -316,8 +313,9 @@ class Trainer(KnowsCallbacks):
 
     # ------------------------------------------------------------------ saving
 
-    def save_checkpoint(self, path: Union[str, Path]) -> Path:
+    def save_checkpoint(self, path: Union[str, Path], **_unknown: Any) -> Path:
         """See :meth:`RunView.save_checkpoint`."""
+        refuse_arguments("save_checkpoint", _unknown)
         if not self.is_global_zero:
             return Path(path)
         weights, state, metadata = content = self.checkpoint_content()

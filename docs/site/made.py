@@ -69,12 +69,18 @@ def _methods(path: str, name: str) -> List[str]:
     return methods + [n.target.id for n in body if isinstance(n, ast.AnnAssign)]  # type: ignore[union-attr]
 
 
+def _module(name: str) -> Any:
+    """A module of ``ofengine/run`` that imports nothing of the package, which OneFlow is for."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"ofengine/run/{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def _lightning_names() -> str:
     """A table of each kind of Lightning's names, with what the error says to write instead."""
-    spec = importlib.util.spec_from_file_location("lightning", ROOT / "ofengine/run/lightning.py")
-    assert spec is not None and spec.loader is not None
-    lightning = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(lightning)
+    lightning, methods = _module("lightning"), _module("lightning_methods")
     parts = [_OF_LIGHTNING]
     for title, table in (
         ("Arguments of the Trainer and its verbs", lightning.TRAINER_ARGUMENTS),
@@ -82,6 +88,7 @@ def _lightning_names() -> str:
         ("Attributes and methods of the task", lightning.TASK_ATTRIBUTES),
         ("Hooks and methods to override", lightning.HOOKS),
         ("Arguments of log", lightning.LOG_ARGUMENTS),
+        *((f"Arguments of {method}", table) for method, table in methods.METHOD_ARGUMENTS.items()),
     ):
         rows = "\n".join(
             f"<tr><td><code>{name}</code></td><td>{html.escape(mend, quote=False)}</td></tr>"

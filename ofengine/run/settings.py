@@ -26,6 +26,7 @@ from ofengine.run.arguments import (
 )
 from ofengine.run.devices import check_ranks, check_strategy, resolve_device
 from ofengine.run.lightning import TRAINER_ARGUMENTS, mend_for
+from ofengine.run.lightning_methods import METHOD_ARGUMENTS
 from ofengine.run.precision import check_mixed, check_precision
 from ofengine.run.windows import Accumulation, Windows, check_accumulation
 
@@ -252,9 +253,9 @@ class Settings:
 
 
 def refuse_arguments(owner: str, unknown: Iterable[str], known: Iterable[str] = ()) -> None:
-    """Raise :class:`UnknownArgumentError` for a name that ``owner``, Trainer or a verb, lacks."""
+    """Raise :class:`UnknownArgumentError` for a name that ``owner``, Trainer or a method, lacks."""
     for name in unknown:
-        mend = mend_for(TRAINER_ARGUMENTS, name)
+        mend = mend_for(METHOD_ARGUMENTS.get(owner, TRAINER_ARGUMENTS), name)
         if mend is None:
             close = difflib.get_close_matches(name, known, n=1)
             others = f"use one of {', '.join(sorted(known))}" if known else "leave it out"

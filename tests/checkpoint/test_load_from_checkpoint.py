@@ -12,6 +12,8 @@ from oneflow import nn
 
 from ofengine import CheckpointError, ConfigurationError, TaskModule
 from ofengine.checkpoint import save_weights
+from ofengine.errors import UnknownArgumentError
+from ofengine.run.lightning_methods import METHOD_ARGUMENTS
 
 
 class Wide(TaskModule):
@@ -230,3 +232,84 @@ def test_a_file_of_weights_alone_has_nothing_for_the_hook(tmp_path: Path) -> Non
         path = save_weights(Noting(), tmp_path / name)
         quiet_trainer().test(task, [flow.ones(3, 2)], ckpt_path=path)
     assert task.note == "none"
+
+
+# ---------------------------------------------------------------------- what it is not given
+
+
+class Open(Wide):
+    """Takes any argument."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+@pytest.mark.parametrize("name", METHOD_ARGUMENTS["load_from_checkpoint"])
+@pytest.mark.parametrize("cls", [Wide, Open])
+def test_arguments_of_lightning_s_are_no_hyper_parameters(
+    cls: Any, name: str, tmp_path: Path
+) -> None:
+    path = saved(cls(), tmp_path)
+    with pytest.raises(UnknownArgumentError, match=f"no argument '{name}': .*(give|leave|write)"):
+        cls.load_from_checkpoint(path, **{name: "cpu"})
+    with pytest.raises(UnknownArgumentError, match=f"no argument '{name}': .*(give|leave|write)"):
+        cls.load_from_checkpoint(**{name: path})
+
+
+def test_they_are_where_init_says_so(tmp_path: Path) -> None:
+    class Base(Wide):
+        def __init__(self, strict: bool = True) -> None:
+            super().__init__()
+            self.strict = strict
+
+    class Strict(Base):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+
+    path = saved(Strict(), tmp_path)
+    assert Strict.load_from_checkpoint(path, strict=False).strict is False
+
+
+def test_an_argument_that_init_does_not_take_is_named(tmp_path: Path) -> None:
+    path = saved(Wide(), tmp_path)
+    with pytest.raises(UnknownArgumentError, match=r"'rate', which.*it takes 'lr' and 'width'"):
+        Wide.load_from_checkpoint(path, rate=0.5)
+    with pytest.raises(ConfigurationError, match=r"has no file: give its path first"):
+        Wide.load_from_checkpoint()
+
+
+def test_a_task_that_kept_nothing_is_told_what_it_needs(tmp_path: Path) -> None:
+    class Silent(Wide):
+        def __init__(self, width: int, *, rate: float, note: str = "") -> None:
+            TaskModule.__init__(self)
+            self.layer, self.rate = nn.Linear(width, 1), rate
+
+        def configure_optimizers(self) -> Any:
+            return flow.optim.SGD(self.param_groups(), lr=self.rate)
+
+    path = saved(Silent(3, rate=0.5), tmp_path, width=3)
+    call = r"them, as in Silent.load_from_checkpoint\(path, width=..., rate=...\)"
+    with pytest.raises(CheckpointError, match=f"'width' and 'rate', which.* needs: .*{call}"):
+        Silent.load_from_checkpoint(path)
+    assert Silent.load_from_checkpoint(path, width=3, rate=1.0).layer.weight.shape[1] == 3
+
+
+@pytest.mark.parametrize("method", ["lr_find", "scale_batch_size", "save_checkpoint"])
+def test_other_methods_name_an_argument_of_lightning_s_too(method: str) -> None:
+    for name in METHOD_ARGUMENTS[method]:
+        with pytest.raises(UnknownArgumentError, match=f"{method} has no argument '{name}'"):
+            getattr(quiet_trainer(), method)(Wide(), **{name: None})
+    with pytest.raises(UnknownArgumentError, match=f"{method} has no argument 'moed'"):
+        getattr(quiet_trainer(), method)(Wide(), moed=None)
+
+
+def test_save_hyperparameters_names_it_too() -> None:
+    class Quiet(Wide):
+        def __init__(self, **options: Any) -> None:
+            super().__init__()
+            self.save_hyperparameters(**options)
+
+    for name in METHOD_ARGUMENTS["save_hyperparameters"]:
+        with pytest.raises(UnknownArgumentError, match=f"has no argument '{name}': .* leave it"):
+            Quiet(**{name: False})
