@@ -89,6 +89,7 @@ def _lightning_names() -> str:
         ("Hooks and methods to override", lightning.HOOKS),
         ("Arguments of log", lightning.LOG_ARGUMENTS),
         *((f"Arguments of {method}", table) for method, table in methods.METHOD_ARGUMENTS.items()),
+        ("Keys of a task's checkpoint", methods.CHECKPOINT_KEYS),
     ):
         rows = "\n".join(
             f"<tr><td><code>{name}</code></td><td>{html.escape(mend, quote=False)}</td></tr>"

@@ -7,7 +7,54 @@ from typing import Any, Dict, Mapping, Optional, Union
 
 from ofengine.checkpoint.file import Checkpoint, read
 from ofengine.checkpoint.weights import check_weights, copy_weights, pytorch_weights
-from ofengine.errors import CheckpointError, OFEngineError, said_by
+from ofengine.errors import CheckpointError, ConfigurationError, OFEngineError, said_by
+from ofengine.run.lightning_methods import CHECKPOINT_KEYS
+
+
+class OfTask(Dict[str, Any]):
+    """The dict that the hooks of a task are handed: what the task puts into it, and no more.
+
+    Raises :class:`ConfigurationError` where they ask for what Lightning's has besides.
+    """
+
+    def __missing__(self, key: str) -> Any:
+        """``self[key]`` of what is not there."""
+        self._tell(key)
+        raise KeyError(key)
+
+    def __delitem__(self, key: str) -> None:
+        """As of a dict."""
+        self._tell(key)
+        super().__delitem__(key)
+
+    def get(self, key: str, *default: Any) -> Any:
+        """As of a dict."""
+        self._tell(key)
+        return super().get(key, *default)
+
+    def pop(self, key: str, *default: Any) -> Any:
+        """As of a dict."""
+        self._tell(key)
+        return super().pop(key, *default)
+
+    def _tell(self, key: Any) -> None:
+        if key in CHECKPOINT_KEYS and key not in self:
+            raise ConfigurationError(
+                f'checkpoint["{key}"] is Lightning\'s, and a task has only what its own '
+                f"on_save_checkpoint puts there: {CHECKPOINT_KEYS[key]}."
+            )
+
+
+def kept_by(task: Any) -> Dict[str, Any]:
+    """What ``on_save_checkpoint`` of ``task`` wants to be kept."""
+    kept = OfTask()
+    task.on_save_checkpoint(kept)
+    return dict(kept)
+
+
+def hand_back(task: Any, kept: Mapping[str, Any]) -> None:
+    """Call ``on_load_checkpoint`` of ``task`` with what it ``kept``."""
+    task.on_load_checkpoint(OfTask(kept))
 
 
 def load_checkpoint(task: Any, path: Union[str, Path]) -> None:
@@ -26,18 +73,17 @@ def load_checkpoint(task: Any, path: Union[str, Path]) -> None:
 
 def take_checkpoint(task: Any, checkpoint: Checkpoint) -> None:
     """As :func:`load_checkpoint`, of a file that was read."""
-    _hand_back(task, checkpoint.state, str(checkpoint.path))
+    _take_own(task, checkpoint.state, str(checkpoint.path))
     check_weights(task, checkpoint.weights, str(checkpoint.path))
     copy_weights(task, checkpoint.weights)
 
 
-def _hand_back(task: Any, state: Optional[Mapping[str, Any]], where: str) -> None:
+def _take_own(task: Any, state: Optional[Mapping[str, Any]], where: str) -> None:
     """Call the hook first: it may make the layers that the weights are for."""
     if state is None:
         return
-    kept: Dict[str, Any] = state.get("task", {})
     try:
-        task.on_load_checkpoint(kept)
+        hand_back(task, state.get("task", {}))
     except OFEngineError:
         raise
     except Exception as error:

@@ -51,3 +51,17 @@ METHOD_ARGUMENTS: Mapping[str, Mapping[str, str]] = {
     },
 }
 """Arguments of other methods, by the method's name."""
+
+CHECKPOINT_KEYS: Mapping[str, str] = {
+    "state_dict": "all parameters and buffers are kept by themselves: leave it out, or ask "
+    "self.state_dict()",
+    "optimizer_states": "optimizers are kept by themselves: leave it out, or ask "
+    "self.trainer.optimizers",
+    "lr_schedulers": "schedules are kept by themselves: leave it out, or ask self.trainer.rates",
+    "callbacks": "what a callback's state_dict() returns is kept by itself: leave it out",
+    "hyper_parameters": "what save_hyperparameters() was told is kept by itself: ask self.hparams",
+    "epoch": "where the run is, is kept by itself: ask self.current_epoch",
+    "global_step": "where the run is, is kept by itself: ask self.global_step",
+    "loops": "where the run is, is kept by itself: leave it out, or ask self.trainer.progress",
+}
+"""What Lightning's ``checkpoint`` has in ``on_save_checkpoint`` and ``on_load_checkpoint``."""

@@ -19,7 +19,7 @@ from ofengine.run.lightning import (
     TRAINER_ATTRIBUTES,
     mend_for,
 )
-from ofengine.run.lightning_methods import METHOD_ARGUMENTS
+from ofengine.run.lightning_methods import CHECKPOINT_KEYS, METHOD_ARGUMENTS
 
 TABLES = {
     "TRAINER_ARGUMENTS": TRAINER_ARGUMENTS,
@@ -28,6 +28,7 @@ TABLES = {
     "HOOKS": HOOKS,
     "DATA_MODULE_ATTRIBUTES": DATA_MODULE_ATTRIBUTES,
     "DATA_MODULE_HOOKS": DATA_MODULE_HOOKS,
+    "CHECKPOINT_KEYS": CHECKPOINT_KEYS,
     **METHOD_ARGUMENTS,
 }
 _ADVICE = re.compile(
