@@ -40,6 +40,7 @@ def keep_arguments(
     """
     if caller is None or caller.f_code.co_name != "__init__":
         raise ConfigurationError("call save_hyperparameters() in the task's __init__.")
+    _refuse_values(type(task).__name__, names)
     left_out = {ignore} if isinstance(ignore, str) else set(ignore or ())
     inits = [_given_to(frame) for frame in _inits_of(task, caller)]
     outermost = inits[-1]
@@ -61,6 +62,18 @@ def keep_arguments(
         of_bases.pop(name, None)
     if of_bases or _OF_BASES in task.__dict__:
         task.__dict__[_OF_BASES] = of_bases
+
+
+def _refuse_values(cls: str, names: Sequence[Any]) -> None:
+    """Raise where what is to be kept was given itself, in the place of a name."""
+    for value in names:
+        if not isinstance(value, str):
+            spread = "**arguments" if isinstance(value, dict) else "**vars(arguments)"
+            raise ConfigurationError(
+                f"save_hyperparameters() was given a {type(value).__name__}, and keeps the "
+                "arguments of __init__ by their names: write save_hyperparameters() alone, and let "
+                f"__init__ take the values as arguments, as in {cls}({spread})."
+            )
 
 
 def told_to_make(task: Any) -> Dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -313,3 +314,18 @@ def test_save_hyperparameters_names_it_too() -> None:
     for name in METHOD_ARGUMENTS["save_hyperparameters"]:
         with pytest.raises(UnknownArgumentError, match=f"has no argument '{name}': .* leave it"):
             Quiet(**{name: False})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "call"),
+    [(Namespace(lr=0.5), r"Old\(\*\*vars\(arguments\)\)"), ({"lr": 0.5}, r"Old\(\*\*arguments\)")],
+)
+def test_values_in_the_place_of_names_are_refused(arguments: Any, call: str) -> None:
+    class Old(Wide):
+        def __init__(self, hparams: Any) -> None:
+            TaskModule.__init__(self)
+            self.save_hyperparameters(hparams)
+
+    kind = type(arguments).__name__
+    with pytest.raises(ConfigurationError, match=f"given a {kind}, .* alone, .*{call}"):
+        Old(arguments)
