@@ -40,7 +40,7 @@ from ofengine.run.mode import Mode
 from ofengine.run.profiling import watch_data
 from ofengine.run.settings import CHECKS, Settings, refuse_arguments
 from ofengine.run.state import Run
-from ofengine.run.verb import alone_in_training, carry_out
+from ofengine.run.verb import alone_in_training, carry_out, refuse_within
 from ofengine.run.view import Content
 from ofengine.run.windows import Accumulation
 from ofengine.task import TaskModule
@@ -194,6 +194,7 @@ class Trainer(KnowsCallbacks):
             OFEngineError: something does not fit together; raised before training starts.
         """
         refuse_arguments("fit", _unknown)
+        refuse_within(self, task, "fit")
         starting.start_missing_ranks(self.settings)
         if self.restart_on_crash:
             ckpt_path = supervised(self._run, ckpt_path)
@@ -308,8 +309,7 @@ class Trainer(KnowsCallbacks):
         starting.start_missing_ranks(self.settings)
         proof = prove if self.settings.world is None else prove_ranks
         with connect.training_source(self, train_dataloaders) as source:
-            given = self.settings, self.callbacks, task, source
-            return proof(*given, _fit_apart, steps=steps)
+            return proof(self.settings, self.callbacks, task, source, _fit_apart, steps=steps)
 
     # ------------------------------------------------------------------ saving
 
@@ -342,6 +342,7 @@ class Trainer(KnowsCallbacks):
     ) -> Tuple[List[Dict[str, float]], List[List[Any]]]:
         verb = connect.VERB_OF_STAGE[stage]
         refuse_arguments(verb, unknown)
+        refuse_within(self, task, verb)
         starting.start_missing_ranks(self.settings)
         data = connect.take_datamodule(self._run, self, verb, datamodule, dataloaders)
         self._attach(task)
@@ -394,5 +395,6 @@ def _fit_apart(
 ) -> None:
     """A ``fit`` of a Trainer of its own, without loggers."""
     trainer = Trainer.__new__(Trainer)
+    trainer._tries_apart = True
     trainer._run = Run.new(attrs.evolve(settings, profiler=None), callbacks, [])
     trainer.fit(task, source, None, *ckpt_path)

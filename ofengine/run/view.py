@@ -36,6 +36,9 @@ class RunView(ToldView):
     may be set. :class:`ofengine.Trainer` adds the four verbs.
     """
 
+    _tries_apart = False
+    """True where ``fit`` is the engine's own, which tries something and puts all back."""
+
     def __getattr__(self, name: str) -> Any:
         """Nothing is called ``name``: say what Lightning's name for it is here."""
         mend = mend_for(TRAINER_ATTRIBUTES, name)
