@@ -19,6 +19,7 @@ from ofengine.callbacks import (
 from ofengine.errors import ConfigurationError, OFEngineWarning
 from ofengine.loggers import CSVLogger, Logger
 from ofengine.loggers._folder import share_folders
+from ofengine.loggers.checks import check_logger
 from ofengine.loggers.silent import SilentLogger
 from ofengine.ranks.zero import is_rank_zero
 from ofengine.run.arguments import check_takes
@@ -36,6 +37,8 @@ def make_loggers(logger: Union[bool, Logger, Sequence[Logger]], settings: Settin
     if isinstance(logger, bool):
         logger = [CSVLogger(settings.default_root_dir)] if logger else []
     loggers: List[Logger] = _as_list("logger", logger, Logger)
+    for each in loggers:
+        check_logger(each)
     if not is_rank_zero():
         return [SilentLogger(each) for each in loggers]
     share_folders(loggers)

@@ -22,21 +22,22 @@ import oneflow as flow
 from oneflow import nn
 
 from ofengine.checkpoint.file import read
-from ofengine.checkpoint.hparams import HyperParameters, own_copy
-from ofengine.checkpoint.hparams_restored import restored_hparams
-from ofengine.checkpoint.weights import load_weights
+from ofengine.checkpoint.hparams import HyperParameters
+from ofengine.checkpoint.hparams_given import keep_arguments
+from ofengine.checkpoint.made_again import made_again, refuse_unknown
+from ofengine.checkpoint.of_task import take_checkpoint
 from ofengine.errors import (
     ConfigurationError,
     UnknownArgumentError,
     UnknownAttributeError,
-    quoted,
     warn,
 )
 from ofengine.onnx_model import write_onnx
 from ofengine.run.arguments import check_takes
 from ofengine.run.lightning import HOOKS, LOG_ARGUMENTS, TASK_ATTRIBUTES, mend_for
+from ofengine.run.settings import refuse_arguments
 from ofengine.run.view import RunView
-from ofengine.task_attributes import Attached, error_within, scheduler_of
+from ofengine.task_attributes import Attached, error_within, of_class_alone, scheduler_of
 from ofengine.task_hooks import TaskHooks
 from ofengine.tracing import forbid_in_trace
 
@@ -209,14 +210,22 @@ class TaskModule(TaskHooks, nn.Module):
         """
 
     def on_load_checkpoint(self, checkpoint: Dict[str, Any]) -> None:
-        """Take back what ``on_save_checkpoint`` put into ``checkpoint``; a run is resumed."""
+        """Take back what ``on_save_checkpoint`` put into ``checkpoint``.
+
+        ``fit`` calls it last, when all else of the run is there again; ``load_from_checkpoint`` and
+        ``validate``, ``test`` and ``predict`` with a ``ckpt_path`` before the weights are loaded.
+        """
 
     # ------------------------------------------------------------------ what the user calls
 
-    def save_hyperparameters(self, *names: str, ignore: Sequence[str] = ()) -> None:
+    def save_hyperparameters(
+        self, *names: str, ignore: Union[str, Sequence[str]] = (), **_unknown: Any
+    ) -> None:
         """Keep the arguments of ``__init__``, from which it is called, in ``self.hparams``.
 
-        ``names``: only these; default: all but ``ignore``. ``self.hparams`` is a dict whose
+        Of a base class and a subclass, all that both were given: where both have a name, the
+        subclass's value counts, with which the object can be made again. ``names``: only these;
+        default: all but ``ignore``. ``self.hparams`` is a dict whose
         entries are attributes, too. Checkpoints keep, exactly: None, booleans, numbers (numpy's
         too), texts, bytes, paths, arrays, tensors, members of an Enum, and lists, tuples, sets,
         dicts and objects of attrs classes and dataclasses that hold such values; what they keep
@@ -226,34 +235,14 @@ class TaskModule(TaskHooks, nn.Module):
         Raises :class:`ConfigurationError` for a name that is no argument, and where ``__init__``
         was given ``*arguments``, which have no name to be kept by.
         """
+        refuse_arguments("save_hyperparameters", _unknown)
         frame = inspect.currentframe()
-        caller = frame.f_back if frame is not None else None
-        if caller is None or caller.f_code.co_name != "__init__":
-            raise ConfigurationError("call save_hyperparameters() in the task's __init__.")
-        given = inspect.getargvalues(caller)
-        arguments = {name: given.locals[name] for name in given.args[1:]}
-        arguments.update(given.locals[given.keywords] if given.keywords else {})
-        code = caller.f_code  # getargvalues leaves keyword-only arguments in the locals
-        only = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
-        arguments.update({name: given.locals[name] for name in only})
-        nameless = given.varargs
-        if nameless and given.locals.get(nameless) and not names and nameless not in ignore:
-            raise ConfigurationError(
-                f"save_hyperparameters() cannot keep *{nameless}: take one argument with a list, "
-                f"or leave it out with ignore=[{nameless!r}]."
-            )
-        unknown = [name for name in (*names, *ignore) if name not in (*arguments, nameless)]
-        if unknown:
-            raise ConfigurationError(
-                f"save_hyperparameters({unknown[0]!r}): __init__ has no such argument; it has "
-                f"{quoted(sorted(arguments), most=20)}."
-            )
-        kept = {k: v for k, v in arguments.items() if k in (names or arguments) and k not in ignore}
-        told = {name: own_copy(value) for name, value in kept.items()}
-        self.hparams = HyperParameters({**self.hparams, **told})
+        keep_arguments(self, None if frame is None else frame.f_back, names, ignore)
 
-    @classmethod
-    def load_from_checkpoint(cls: Type[T], path: Union[str, Path], **arguments: Any) -> T:
+    @of_class_alone
+    def load_from_checkpoint(
+        cls: Type[T], path: Union[str, Path, None] = None, **arguments: Any
+    ) -> T:
         """A task of this class with the weights of the checkpoint at ``path``.
 
         It is made with the hyper-parameters that ``save_hyperparameters`` kept, and with
@@ -262,14 +251,20 @@ class TaskModule(TaskHooks, nn.Module):
         class to import.
 
         Raises :class:`CheckpointError` where the file is missing, damaged or of another model,
-        and where a hyper-parameter is in it that could not be kept, or cannot be made again.
+        and where a hyper-parameter is in it that could not be kept, or cannot be made again, or
+        one is not that ``__init__`` needs; :class:`UnknownArgumentError` for one of ``arguments``
+        that it does not take.
         """
-        state = read(path).state
-        kept = {} if state is None else state.get("hparams", {})
-        task = cls(**{**restored_hparams(kept, cls, arguments, str(path)), **arguments})
-        load_weights(task, path)
+        refuse_unknown(cls, arguments)
+        if path is None:
+            raise ConfigurationError(
+                f"{cls.__name__}.load_from_checkpoint() has no file: give its path first."
+            )
+        checkpoint = read(path)
+        task = made_again(cls, checkpoint, arguments)
+        take_checkpoint(task, checkpoint)
         unknown = [name for name in task.hparams if name not in arguments]
-        if state is None and unknown:
+        if checkpoint.state is None and unknown:
             warn(
                 f"{path} holds weights and no hyper-parameters: {cls.__name__} was made with its "
                 f"defaults for {', '.join(unknown)}."

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, List, Optional
+import functools
+from typing import TYPE_CHECKING, Any, List, Optional
 
+from ofengine.errors import ConfigurationError
 from ofengine.rates.followed import Followed
 from ofengine.run.view import RunView
 from ofengine.tracing import forbid_in_trace
@@ -37,3 +39,33 @@ def scheduler_of(trainer: RunView) -> Any:
 
     scheduler = trainer.lr_scheduler
     return Followed(scheduler, rates) if hasattr(scheduler, "get_last_lr") else scheduler
+
+
+if TYPE_CHECKING:
+    of_class_alone = classmethod
+else:
+
+    class of_class_alone(classmethod):
+        """A class method that makes a new object: called on an object, it would leave that as is.
+
+        Raises :class:`ConfigurationError` at such a call.
+        """
+
+        def __get__(self, instance: Any, owner: Optional[type] = None) -> Any:
+            """The method of the class; of an object, what refuses the call."""
+            bound = super().__get__(instance, owner)
+            return bound if instance is None else _refusing(bound, type(instance).__name__)
+
+
+def _refusing(method: Any, cls: str) -> Any:
+    name = method.__name__
+
+    @functools.wraps(method)
+    def refuse(*_args: Any, **_options: Any) -> Any:
+        raise ConfigurationError(
+            f"{name}() makes a new task, and was called on an object, which would stay as it is: "
+            f"call it on the class, as in task = {cls}.{name}(path), or write "
+            "ofengine.load_weights(task, path)."
+        )
+
+    return refuse

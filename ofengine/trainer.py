@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -12,8 +11,8 @@ import attrs
 from ofengine.callback import Callback
 from ofengine.checkpoint.file import write
 from ofengine.checkpoint.find import CheckpointPath, supervised, weights_file
+from ofengine.checkpoint.of_task import load_checkpoint
 from ofengine.checkpoint.snapshot import content_of
-from ofengine.checkpoint.weights import load_weights
 from ofengine.data_module import DataModule
 from ofengine.defaults import (
     KnowsCallbacks,
@@ -41,7 +40,7 @@ from ofengine.run.mode import Mode
 from ofengine.run.profiling import watch_data
 from ofengine.run.settings import CHECKS, Settings, arguments_of, refuse_arguments
 from ofengine.run.state import Run
-from ofengine.run.verb import alone_in_training, carry_out
+from ofengine.run.verb import alone_in_training, carry_out, refuse_within
 from ofengine.run.view import Content
 from ofengine.run.windows import Accumulation
 from ofengine.task import TaskModule
@@ -50,8 +49,6 @@ from ofengine.trials.lr_find import lr_find
 from ofengine.trials.proof import Report
 from ofengine.trials.prove import prove
 from ofengine.trials.prove_ranks import prove_ranks
-
-log = logging.getLogger("ofengine")
 
 
 class Trainer(KnowsCallbacks):
@@ -197,6 +194,7 @@ class Trainer(KnowsCallbacks):
             OFEngineError: something does not fit together; raised before training starts.
         """
         refuse_arguments("fit", _unknown, arguments_of(self.fit))
+        refuse_within(self, task, "fit")
         starting.start_missing_ranks(self.settings)
         if self.restart_on_crash:
             ckpt_path = supervised(self._run, ckpt_path)
@@ -311,13 +309,13 @@ class Trainer(KnowsCallbacks):
         starting.start_missing_ranks(self.settings)
         proof = prove if self.settings.world is None else prove_ranks
         with connect.training_source(self, train_dataloaders) as source:
-            given = self.settings, self.callbacks, task, source
-            return proof(*given, _fit_apart, steps=steps)
+            return proof(self.settings, self.callbacks, task, source, _fit_apart, steps=steps)
 
     # ------------------------------------------------------------------ saving
 
-    def save_checkpoint(self, path: Union[str, Path]) -> Path:
+    def save_checkpoint(self, path: Union[str, Path], **_unknown: Any) -> Path:
         """See :meth:`RunView.save_checkpoint`."""
+        refuse_arguments("save_checkpoint", _unknown)
         if not self.is_global_zero:
             return Path(path)
         weights, state, metadata = content = self.checkpoint_content()
@@ -350,6 +348,7 @@ class Trainer(KnowsCallbacks):
     ) -> Tuple[List[Dict[str, float]], List[List[Any]]]:
         verb = connect.VERB_OF_STAGE[stage]
         refuse_arguments(verb, unknown, arguments_of(getattr(self, verb)))
+        refuse_within(self, task, verb)
         starting.start_missing_ranks(self.settings)
         data = connect.take_datamodule(self._run, self, verb, datamodule, dataloaders)
         connect.attach(self._run, self, task)
@@ -367,7 +366,7 @@ class Trainer(KnowsCallbacks):
             if ckpt_path is not None:
                 run = self._run
                 path = together.of_rank_zero(run, lambda: str(weights_file(run, ckpt_path)))
-                load_weights(task, path)
+                load_checkpoint(task, path)
             together.share_weights(self._run)
             return evaluation_loop(self._run, hooks, mode, stage, loaders, keeps=keeps)
 
@@ -395,5 +394,6 @@ def _fit_apart(
 ) -> None:
     """A ``fit`` of a Trainer of its own, without loggers."""
     trainer = Trainer.__new__(Trainer)
+    trainer._tries_apart = True
     trainer._run = Run.new(attrs.evolve(settings, profiler=None), callbacks, [])
     trainer.fit(task, source, None, *ckpt_path)

@@ -24,7 +24,7 @@ ROOMS: List[List[str]] = [
     ["run"],
     [
         *("run.arguments", "run.devices", "run.lightning", "run.precision", "run.windows"),
-        "run.settings",
+        *("run.lightning_methods", "run.settings"),
     ],
     [
         *("run.profile", "run.progress", "run.telling"),

@@ -102,6 +102,7 @@ def _module(path: str) -> Any:
 def _lightning_names() -> str:
     """A table of each kind of Lightning's names, with what the error says to write instead."""
     lightning = _module("ofengine/run/lightning.py")
+    methods = _module("ofengine/run/lightning_methods.py")
     classes = _module("ofengine/lightning_classes.py")
     of_classes = classes.CLASS_ARGUMENTS
     parts = [_OF_LIGHTNING]
@@ -115,6 +116,8 @@ def _lightning_names() -> str:
         ("Arguments of the Trainer that something else takes", lightning.ARGUMENTS_ELSEWHERE),
         ("Classes", classes.EXPORTS),
         *((f"Arguments of {name}", table) for name, table in sorted(of_classes.items())),
+        *((f"Arguments of {method}", table) for method, table in methods.METHOD_ARGUMENTS.items()),
+        ("Keys of a task's checkpoint", methods.CHECKPOINT_KEYS),
     ):
         rows = "\n".join(
             f"<tr><td><code>{name}</code></td><td>{html.escape(mend, quote=False)}</td></tr>"

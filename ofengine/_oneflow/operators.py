@@ -7,6 +7,8 @@ from typing import Any, List, Tuple
 import oneflow as flow
 from oneflow import nn
 
+from ofengine.errors import ConfigurationError
+
 _TensorTuple = flow._oneflow_internal.TensorTuple
 _backward = flow._oneflow_internal.autograd.backward
 _assign = flow._C.assign_local_tensor
@@ -15,8 +17,20 @@ _OF_ONE = _TensorTuple()
 
 
 def backward_of(loss: Any) -> None:
-    """``loss.backward()`` of an eager loss of one element, without the calls on the way to it."""
-    _backward(_TensorTuple([loss]), _OF_ONE, False, False)
+    """``loss.backward()`` of an eager loss of one element, without the calls on the way to it.
+
+    Raises :class:`ConfigurationError` where a part of it has had its backward already.
+    """
+    try:
+        _backward(_TensorTuple([loss]), _OF_ONE, False, False)
+    except Exception as error:
+        if "has been released" not in str(error):
+            raise
+        raise ConfigurationError(
+            "the loss leads through what backward was called for already: the Trainer calls "
+            "backward, so leave loss.backward() out of training_step, and detach() what is kept "
+            "from one batch for the next."
+        ) from error
 
 
 def write_into(tensor: Any, other: Any) -> None:

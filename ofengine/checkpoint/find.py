@@ -97,15 +97,27 @@ def weights_file(run: Run, ckpt_path: Union[str, Path]) -> Path:
     found = find_checkpoint(run, ckpt_path)
     if found is None:
         looked = ", ".join(sorted({str(each) for each in _folders(run)}))
+        where = f" in {looked}" if looked else ""
+        if run.settings.fast_dev_run:
+            raise _none_of_fast_dev_run("last", f" and none is there{where}")
         raise ConfigurationError(
-            f"ckpt_path='last': there is no checkpoint yet{f' in {looked}' if looked else ''}. Fit "
+            f"ckpt_path='last': there is no checkpoint yet{where}. Fit "
             "first, or give the path of a file."
         )
     return found.path
 
 
+def _none_of_fast_dev_run(which: str, and_none: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"ckpt_path={which!r}: with fast_dev_run no checkpoint is saved{and_none}: leave ckpt_path "
+        "out, or give the path of a file."
+    )
+
+
 def _best_file(run: Run) -> Path:
     keeping = [each for each in run.callbacks if hasattr(each, "best_model_path")]
+    if not keeping and run.settings.fast_dev_run:
+        raise _none_of_fast_dev_run("best", "")
     if not keeping:
         raise ConfigurationError(
             "ckpt_path='best' is the best_model_path of a ModelCheckpoint, and none is listed: "

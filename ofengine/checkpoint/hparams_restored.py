@@ -41,7 +41,7 @@ def restored_hparams(
         if _is_default(value, name, defaults):
             continue
         call = f"{task_class.__name__}.load_from_checkpoint(path, {shown(name)}=...)"
-        if not _takes(task_class, name):
+        if not takes(task_class, name):
             raise CheckpointError(
                 f"{where} was saved with the hyper-parameter {shown(name)!r}, which "
                 f"{task_class.__name__}.__init__ does not take: use the class that it was saved "
@@ -194,12 +194,18 @@ def defaults_of(task_class: type) -> Dict[str, Any]:
     return found
 
 
-def _takes(task_class: type, name: str) -> bool:
+def takes(task_class: type, name: str) -> bool:
+    """True where the ``__init__`` of a task takes an argument called ``name``, or of any name."""
     parameters = inspect.signature(task_class.__init__).parameters  # type: ignore[misc]
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
         return True
     return name in list(parameters)[1:] and parameters[name].kind in kinds
+
+
+def takes_by_name(task_class: type, name: str) -> bool:
+    """True where it, or the ``__init__`` of a base, says that it has an argument of that name."""
+    return any(name in inspect.signature(init).parameters for init in _inits(task_class))
 
 
 def _known_classes(task_class: type) -> Dict[str, List[type]]:

@@ -16,6 +16,7 @@ from ofengine.checkpoint.beside import check_others, other_optimizers, put_other
 from ofengine.checkpoint.check import check_run
 from ofengine.checkpoint.file import Checkpoint
 from ofengine.checkpoint.kernels import tell_kernels
+from ofengine.checkpoint.of_task import hand_back
 from ofengine.checkpoint.owners import Matches, describe_owner, in_words, match
 from ofengine.checkpoint.schema import check_state, of_each
 from ofengine.checkpoint.seen import (
@@ -175,7 +176,7 @@ class Resumed:
             self._tell_differences(run)
             self._restore_callbacks(run, undo)
             with self._taken_whole(run.task, "on_load_checkpoint", undo):
-                run.task.on_load_checkpoint(state["task"])
+                hand_back(run.task, state["task"])
         log.info(
             "resuming from %s: epoch %d, step %d.",
             self.checkpoint.path, run.progress.epoch, run.progress.global_step,

@@ -197,7 +197,7 @@ class _Plain:
                 self.__dict__[name] = value
 
 
-_OF_MODULES = {*vars(nn.Module()), "_trainer", "hparams"}
+_OF_MODULES = {*vars(nn.Module()), "_trainer", "hparams", "_hparams_of_bases"}
 
 
 # ---------------------------------------------------------------------- digests

@@ -21,8 +21,10 @@ from ofengine.checkpoint.beside import (
 )
 from ofengine.checkpoint.file import array_of
 from ofengine.checkpoint.hparams import kept_hparams
+from ofengine.checkpoint.hparams_given import told_to_make
 from ofengine.checkpoint.hparams_restored import defaults_of
 from ofengine.checkpoint.kernels import kernels_in_use
+from ofengine.checkpoint.of_task import kept_by
 from ofengine.checkpoint.owners import describe_owner
 from ofengine.checkpoint.seen import attributes_seen, changed_since_start
 from ofengine.checkpoint.weights import arrays_of
@@ -99,7 +101,7 @@ def _states_of_owners(run: Run, users_only: bool = False) -> State:
     """
     extra: State = {}
     if not users_only or overrides(run.task, "on_save_checkpoint", TaskModule):
-        run.task.on_save_checkpoint(extra)
+        extra = kept_by(run.task)
     callbacks = [
         {} if users_only and ships(callback) else callback.state_dict()
         for callback in run.callbacks
@@ -305,4 +307,4 @@ def _is_plain(value: Any) -> bool:
 
 
 def _plain_hparams(task: Any) -> State:
-    return kept_hparams(task.hparams, defaults_of(type(task)))
+    return kept_hparams(told_to_make(task), defaults_of(type(task)))

@@ -93,17 +93,25 @@ def _read_weights(
             for name, value in source.items()
         }
         return arrays, {}, "the dict of weights"
+    of_pytorch = pytorch_weights(source)
+    if of_pytorch is not None:
+        return of_pytorch, {}, str(source)
+    checkpoint = read(source)
+    return checkpoint.weights, checkpoint.metadata, str(checkpoint.path)
+
+
+def pytorch_weights(source: Union[str, Path]) -> Optional[Dict[str, np.ndarray]]:
+    """What is in a ``.pth`` file of PyTorch; None where ``source`` is none, or no file."""
     path = Path(source)
     if why_no_path(path) is None:
         try:
             with open_regular(path) as file:
                 if file.read(len(pytorch.SIGNATURE)) == pytorch.SIGNATURE:
                     file.seek(0)
-                    return pytorch.weights_in(path, file.read()), {}, str(path)
+                    return pytorch.weights_in(path, file.read())
         except OSError:
-            pass  # said below
-    checkpoint = read(path)
-    return checkpoint.weights, checkpoint.metadata, str(checkpoint.path)
+            pass  # said by who reads it otherwise
+    return None
 
 
 def _those_of_both(

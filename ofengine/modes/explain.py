@@ -21,7 +21,12 @@ _READS_VALUES = {
     "Advanced indexing by boolean(mask)": "indexes with a boolean mask, whose result has no fixed "
     "shape",
 }
+_BACKWARD = "calls backward() itself: the Trainer calls backward, so leave it out"
 _OTHERWISE_WRONG = {
+    "has been released": _BACKWARD,
+    "donot accept 'retain_graph'": _BACKWARD,
+    "eager tensors supported only": "updates weights itself, as by optimizer.step(): the Trainer "
+    "calls backward and the optimizer, so leave both out",
     "only support types: Tensor/None": "returns something that is no tensor: return the loss, a "
     "tuple or a dict of tensors",
     "Loss blob not found": "never calls backward(): call it on the loss",

@@ -28,6 +28,7 @@ from ofengine.run.arguments import (
 )
 from ofengine.run.devices import check_ranks, check_strategy, resolve_device
 from ofengine.run.lightning import ARGUMENTS_ELSEWHERE, TRAINER_ARGUMENTS, mend_for
+from ofengine.run.lightning_methods import METHOD_ARGUMENTS
 from ofengine.run.precision import check_mixed, check_precision
 from ofengine.run.windows import Accumulation, Windows, check_accumulation
 
@@ -257,19 +258,20 @@ class Settings:
 def refuse_arguments(
     owner: str,
     unknown: Iterable[str],
-    known: Iterable[str],
+    known: Iterable[str] = (),
     elsewhere: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Raise :class:`UnknownArgumentError` for a name that ``owner``, Trainer or a verb, lacks.
+    """Raise :class:`UnknownArgumentError` for a name that ``owner``, Trainer or a method, lacks.
 
-    ``known`` are the names that it has; ``elsewhere`` are names that something else takes, with
+    ``known`` are the names that it has, if they are to be told; ``elsewhere`` are names that something else takes, with
     what to write.
     """
     for name in unknown:
-        mend = mend_for(TRAINER_ARGUMENTS, name) or mend_for(elsewhere, name)
+        table = METHOD_ARGUMENTS.get(owner, TRAINER_ARGUMENTS)
+        mend = mend_for(table, name) or mend_for(elsewhere, name)
         if mend is None:
             close = difflib.get_close_matches(name, known, n=1)
-            others = f"use one of {', '.join(sorted(known))}."
+            others = f"use one of {', '.join(sorted(known))}." if known else "leave it out."
             mend = f"did you mean {close[0]!r}?" if close else others
             raise UnknownArgumentError(f"{owner} has no argument {name!r}: {mend}")
         raise UnknownArgumentError(f"{owner} has no argument {name!r}: {mend}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from typing import Any, Callable, Dict, Iterator, List, TypeVar
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, TypeVar
 
 from ofengine._oneflow.loaders import end_workers, workers_noted
 from ofengine.errors import ConfigurationError, GraphModeError
@@ -63,6 +63,46 @@ def alone_in_training() -> Iterator[None]:
             _fitting.remove(own)
 
 
+class _Running(NamedTuple):
+    trainer: RunView
+    task: Any
+    verb: str
+
+
+_running: List[_Running] = []
+"""The verbs that are running, of all threads."""
+
+
+@contextlib.contextmanager
+def _noted(trainer: RunView, task: Any, verb: str) -> Iterator[None]:
+    own = _Running(trainer, task, verb)
+    _running.append(own)
+    try:
+        yield
+    finally:
+        _running[:] = [each for each in _running if each is not own]
+
+
+def refuse_within(trainer: RunView, task: Any, verb: str) -> None:
+    """Refuse ``verb`` within one of the same Trainer or task, whose run it would take away.
+
+    The engine's own ``fit`` that tries something, and puts all back, takes nothing of a task away.
+
+    Raises :class:`ConfigurationError`.
+    """
+    for running in reversed(_running):
+        same_trainer = running.trainer is trainer
+        if not same_trainer and (trainer._tries_apart or running.task is not task):
+            continue
+        whose = "this Trainer" if same_trainer else "another Trainer, with the same task,"
+        also = "give fit val_dataloaders, " if (running.verb, verb) == ("fit", "validate") else ""
+        raise ConfigurationError(
+            f"{verb}() was called while {running.verb}() of {whose} is running: call it when "
+            f"{running.verb}() is over, {also}or give another Trainer a copy of the task, "
+            "copy.deepcopy(task)."
+        )
+
+
 def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner, Mode], T]) -> T:
     """``setup``, ``body``, ``teardown``; ``on_exception`` where something is raised."""
     settings, task = run.settings, run.task
@@ -82,10 +122,10 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
     }
     if verb == "fit":
         run.mode = modes[settings.mode]
-    run.interrupts, run.told_not_finite = InterruptGuard(), False
-    status = "failed"
+    run.interrupts, run.told_not_finite, status = InterruptGuard(), False, "failed"
     shares, told = run.metrics.running(), profiling(trainer, run, verb, hooks, modes.values())
-    with CrashReport() as report, workers_noted(), run.interrupts, heartbeat.verb, shares, told:
+    noted, beats = _noted(trainer, task, verb), heartbeat.verb
+    with CrashReport() as report, workers_noted(), run.interrupts, beats, shares, told, noted:
         place_before, run.place = run.place, report.place
         try:
             _set_up(run, hooks, verb)

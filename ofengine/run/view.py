@@ -48,6 +48,9 @@ class RunView(ToldView):
     may be set. :class:`ofengine.Trainer` adds the four verbs.
     """
 
+    _tries_apart = False
+    """True where ``fit`` is the engine's own, which tries something and puts all back."""
+
     def __getattr__(self, name: str) -> Any:
         """Nothing is called ``name``: say what Lightning's name for it is here."""
         mend = mend_for(TRAINER_ATTRIBUTES, name)
@@ -359,7 +362,7 @@ class RunView(ToldView):
         """Compile the plan's rates, from this step on, into ``graph``, not compiled yet."""
         self._run.training_mode.lower_rates(graph)
 
-    def save_checkpoint(self, path: Union[str, Path]) -> Path:
+    def save_checkpoint(self, path: Union[str, Path], **_unknown: Any) -> Path:
         """Write a checkpoint to ``path`` (safetensors), from which a run can be resumed.
 
         From a callback, save in ``on_train_batch_end`` or later, and with ``fires_last = True``:

@@ -12,7 +12,7 @@ from ofengine.data.combined import together
 from ofengine.data.structure import batch_size_of, flatten, unflatten
 from ofengine.errors import ConfigurationError, DataError
 from ofengine.run.arguments import check_choice, check_count
-from ofengine.run.settings import Settings
+from ofengine.run.settings import Settings, refuse_arguments
 from ofengine.task import TaskModule
 from ofengine.trials.memory import free_memory, in_mb, limit_of
 from ofengine.trials.prove import Fit
@@ -31,6 +31,9 @@ class _Quiet(Callback):
     watches_losses = True
 
 
+_OPTIONS = ("mode", "steps_per_trial", "init_val", "max_trials", "max_val", "memory_limit")
+
+
 def scale_batch_size(
     settings: Settings,
     task: TaskModule,
@@ -43,6 +46,7 @@ def scale_batch_size(
     max_trials: int = 25,
     max_val: int = 8192,
     memory_limit: Union[int, float] = 0.5,
+    **_unknown: Any,
 ) -> int:
     """The largest number of rows that a training batch may have.
 
@@ -72,6 +76,7 @@ def scale_batch_size(
             another reason than memory.
         DataError: the data has no rows, or ``init_val`` rows do not fit.
     """
+    refuse_arguments("scale_batch_size", _unknown, _OPTIONS)
     if settings.world_size > 1:
         raise ConfigurationError(
             f"scale_batch_size runs in one process, and there are {settings.world_size} ranks: "

@@ -17,7 +17,7 @@ from ofengine.rates.groups import Group
 from ofengine.rates.optimizers import Optimization
 from ofengine.rates.plan import RatePlan
 from ofengine.run.devices import move
-from ofengine.run.settings import Settings
+from ofengine.run.settings import Settings, refuse_arguments
 from ofengine.run.view import RunView
 from ofengine.task import TaskModule
 from ofengine.trials.restore import OptimizerLoan, Restorer, of_sweep
@@ -105,6 +105,9 @@ class _Recorder(Callback):
             self.stopped = trainer.should_stop = True
 
 
+_OPTIONS = ("min_lr", "max_lr", "num_steps", "mode", "early_stop_threshold")
+
+
 def lr_find(
     settings: Settings,
     task: TaskModule,
@@ -117,6 +120,7 @@ def lr_find(
     num_steps: int = 100,
     mode: str = "exponential",
     early_stop_threshold: Optional[float] = 4.0,
+    **_unknown: Any,
 ) -> LRFinder:
     """Train for ``num_steps`` steps with rising rates, and put everything back.
 
@@ -154,6 +158,7 @@ def lr_find(
         DataError: the data can be gone through only once.
         RateError: the groups are wrong, or no group has a rate above 0.
     """
+    refuse_arguments("lr_find", _unknown, _OPTIONS)
     rates = _rates(min_lr, max_lr, num_steps, mode)
     if early_stop_threshold is not None and not early_stop_threshold > 1:
         raise ConfigurationError(

@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Optional
 
 import oneflow as flow
 import pytest
-from helpers import MODES, Scored, quiet_trainer, run_python, weights_of
+from helpers import MODES, Line, Scored, quiet_trainer, run_python, weights_of
 from oneflow import nn
 from safetensors.numpy import save_file
 
@@ -427,3 +427,13 @@ def test_of_several_callbacks_the_first_that_has_a_best_counts(tmp_path: Path) -
     trainer.validate(task, BATCHES[:1], ckpt_path="best")
     saved = read(tmp_path / "best" / "epoch=0-step=2.safetensors").weights
     assert all(array.tobytes() == saved[name].tobytes() for name, array in weights_of(task).items())
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_a_fast_dev_run_is_named_where_it_has_saved_nothing(which: str, tmp_path: Path) -> None:
+    trainer = quiet_trainer(
+        fast_dev_run=True, callbacks=ModelCheckpoint(monitor="loss"), default_root_dir=tmp_path
+    )
+    trainer.fit(Line(), [flow.ones(2, 2)])
+    with pytest.raises(ConfigurationError, match=f"'{which}': with fast_dev_run no checkpoint is"):
+        trainer.validate(Line(), [flow.ones(2, 2)], ckpt_path=which)

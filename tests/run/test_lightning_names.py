@@ -22,6 +22,7 @@ from ofengine.run.lightning import (
     TRAINER_ATTRIBUTES,
     mend_for,
 )
+from ofengine.run.lightning_methods import CHECKPOINT_KEYS, METHOD_ARGUMENTS
 
 TABLES = {
     "EXPORTS": EXPORTS,
@@ -34,6 +35,8 @@ TABLES = {
     "DATA_MODULE_ATTRIBUTES": DATA_MODULE_ATTRIBUTES,
     "DATA_MODULE_HOOKS": DATA_MODULE_HOOKS,
     **CLASS_ARGUMENTS,
+    "CHECKPOINT_KEYS": CHECKPOINT_KEYS,
+    **METHOD_ARGUMENTS,
 }
 _ADVICE = re.compile(
     r"\b(add|ask|call|change|compute|freeze|give|keep|leave|let|list|make|note|return|run|split|"
