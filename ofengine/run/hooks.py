@@ -10,7 +10,6 @@ from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Seque
 from ofengine.callback import EAGER_ONLY_HOOKS, HOOKS, METHODS, Callback, overrides, ships
 from ofengine.data_module import DATA_MODULE_HOOKS, DataModule
 from ofengine.errors import ConfigurationError, warn
-from ofengine.loggers.base import Logger
 from ofengine.run.arguments import check_takes
 from ofengine.run.lightning import HOOKS as HOOKS_OF_LIGHTNING, TASK_ATTRIBUTES
 from ofengine.run.profile import Profile
@@ -128,10 +127,6 @@ _CALLED: Mapping[type, Sequence[str]] = {
     TaskModule: (*HOOKS, "prepare_data", "on_save_checkpoint", "on_load_checkpoint"),
     Callback: (*HOOKS, "state_dict", "check_state_dict", "load_state_dict"),
     DataModule: ("prepare_data", "setup", "teardown"),
-    Logger: (
-        *("log_metrics", "log_hyperparams", "save_due", "state_dict", "check_state_dict"),
-        *("run_dirs", "save", "finalize"),
-    ),
 }
 """What the engine calls, by position, of each kind of thing that users write."""
 

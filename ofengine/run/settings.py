@@ -263,8 +263,8 @@ def refuse_arguments(
 ) -> None:
     """Raise :class:`UnknownArgumentError` for a name that ``owner``, Trainer or a method, lacks.
 
-    ``known`` are the names that it has, if they are to be told; ``elsewhere`` are names that something else takes, with
-    what to write.
+    ``known`` are the names that it has, if they are to be told; ``elsewhere`` are names that
+    something else takes, with what to write.
     """
     for name in unknown:
         table = METHOD_ARGUMENTS.get(owner, TRAINER_ARGUMENTS)

@@ -9,7 +9,6 @@ import pytest
 from helpers import Bare, Line, batches, quiet_trainer, refused, sentence
 
 from ofengine import Callback, ConfigurationError, DataModule
-from ofengine.loggers import Logger
 
 
 def _of(base: type, **methods: Any) -> Any:
@@ -78,14 +77,6 @@ def test_of_a_data_module(mode: str, hook: str, method: Callable[..., Any], give
             getattr(trainer, verb)(Line(), _of(Data, **{hook: method}))
         sentence(error, rf"Mine\.{hook}\(.*write `def {hook}\({given}\)`")
         assert trainer.global_step == 0
-
-
-def test_of_a_logger_as_lightning_has_it() -> None:
-    logger = _of(Logger, log_metrics=lambda self, metrics, step: None)
-    says = r"write `def log_metrics\(self, metrics, step, epoch\)`"
-    refused(
-        Line(), ConfigurationError, r"Mine\.log_metrics\(self, metrics, step\)", says, logger=logger
-    )
 
 
 def _drops_all(method: Callable[[Any], Any]) -> Callable[..., Any]:
