@@ -2,10 +2,10 @@
 
 While a step is traced, each attribute that is read of a module is noted, with what it was; so are
 the parameters, buffers and submodules that there are, the options of the groups that the step
-updates with, and the plain globals and closures of the user's functions. Afterwards a write to one
-of these is told by a barrier in the classes themselves, at no cost for a step; only what can change
-without a write to a module (a dict, a list, an object of the user's, a global) is looked at before
-each run.
+updates with, and what the user's functions read by name: globals, closures, defaults, attributes of
+classes and modules. Afterwards a write to one of these is told by a barrier in the classes
+themselves, at no cost for a step; only what can change without a write to a module (a dict, a list,
+an object or a class of the user's, a global) is looked at before each run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from oneflow import nn
 
 from ofengine._oneflow.barriers import Barrier, telling_reads
 from ofengine._oneflow.tracing import stands_for
-from ofengine.modes.photo import Film, difference, photo
+from ofengine.modes.photo import Film, Slots, difference, photo
+from ofengine.modes.reach import own_classes, reached, space_of, value_at
 
 _OWN_NAMES = frozenset({*vars(nn.Module()), "_trainer", "_origin", "_proxy"} - {"training"})
 """Names that nn.Module or the engine read all the time."""
@@ -34,9 +35,6 @@ _VERSION_AT = 24
 """Where a dict of CPython 3.8 to 3.10 keeps the version that each change of it makes new (PEP 509):
 behind the reference count, the type and the number of entries."""
 _HAS_VERSIONS = sys.implementation.name == "cpython" and sys.version_info[:2] <= (3, 10)
-
-_Place = Tuple[Any, str]
-"""Who holds a value, a module or a function's globals, and its name there."""
 
 
 class Watch:
@@ -56,25 +54,30 @@ class Watch:
         self._cells: List[Any] = []
         self._slow: List[Tuple[Any, Any]] = []
         self._before: Dict[Tuple[int, str], Tuple[Any, str, Any]] = {}
+        self._called_so: Dict[Tuple[int, str], str] = {}
         film = Film()
-        functions: List[types.FunctionType] = []
         self._modules = reads.values()
         for module in task.modules():
             inside = {*module._parameters, *module._buffers, *module._modules}
             reads.setdefault(id(module), (module, set()))[1].update(inside)
-            functions += _functions_of(type(module).forward)
+            film.meet(module)
         for module, names in reads.values():
             for name in names:
-                value = _attribute(module, name)
-                functions += _functions_of(value)
-                self._before[(id(module), name)] = (module, name, photo(value, film))
-        for holder, name, value in _free_names(functions):
-            self._before[(id(holder), name)] = (holder, name, photo(value, film))
-            film.changeable.append(holder)
+                self._note(module, name, photo(getattr(module, name, None), film))
+        asked = frozenset(name for _, names in reads.values() for name in names)
+        for called, holder, name, value in reached(film, asked):
+            self._note(holder, name, photo(value, film), called)
+            is_class = isinstance(holder, type)
+            spaces = map(space_of, own_classes(holder)) if is_class else [holder]
+            film.changeable += [each for each in spaces if not isinstance(each, types.FunctionType)]
         self._option_photo = self._photo_of_groups()
         self._held = film.held
         self._changeable = list({id(each): each for each in film.changeable}.values())
         self._note_versions()
+
+    def _note(self, holder: Any, name: str, before: Any, called: str = "") -> None:
+        self._before[(id(holder), name)] = (holder, name, before)
+        self._called_so[(id(holder), name)] = called
 
     def modules(self) -> Iterator[Tuple[Any, Set[str]]]:
         """The modules, and the names of their attributes that matter."""
@@ -112,7 +115,7 @@ class Watch:
         looked = self._before if places is None else [p for p in places if p in self._before]
         for place in looked:
             holder, name, before = self._before[place]
-            after = photo(_attribute(holder, name), Film())
+            after = photo(value_at(holder, name), Film())
             if after != before:
                 return difference(self._called(holder, name), before, after)
         if self._photo_of_groups() != self._option_photo:
@@ -122,6 +125,9 @@ class Watch:
         return None
 
     def _called(self, holder: Any, name: str) -> str:
+        called = self._called_so[(id(holder), name)]
+        if called:
+            return called
         path = self._names.get(id(holder))
         if path is None:
             return name
@@ -185,67 +191,12 @@ class Guards:
         self._reads.setdefault(id(module), (module, set()))[1].add(name)
 
 
-def _attribute(holder: Any, name: str) -> Any:
-    """A module's attribute, a global or a closure's variable; None where there is none now."""
-    if isinstance(holder, dict):
-        return holder.get(name)
-    if isinstance(holder, types.CellType):
-        try:
-            return holder.cell_contents
-        except ValueError:
-            return None
-    return getattr(holder, name, None)
-
-
 def _quick(container: Any) -> Any:
     """What is cheap to compare of a container without a version."""
     if isinstance(container, np.ndarray):
         return container.tobytes() if container.size <= 1_000 else None
     if isinstance(container, types.CellType):
-        return id(_attribute(container, ""))
-    if isinstance(container, dict):
+        return id(value_at(container, ""))
+    if isinstance(container, (dict, Slots)):
         return [(key, id(each)) for key, each in container.items()]
     return len(container), [id(each) for each in itertools.islice(container, 1_000)]
-
-
-def _is_users(function: Any) -> bool:
-    package = str(getattr(function, "__module__", "")).partition(".")[0]
-    return isinstance(function, types.FunctionType) and package not in (
-        "ofengine", "oneflow", "flowvision", "numpy", "builtins"
-    )  # fmt: skip
-
-
-def _functions_of(value: Any) -> List[types.FunctionType]:
-    function = getattr(value, "__func__", value)
-    return [function] if _is_users(function) else []
-
-
-def _free_names(functions: Sequence[types.FunctionType]) -> Iterator[Tuple[Any, str, Any]]:
-    """(holder, name, value) of what the functions read besides arguments, and those they call."""
-    waiting, seen = list(functions), set()  # type: ignore[var-annotated]
-    while waiting:
-        function = waiting.pop()
-        if function in seen or len(seen) > 200:
-            continue
-        seen.add(function)
-        for cell, name in zip(function.__closure__ or (), function.__code__.co_freevars):
-            value = _attribute(cell, name)
-            waiting += _functions_of(value)
-            yield cell, name, value
-        for name in _names_in(function.__code__):
-            if name not in function.__globals__:
-                continue
-            value = function.__globals__[name]
-            waiting += _functions_of(value)
-            if _can_be_a_setting(value):
-                yield function.__globals__, name, value
-
-
-def _names_in(code: types.CodeType) -> Set[str]:
-    inside = [each for each in code.co_consts if isinstance(each, types.CodeType)]
-    return set(code.co_names).union(*map(_names_in, inside))
-
-
-def _can_be_a_setting(value: Any) -> bool:
-    """False for what a module's global as a rule is: a module, a class, a function."""
-    return not isinstance(value, (types.ModuleType, type)) and not callable(value)
