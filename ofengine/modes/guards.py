@@ -170,6 +170,10 @@ class Guards:
         with telling_reads(self._tell):
             yield
 
+    def has_read(self, module: nn.Module, name: str) -> bool:
+        """True where the trace going on has read this attribute."""
+        return name in self._reads.get(id(module), (module, ()))[1]
+
     def watch(self, task: nn.Module, groups: Sequence[Any] = ()) -> Watch:
         """Watch what the last block read."""
         watch = Watch(task, self._reads, groups)

@@ -8,7 +8,7 @@ forgotten with the trace, so that it would never train.
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 from oneflow import nn
 
@@ -18,11 +18,14 @@ from ofengine.errors import GraphModeError, warn
 from ofengine.modes import own_draws
 from ofengine.modes.holders import Holders, holds_lazy, is_watched
 from ofengine.task import TaskModule
+from ofengine.tracing import warn_of_changes
 
 
 @contextlib.contextmanager
-def nothing_left_behind(task: TaskModule, what: str) -> Iterator[None]:
-    """Trace the step that is called ``what`` in the block.
+def nothing_left_behind(
+    task: TaskModule, what: str, has_read: Callable[[nn.Module, str], bool]
+) -> Iterator[None]:
+    """Trace the step that is called ``what`` in the block; ``has_read`` tells what it read so far.
 
     Afterwards each list, dict, set and object that the task, or a function of it, can reach holds
     what it held before where the trace has put tensors into it, and a warning tells so: an entry
@@ -48,7 +51,8 @@ def nothing_left_behind(task: TaskModule, what: str) -> Iterator[None]:
         if replaces_buffer(module, name, value):
             return  # it is written back
         if name == "training" and module is not task:
-            switches[path] = (module, value)  # it may be set back
+            if has_read(module, name) or path in switches:
+                switches[path] = (module, value)  # it may be set back
             return
         # Of the task's own another warning tells; of OneFlow's own layers nobody needs to know.
         if module is not task and is_watched(type(module)):
@@ -81,12 +85,7 @@ def nothing_left_behind(task: TaskModule, what: str) -> Iterator[None]:
         )
     left = [path for path, (module, value) in switches.items() if module.training != value]
     changed = sorted({*numbers_set, *holders.changed(), *left})
-    if changed:
-        warn(
-            f"{what} changes {', '.join(changed[:5])} in a compiled step, whose Python runs once, "
-            "at the trace, and not for each batch: do it in on_train_batch_end "
-            "(on_validation_batch_end, ...), or make it a buffer, which a compiled step may change."
-        )
+    warn_of_changes(what, changed)
 
 
 def _is_layer(value: Any) -> bool:
