@@ -16,13 +16,14 @@ import inspect
 import itertools
 import sys
 import types
+import weakref
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import numpy as np
 import oneflow as flow
 from oneflow import nn
 
-from ofengine._oneflow.barriers import Barrier, telling_reads
+from ofengine._oneflow.barriers import STRUCTURE, Barrier, telling_reads
 from ofengine._oneflow.tracing import stands_for
 from ofengine.modes.photo import Film, Slots, difference, photo
 from ofengine.modes.reach import own_classes, reached, space_of, value_at
@@ -55,6 +56,7 @@ class Watch:
         self._slow: List[Tuple[Any, Any]] = []
         self._before: Dict[Tuple[int, str], Tuple[Any, str, Any]] = {}
         self._called_so: Dict[Tuple[int, str], str] = {}
+        self._structures: Dict[int, Tuple[Any, Dict[Any, int]]] = {}
         film = Film()
         self._modules = reads.values()
         for module in task.modules():
@@ -64,6 +66,7 @@ class Watch:
         for module, names in reads.values():
             for name in names:
                 self._note(module, name, photo(getattr(module, name, None), film))
+            self._structures[id(module)] = (module, _structure(module))
         asked = frozenset(name for _, names in reads.values() for name in names)
         for called, holder, name, value in reached(film, asked):
             self._note(holder, name, photo(value, film), called)
@@ -118,6 +121,12 @@ class Watch:
             after = photo(value_at(holder, name), Film())
             if after != before:
                 return difference(self._called(holder, name), before, after)
+        asked = self._structures if places is None else [i for i, n in places if n == STRUCTURE]
+        for key in asked:
+            module, held = self._structures.get(key, (None, {}))
+            if module is not None and _structure(module) != held:
+                (_, name), _ = min({*held.items()} ^ {*_structure(module).items()})
+                return self._called(module, name)
         if self._photo_of_groups() != self._option_photo:
             return self._changed_option()
         if places is None:
@@ -125,7 +134,7 @@ class Watch:
         return None
 
     def _called(self, holder: Any, name: str) -> str:
-        called = self._called_so[(id(holder), name)]
+        called = self._called_so.get((id(holder), name))
         if called:
             return called
         path = self._names.get(id(holder))
@@ -162,6 +171,7 @@ class Guards:
         self.barrier = Barrier()
         self._reads: Dict[int, Tuple[Any, Set[str]]] = {}
         self._is_property: Dict[Tuple[type, str], bool] = {}
+        self._watches: weakref.WeakSet[Watch] = weakref.WeakSet()
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -178,9 +188,27 @@ class Guards:
         """Watch what the last block read."""
         watch = Watch(task, self._reads, groups)
         for module, names in watch.modules():
-            self.barrier.watch(module, names)
+            self.barrier.watch(module, {*names, STRUCTURE})
+        self.barrier.listen_to([*task.parameters(), *task.buffers(), *watch.tensors(task)])
         self._reads = {}
+        self._watches.add(watch)
         return watch
+
+    def what_was_written(self, task: nn.Module, tensors: Dict[int, str]) -> Tuple[List[str], str]:
+        """What the written ``tensors`` make of compiled steps.
+
+        Returns:
+            the parameters and buffers that have other memory, and what is another, as a user would
+            write it; nothing where the steps stand.
+        """
+        own = {id(each): name for name, each in (*task.named_parameters(), *task.named_buffers())}
+        held = {id(each) for watch in self._watches for each in watch.tensors(task)}
+        others = [i for i, what in tensors.items() if what == "data" and i in held]
+        replaced = [own[i] for i, what in tensors.items() if what == "data" and i in own]
+        names = [f"self.{name}.data" for name in replaced]
+        names += [f"self.{own[i]}'s hook" for i, w in tensors.items() if w == "hook" and i in own]
+        names += ["the data of a tensor beside the task"] if others else []
+        return replaced, names[0] if names else ""
 
     def _tell(self, module: Any, name: str) -> None:
         if name in _OWN_NAMES or name.startswith("__"):
@@ -193,6 +221,16 @@ class Guards:
             return  # what it reads is told by itself
         module = stands_for(module)
         self._reads.setdefault(id(module), (module, set()))[1].add(name)
+
+
+def _structure(module: nn.Module) -> Dict[Any, int]:
+    """Which layers, parameters, buffers and hooks a module holds."""
+    own = vars(module)
+    return {
+        (kind, str(name)): id(value)
+        for kind in ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
+        for name, value in own.get(kind, {}).items()
+    }
 
 
 def _quick(container: Any) -> Any:
