@@ -53,10 +53,15 @@ class Watch:
         self._names = {id(module): name for name, module in task.named_modules()}
         self._groups = [group.options for group in groups]
         self._cells: List[Any] = []
+        self._versions: List[int] = []
         self._slow: List[Tuple[Any, Any]] = []
         self._before: Dict[Tuple[int, str], Tuple[Any, str, Any]] = {}
         self._called_so: Dict[Tuple[int, str], str] = {}
+        self._within: Dict[Tuple[int, str], List[Any]] = {}
+        """What can change in place, by the place that it was found at."""
         self._structures: Dict[int, Tuple[Any, Dict[Any, int]]] = {}
+        self._spaces: Dict[int, Tuple[Any, Set[Tuple[int, str]]]] = {}
+        """The dicts of modules and classes and the cells that hold places, with these."""
         film = Film()
         self._modules = reads.values()
         for module in task.modules():
@@ -65,22 +70,25 @@ class Watch:
             film.meet(module)
         for module, names in reads.values():
             for name in names:
-                self._note(module, name, photo(getattr(module, name, None), film))
+                self._note(module, name, film)
             self._structures[id(module)] = (module, _structure(module))
         asked = frozenset(name for _, names in reads.values() for name in names)
-        for called, holder, name, value in reached(film, asked):
-            self._note(holder, name, photo(value, film), called)
+        for called, holder, name, _ in reached(film, asked):
+            self._note(holder, name, film, called)
             is_class = isinstance(holder, type)
             spaces = map(space_of, own_classes(holder)) if is_class else [holder]
-            film.changeable += [each for each in spaces if not isinstance(each, types.FunctionType)]
+            for each in spaces:
+                if not isinstance(each, types.FunctionType):
+                    self._spaces.setdefault(id(each), (each, set()))[1].add((id(holder), name))
         self._option_photo = self._photo_of_groups()
         self._held = film.held
-        self._changeable = list({id(each): each for each in film.changeable}.values())
-        self._note_versions()
+        self._keep()
 
-    def _note(self, holder: Any, name: str, before: Any, called: str = "") -> None:
-        self._before[(id(holder), name)] = (holder, name, before)
-        self._called_so[(id(holder), name)] = called
+    def _note(self, holder: Any, name: str, film: Film, called: str = "") -> None:
+        place, start = (id(holder), name), len(film.changeable)
+        self._before[place] = (holder, name, photo(value_at(holder, name), film))
+        self._within[place] = film.changeable[start:]
+        self._called_so[place] = called
 
     def modules(self) -> Iterator[Tuple[Any, Set[str]]]:
         """The modules, and the names of their attributes that matter."""
@@ -106,9 +114,23 @@ class Watch:
 
     def may_differ(self) -> bool:
         """True where something was changed in place that cannot tell so."""
-        if [cell.value for cell in self._cells] != self._versions:
+        versions = [cell.value for cell in self._cells]
+        if versions != self._versions and not self._stands(versions):
             return True
         return any(_quick(each) != before for each, before in self._slow)
+
+    def _stands(self, versions: List[int]) -> bool:
+        """True where all that was written are other names of a module, or of a class."""
+        places: Set[Tuple[int, str]] = set()
+        for each, now, before in zip(self._dicts, versions, self._versions):
+            if now != before:
+                if id(each) not in self._spaces:
+                    return False
+                places |= self._spaces[id(each)][1]
+        if self.changed(places) is not None:
+            return False
+        self._versions = [cell.value for cell in self._cells]
+        return True
 
     def changed(self, places: Optional[Set[Tuple[int, str]]] = None) -> Optional[str]:
         """What differs from the trace, as a user would write it; None where nothing does.
@@ -116,11 +138,14 @@ class Watch:
         ``places``: only look at these attributes, and at the groups.
         """
         looked = self._before if places is None else [p for p in places if p in self._before]
+        film = Film()
         for place in looked:
             holder, name, before = self._before[place]
-            after = photo(value_at(holder, name), Film())
+            start = len(film.changeable)
+            after = photo(value_at(holder, name), film)
             if after != before:
                 return difference(self._called(holder, name), before, after)
+            self._within[place] = film.changeable[start:]  # a list may be another equal one
         asked = self._structures if places is None else [i for i, n in places if n == STRUCTURE]
         for key in asked:
             module, held = self._structures.get(key, (None, {}))
@@ -129,9 +154,16 @@ class Watch:
                 return self._called(module, name)
         if self._photo_of_groups() != self._option_photo:
             return self._changed_option()
-        if places is None:
-            self._note_versions()
+        if places is None or any(_key(each) not in self._known for each in film.changeable):
+            self._keep()
         return None
+
+    def _keep(self) -> None:
+        """Look before each run at what can change in place, and at what holds places."""
+        spaces = [space for space, _ in self._spaces.values()]
+        within = [each for changeable in self._within.values() for each in changeable]
+        self._known = {_key(each): each for each in (*spaces, *within)}
+        self._note_versions()
 
     def _called(self, holder: Any, name: str) -> str:
         called = self._called_so.get((id(holder), name))
@@ -156,12 +188,12 @@ class Watch:
         return "optimizer.param_groups"
 
     def _note_versions(self) -> None:
-        dicts = [each for each in self._changeable if _HAS_VERSIONS and isinstance(each, dict)]
-        self._cells = [ctypes.c_uint64.from_address(id(each) + _VERSION_AT) for each in dicts]
+        kept = self._known.values()
+        self._dicts = [each for each in kept if _HAS_VERSIONS and isinstance(each, dict)]
+        self._cells = [ctypes.c_uint64.from_address(id(each) + _VERSION_AT) for each in self._dicts]
         self._versions = [cell.value for cell in self._cells]
-        known = {id(each) for each in dicts}
-        others = [each for each in self._changeable if id(each) not in known]
-        self._slow = [(each, _quick(each)) for each in others]
+        known = {id(each) for each in self._dicts}
+        self._slow = [(each, _quick(each)) for each in kept if id(each) not in known]
 
 
 class Guards:
@@ -221,6 +253,13 @@ class Guards:
             return  # what it reads is told by itself
         module = stands_for(module)
         self._reads.setdefault(id(module), (module, set()))[1].add(name)
+
+
+def _key(changeable: Any) -> Tuple[Any, ...]:
+    """Tells one thing that can change from another."""
+    if isinstance(changeable, Slots):
+        return "slots", id(changeable.of)
+    return (id(changeable),)
 
 
 def _structure(module: nn.Module) -> Dict[Any, int]:

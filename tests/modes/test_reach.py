@@ -321,6 +321,33 @@ def test_a_plain_task_has_nothing_to_look_at_before_a_step(
     assert not guards.watch(task).looks
 
 
+def test_other_names_of_a_module_may_change_at_every_step_and_an_equal_list_is_followed() -> None:
+    class Reads(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.powers = [1.0]
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return held(self.layer(batch)).mean() * self.powers[0]
+
+    guards, task = Guards(), Reads()
+    with guards.reading():
+        task.training_step(flow.ones(1, 2), 0)
+    watch = guards.watch(task)
+    looked = watch.changed
+    watch.changed = lambda places=None: looked(places) if places else pytest.fail("looked at all")
+    globals().update(SEEN=SEEN + 1)
+    assert watch.looks and not watch.may_differ()
+    task.powers = [1.0]
+    assert watch.changed({(id(task), "powers")}) is None
+    task.powers[0] = 2.0
+    assert watch.may_differ()
+    task.powers[0] = 1.0
+    globals().update(BY_HELD=2.0)
+    assert watch.may_differ()
+    globals().update(BY_HELD=1.0)
+
+
 def test_the_code_of_others_is_not_looked_into() -> None:
     import flowvision
     import numpy as np
