@@ -118,3 +118,13 @@ def warn_of_assignments(step: str, names: List[str]) -> None:
             f"{step} sets {', '.join(f'self.{name}' for name in names)} in a compiled step: that "
             "happens once, at the trace, and is forgotten; return or log the value instead.",
         )
+
+
+def warn_of_changes(step: str, names: List[str]) -> None:
+    """Warn where a step that is compiled changes what it should change for each batch."""
+    if names:
+        warn(
+            f"{step} changes {', '.join(names[:5])} in a compiled step, whose Python runs once, "
+            "at the trace, and not for each batch: do it in on_train_batch_end "
+            "(on_validation_batch_end, ...), or make it a buffer, which a compiled step may change."
+        )

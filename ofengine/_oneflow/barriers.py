@@ -7,16 +7,30 @@ taken out again with the last listener.
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Callable, Dict, Iterator, List, Set, Tuple
+import functools
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Set, Tuple
 
 import oneflow as flow
 from oneflow import nn
+from oneflow.framework.graph_build_util import lazy_mode
 from oneflow.optim.optimizer import ParamGroup
 
 _requires_grad_ = flow.Tensor.requires_grad_
 _requires_grad = flow.Tensor.__dict__["requires_grad"]
 _data = flow.Tensor.__dict__["data"]
+_register_hook = flow.Tensor.register_hook
 _set_option = ParamGroup.__setitem__
+
+STRUCTURE = "_modules"
+"""By this name a module's layers, parameters, buffers and hooks are watched as a whole."""
+_DICTS = (nn.ModuleDict, nn.ParameterDict)
+_CHANGES: Tuple[Tuple[Any, str], ...] = (
+    *((nn.Module, f"register_{what}") for what in ("buffer", "parameter")),
+    *((nn.Module, f"register_{what}") for what in ("forward_hook", "forward_pre_hook")),
+    (nn.Module, "add_module"), (nn.ModuleList, "insert"),
+    *((cls, name) for name in ("__delitem__", "clear") for cls in _DICTS),
+)  # fmt: skip
+"""The methods that change what a module holds without setting an attribute."""
 
 
 class Barrier:
@@ -28,7 +42,7 @@ class Barrier:
         self.written: Set[Tuple[int, str]] = set()
         """Those that were written since somebody looked."""
         self.tensors: Dict[int, str] = {}
-        """What of a tensor was written, "requires_grad" or "data", by its ``id``."""
+        """What of a tensor was written, "requires_grad", "data" or "hook", by its ``id``."""
         self.hit = False
         """True where anything was written since somebody looked."""
 
@@ -45,8 +59,11 @@ class Barrier:
         self.watched.setdefault(id(module), set()).update(names)
 
     def _listen_to(self, model: nn.Module) -> None:
-        for tensor in (*model.parameters(), *model.buffers()):
-            _tensors.add(id(tensor))
+        self.listen_to((*model.parameters(), *model.buffers()))
+
+    def listen_to(self, tensors: Iterable[Any]) -> None:
+        """Let what is written into the attributes of these tensors count."""
+        _tensors.update(map(id, tensors))
 
     def turn_off(self) -> None:
         """Listen no more."""
@@ -65,6 +82,8 @@ class Barrier:
 _barriers: List[Barrier] = []
 _tensors: Set[int] = set()
 """The ``id`` of each tensor that is listened to: oneflow.ones and its like write into theirs."""
+_methods: List[Tuple[Any, str, Any]] = []
+"""The methods that tell of what they change, and what was there before: (class, name, method)."""
 _classes: Dict[type, Tuple[Any, Any]] = {}
 """The classes that tell of writes, and what they had of their own before."""
 
@@ -78,6 +97,8 @@ def _put_into_class(cls: Any) -> None:
     def set_attribute(module: Any, name: str, value: Any) -> None:
         (own[0] or _inherited(cls, "__setattr__"))(module, name, value)
         _note(module, name)
+        if isinstance(value, (nn.Module, nn.Parameter)):
+            _note(module, STRUCTURE)
 
     def delete_attribute(module: Any, name: str) -> None:
         (own[1] or _inherited(cls, "__delattr__"))(module, name)
@@ -121,6 +142,11 @@ def _put_in() -> None:
             _note_tensor(tensor, "data")
         _data.__set__(tensor, value)
 
+    def register_hook(tensor: Any, hook: Any) -> Any:
+        if id(tensor) in _tensors and not lazy_mode.is_enabled():
+            _note_tensor(tensor, "hook")
+        return _register_hook(tensor, hook)
+
     def set_option(group: Any, key: str, value: Any) -> None:
         _set_option(group, key, value)
         for barrier in _barriers:
@@ -129,7 +155,23 @@ def _put_in() -> None:
     flow.Tensor.requires_grad_ = requires_grad_
     flow.Tensor.requires_grad = property(_requires_grad.__get__, set_requires_grad)
     flow.Tensor.data = property(_data.__get__, set_data)
+    flow.Tensor.register_hook = register_hook
     ParamGroup.__setitem__ = set_option
+    for cls, name in _CHANGES:
+        _methods.append((cls, name, vars(cls).get(name)))
+        setattr(cls, name, _telling(getattr(cls, name)))
+
+
+def _telling(method: Any) -> Any:
+    """A method of a module that changes what the module holds, and tells so."""
+
+    @functools.wraps(method)
+    def told(module: Any, *args: Any, **kwargs: Any) -> Any:
+        result = method(module, *args, **kwargs)
+        _note(module, STRUCTURE)
+        return result
+
+    return told
 
 
 def _take_out() -> None:
@@ -139,11 +181,18 @@ def _take_out() -> None:
                 delattr(cls, name)
             else:
                 setattr(cls, name, method)
+    for cls, name, method in _methods:
+        if method is None:
+            delattr(cls, name)
+        else:
+            setattr(cls, name, method)
+    _methods.clear()
     _classes.clear()
     _tensors.clear()
     flow.Tensor.requires_grad_ = _requires_grad_
     flow.Tensor.requires_grad = _requires_grad
     flow.Tensor.data = _data
+    flow.Tensor.register_hook = _register_hook
     ParamGroup.__setitem__ = _set_option
 
 

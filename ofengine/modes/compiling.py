@@ -157,7 +157,7 @@ def trace(
     forget_lazy_names()
     try:
         with _without_gradients(task), contextlib.ExitStack() as stack:
-            stack.enter_context(nothing_left_behind(task, what))
+            stack.enter_context(nothing_left_behind(task, what, guards.has_read))
             stack.enter_context(noting_labels(task, graph, inputs))
             for each in (compile_quietly, no_garbage_collected, checking_shapes):
                 stack.enter_context(each())

@@ -21,6 +21,7 @@ from ofengine._oneflow.late_inputs import eager_result
 from ofengine._oneflow.lazy_names import rename
 from ofengine._oneflow.operators import functions_by_name
 from ofengine.errors import GraphModeError, warn
+from ofengine.modes.own_draws import would_keep
 
 _FACTORIES = ("normal", "rand", "randint", "randn", "randperm")
 _ALIKE = ("randint_like", "randn_like")
@@ -175,11 +176,7 @@ def no_numbers_frozen(what: str) -> Iterator[None]:
         ("numpy.random", _numpy_state() == before[1]),
     ):
         if not same:
-            raise GraphModeError(
-                f"{what} draws from {name} inside a compiled step: the step is traced once and "
-                "would keep the numbers of its first batch for ever. Draw them in the dataset or "
-                'in collate_fn, with oneflow.rand, or use Trainer(mode="eager").'
-            )
+            raise GraphModeError(would_keep(what, name))
 
 
 def _numpy_state() -> Tuple[Any, ...]:

@@ -299,11 +299,11 @@ class GlobalGraphMode(GraphMode):
             graph.written = [attrs.evolve(w, tensor=local_of(w.tensor)) for w in graph.written]
         super()._watch(compiled, updates)
 
-    def _let_go_of(self, replaced: Sequence[str]) -> None:
+    def _let_go_of(self, replaced: Sequence[str], name: str) -> None:
         named = {**dict(self.task.named_parameters()), **dict(self.task.named_buffers())}
-        for name in replaced:
-            self._twins.forget(named[name])
-        super()._let_go_of(replaced)
+        for each in replaced:
+            self._twins.forget(named[each])
+        super()._let_go_of(replaced, name)
 
     # ------------------------------------------------------------------ the end, and checkpoints
 

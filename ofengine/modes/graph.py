@@ -321,11 +321,10 @@ class GraphMode:
         """Something was written that a trace may have read: see which graphs still stand."""
         places, tensors = self._barrier.take()
         if tensors:
-            own = [*self.task.named_parameters(), *self.task.named_buffers()]
-            replaced = [name for name, each in own if tensors.get(id(each)) == "data"]
-            if replaced:
-                self._let_go_of(replaced)
-            training = trained_parameters(self._run)
+            replaced, name = self._guards.what_was_written(self.task, tensors)
+            if name:
+                self._let_go_of(replaced, name)
+            training = trained_parameters(self._run) if self._run.optimization else []
             if [*map(id, training)] != [*map(id, self._run.parameters)]:
                 gradients = self.gradients()
                 self._run.parameters = training
@@ -334,13 +333,13 @@ class GraphMode:
         for kind in (self._steps, self._applies, self._evals):
             kind.look_again(places)
 
-    def _let_go_of(self, replaced: Sequence[str]) -> None:
-        """These parameters and buffers have other memory now."""
+    def _let_go_of(self, replaced: Sequence[str], name: str) -> None:
+        """These parameters and buffers have other memory now, or ``name`` is another."""
         kept = self.gradients()
         self.load_gradients({n: g for n, g in kept.items() if n not in replaced})
         self._evals.clear()
-        self.rebuild(f"{replaced[0]}.data is another tensor")
-        self._changes.note(f"self.{replaced[0]}.data")
+        self.rebuild(f"{name} is another")
+        self._changes.note(name)
 
     def _tell_change(self, name: Optional[str]) -> None:
         if name is not None:

@@ -20,6 +20,7 @@ from ofengine._oneflow.in_place import WritesInPlace, aliases
 from ofengine._oneflow.lazy_names import name_of
 from ofengine._oneflow.tracing import TracedState, replaces_buffer, states_of
 from ofengine.errors import GraphModeError, warn
+from ofengine.tracing import warn_of_changes
 
 _OUTSIDE = "FreeEagerTensor"
 """How OneFlow begins the names of tensors that are neither of the batch nor of a module."""
@@ -63,13 +64,36 @@ class InPlace:
         self._called = {name: f"self.{each.path}" for each in self._states for name in each.names}
         self._batch = {name_of(each) for each in batch}
         self._assigned: Dict[Tuple[int, str], Any] = {}
+        self._switched: Dict[str, bool] = {}
+        """Whether those parameters train now whose ``requires_grad`` the step has set."""
         self.in_backward = self._writes.in_backward
 
     @contextlib.contextmanager
     def noting(self) -> Iterator[None]:
         """Trace the step in the block."""
+        before = self._training()
         with self._writes.noting(), telling_assignments(self._assign):
             yield
+        now = self._training()
+        self._switched = {path: now[path] for path, trains in before.items() if now[path] != trains}
+
+    def tell_what_was_switched(self) -> None:
+        """Warn after the backward pass of what trained in it and the step has frozen, or so.
+
+        What is switched before it is used, is so at each step.
+        """
+        found = [
+            f"self.{each.path}.requires_grad"
+            for each in self._states
+            if self._switched.get(each.path, each.tensor.grad is not None)
+            is not (each.tensor.grad is not None)
+        ]
+        warn_of_changes(self._what, found)
+
+    def _training(self) -> Dict[str, bool]:
+        """Which of the parameters and buffers that the trace has so far train."""
+        built = ((each.path, each.built()) for each in self._states)
+        return {path: lazy.requires_grad for path, lazy in built if lazy is not None}
 
     def _assign(self, module: nn.Module, name: str, value: Any) -> None:
         if replaces_buffer(module, name, value):

@@ -159,6 +159,7 @@ class _TrainStepGraph(StepGraph):
         factor = LOSS_SCALES.get(precision, 1.0)
         with self.in_place.in_backward():
             (scaled if factor == 1.0 else scaled * factor).backward()
+        self.in_place.tell_what_was_switched()
         if precision != FULL:  # before whatever reads gradients: clipping, other ranks
             for each in (p for p in parameters if p.grad is not None):
                 each.grad = in_full_precision(each.grad) * (1.0 / factor)

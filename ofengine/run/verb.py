@@ -168,7 +168,7 @@ def carry_out(trainer: RunView, run: Run, verb: str, body: Callable[[HookRunner,
 def _look_at_methods(run: Run) -> None:
     warn_of_misspelt_methods(run.task, run.callbacks)
     tell_of_lightning_s_names(run.task, run.callbacks, run.datamodule)
-    refuse_other_arguments([*_data_of(run), run.task, *run.callbacks, *run.loggers])
+    refuse_other_arguments([*_data_of(run), run.task, *run.callbacks])
 
 
 def _mode(name: str, run: Run, hooks: HookRunner) -> Mode:
