@@ -236,7 +236,7 @@ class GraphMode:
                 tell_what_is_forgotten(graph)
                 inputs, what = tensors, f"{type(graph).__name__}.build"
         compiled = Compiled(graph, batch_norms=self._batch_norms())
-        with compiled.batch_norms.counting(self.task):
+        with compiled.batch_norms.counting(self.task, graph):
             self._compile(compiled, inputs, what, updates)
         return compiled, updates
 
