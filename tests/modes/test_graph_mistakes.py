@@ -30,6 +30,7 @@ from ofengine import (
     OFEngineError,
     TaskModule,
 )
+from ofengine.run.view import CONSTANTS, RunView
 
 # ---------------------------------------------------------------------- a graph of one's own
 
@@ -240,6 +241,14 @@ except GraphModeError as error:
         lambda task, batch, index: task.global_step,
         lambda task, batch, index: task.trainer.current_epoch,
         lambda task, batch, index: task.trainer.global_step,
+        lambda task, batch, index: task.trainer.progress.global_step,
+        lambda task, batch, index: task.trainer.is_last_batch,
+        lambda task, batch, index: task.trainer.callback_metrics,
+        lambda task, batch, index: task.trainer.metrics.values,
+        lambda task, batch, index: task.trainer.optimizer.param_groups[0]["lr"],
+        lambda task, batch, index: task.optimizers().param_groups[0]["lr"],
+        lambda task, batch, index: task.trainer.callbacks,
+        lambda task, batch, index: setattr(task.trainer, "should_stop", True),
     ],
 )
 def test_progress_read_in_a_compiled_step_is_not_frozen_silently(
@@ -248,10 +257,20 @@ def test_progress_read_in_a_compiled_step_is_not_frozen_silently(
     refused(
         in_a_step(use),
         GraphModeError,
-        r"current_epoch|global_step",
+        r"^(trainer|self)\.\w+(\.values)? cannot be used inside a compiled step",
         re.escape(line_of(use)),
         mode="graph",
     )
+
+
+def test_what_stays_the_same_of_a_trainer_may_be_read_in_a_compiled_step() -> None:
+    def reads(task: Any, batch: Any, index: Any) -> None:
+        values = {name: getattr(task.trainer, name) for name in CONSTANTS}
+        assert values["num_training_batches"] == 2 and values["settings"].max_epochs == 1
+
+    quiet_trainer(mode="graph", max_epochs=1).fit(in_a_step(reads), batches(2))
+    for name in CONSTANTS:
+        assert isinstance(getattr(RunView, name), property) or name == "print"
 
 
 def test_batch_idx_may_be_passed_on_unused_and_used_in_eager_mode(mode: str) -> None:
