@@ -13,10 +13,13 @@ import oneflow as flow
 from oneflow import nn
 from oneflow.optim.optimizer import ParamGroup
 
+from ofengine._oneflow.watched_options import Mark
+
 _requires_grad_ = flow.Tensor.requires_grad_
 _requires_grad = flow.Tensor.__dict__["requires_grad"]
 _data = flow.Tensor.__dict__["data"]
 _set_option = ParamGroup.__setitem__
+_marks = Mark.note, Mark.note_all
 
 
 class Barrier:
@@ -121,15 +124,19 @@ def _put_in() -> None:
             _note_tensor(tensor, "data")
         _data.__set__(tensor, value)
 
-    def set_option(group: Any, key: str, value: Any) -> None:
-        _set_option(group, key, value)
+    def hit(*_: Any) -> None:
         for barrier in _barriers:
             barrier.hit = True
+
+    def set_option(group: Any, key: str, value: Any) -> None:
+        _set_option(group, key, value)
+        hit()
 
     flow.Tensor.requires_grad_ = requires_grad_
     flow.Tensor.requires_grad = property(_requires_grad.__get__, set_requires_grad)
     flow.Tensor.data = property(_data.__get__, set_data)
     ParamGroup.__setitem__ = set_option
+    Mark.note, Mark.note_all = _then(Mark.note, hit), _then(Mark.note_all, hit)  # type: ignore
 
 
 def _take_out() -> None:
@@ -145,6 +152,15 @@ def _take_out() -> None:
     flow.Tensor.requires_grad = _requires_grad
     flow.Tensor.data = _data
     ParamGroup.__setitem__ = _set_option
+    Mark.note, Mark.note_all = _marks  # type: ignore
+
+
+def _then(method: Callable[..., None], hit: Callable[[], None]) -> Callable[..., None]:
+    def told(*args: Any) -> None:
+        method(*args)
+        hit()
+
+    return told
 
 
 @contextlib.contextmanager

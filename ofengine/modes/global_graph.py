@@ -53,7 +53,7 @@ class GlobalGraphMode(GraphMode):
         self._meetings = meetings
         self._ranks = Ranks(run.settings.device, meetings.size)
         self._twins = Twins(self._ranks)
-        self._state: StateOfRanks = StateOfRanks(run, task, self._ranks, self._twins)
+        self._state: StateOfRanks = StateOfRanks(run, task, self.rebuild, self._ranks, self._twins)
         self._graphs: List[nn.Graph] = []
         """All that were compiled, which are deleted together."""
         self._digests: Dict[Hashable, int] = {}

@@ -69,7 +69,7 @@ class GraphMode:
         self._guards, self._changes = Guards(), Changes()
         self._barrier = self._guards.barrier
         self._barrier.turn_on(task)
-        self._state = SharedState(run, task)
+        self._state = SharedState(run, task, self.rebuild)
         self._structure: Structure = flatten(None, [])
         self._gradients: Dict[int, Any] = {}
         self._window_scales: Dict[int, Any] = {}
