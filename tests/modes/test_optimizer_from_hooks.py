@@ -72,6 +72,18 @@ def swapped(task: Any) -> None:
     task.first, task.second = task.second, task.first
 
 
+def one_taken_out(task: Any) -> None:
+    task.first = nn.Identity()
+
+
+def tied(task: Any) -> None:
+    task.second.weight = task.first.weight
+
+
+def pruned(task: Any) -> None:
+    task.second.bias = None
+
+
 DONE: Dict[str, Callable[[Any], Any]] = {
     "an option written": lambda task: options(task).__setitem__("weight_decay", 0.1),
     "options updated": lambda task: options(task).update(momentum=0.5),
@@ -79,7 +91,7 @@ DONE: Dict[str, Callable[[Any], Any]] = {
         do.__name__.replace("_", " "): do
         for do in (zeroed, loaded, loaded_and_written, stepped_by_hand)
     },
-    **{do.__name__.replace("_", " "): do for do in (swapped,)},
+    **{do.__name__.replace("_", " "): do for do in (swapped, one_taken_out, tied, pruned)},
 }
 
 
