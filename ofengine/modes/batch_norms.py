@@ -117,7 +117,7 @@ class BatchNorms:
 
         def checked(*args: Any, **kwargs: Any) -> Any:
             outputs = build(*args, **kwargs)
-            self._refuse_late_reads(task, graph)
+            self._refuse_late_reads(task, graph, outputs)
             return outputs
 
         vars(graph)["build"] = checked
@@ -175,7 +175,7 @@ class BatchNorms:
             for name in added:
                 del vars(layer)[name]
 
-    def _refuse_late_reads(self, task: nn.Module, graph: nn.Graph) -> None:
+    def _refuse_late_reads(self, task: nn.Module, graph: nn.Graph, outputs: Any) -> None:
         """Raise where the step reads running statistics after a call that changes them."""
         if not self._updated:
             return
@@ -184,10 +184,12 @@ class BatchNorms:
             for module, name in state.places:
                 if module in self._updated and name in _RUNNING:
                     names.setdefault(module, set()).update(state.names)
+        forward = getattr(getattr(graph, "in_place", None), "backward_began", 0)
         paths = {module: path for path, module in task.named_modules()}
         for layer, means in self._updated.items():
             own = names.get(layer, set())
-            if read_behind_update(means | own if layer in self._own else means, own):
+            means = means | own if layer in self._own else means
+            if read_behind_update(means, own, outputs, forward):
                 raise GraphModeError(
                     f"the step reads the running statistics of self.{paths[layer]}, itself or by "
                     "a call in eval mode, after a call in training mode has changed them, which a "

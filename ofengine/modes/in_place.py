@@ -65,6 +65,11 @@ class InPlace:
         self._assigned: Dict[Tuple[int, str], Any] = {}
         self.in_backward = self._writes.in_backward
 
+    @property
+    def backward_began(self) -> int:
+        """The number of operations before the backward pass; 0 where there was none."""
+        return self._writes.backward[0]
+
     @contextlib.contextmanager
     def noting(self) -> Iterator[None]:
         """Trace the step in the block."""

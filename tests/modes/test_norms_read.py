@@ -70,8 +70,14 @@ def test_statistics_that_are_read_behind_their_update_are_refused(do: Any) -> No
     refused(Net(do), GraphModeError, "reads the running statistics of self.norm", mode="graph")
 
 
-def test_a_call_in_eval_mode_without_gradients_is_eager_mode_s() -> None:
-    tasks = [Net(without_gradients) for _ in range(2)]
+def for_nothing(task: Any, batch: Any, is_before: bool) -> float:
+    in_eval_mode(task, batch)
+    return 0.0
+
+
+@pytest.mark.parametrize("do", [without_gradients, for_nothing])
+def test_a_call_in_eval_mode_that_reads_what_it_should_is_eager_mode_s(do: Any) -> None:
+    tasks = [Net(do) for _ in range(2)]
     for task, mode in zip(tasks, ("eager", "graph")):
         fill_deterministically(task)
         quiet_trainer(mode=mode, max_epochs=2).fit(task, random_rows([4, 4], 2))
