@@ -18,8 +18,13 @@ from ofengine._oneflow.watched_options import Mark
 _requires_grad_ = flow.Tensor.requires_grad_
 _requires_grad = flow.Tensor.__dict__["requires_grad"]
 _data = flow.Tensor.__dict__["data"]
+_grad = flow.Tensor.__dict__["grad"]
+_backwards = flow.Tensor.backward, flow.autograd.backward
 _set_option = ParamGroup.__setitem__
 _marks = Mark.note, Mark.note_all
+
+put_gradient = _grad.__set__
+"""``put_gradient(parameter, gradient)`` sets a ``.grad`` and tells nobody: the engine's own."""
 
 
 class Barrier:
@@ -132,6 +137,12 @@ def _put_in() -> None:
         _set_option(group, key, value)
         hit()
 
+    def set_gradient(tensor: Any, value: Any) -> None:
+        _grad.__set__(tensor, value)
+        hit()
+
+    flow.Tensor.grad = property(_grad.__get__, set_gradient)
+    flow.Tensor.backward, flow.autograd.backward = (_then(each, hit) for each in _backwards)
     flow.Tensor.requires_grad_ = requires_grad_
     flow.Tensor.requires_grad = property(_requires_grad.__get__, set_requires_grad)
     flow.Tensor.data = property(_data.__get__, set_data)
@@ -151,13 +162,15 @@ def _take_out() -> None:
     flow.Tensor.requires_grad_ = _requires_grad_
     flow.Tensor.requires_grad = _requires_grad
     flow.Tensor.data = _data
+    flow.Tensor.grad = _grad
+    flow.Tensor.backward, flow.autograd.backward = _backwards
     ParamGroup.__setitem__ = _set_option
     Mark.note, Mark.note_all = _marks  # type: ignore
 
 
 def _then(method: Callable[..., None], hit: Callable[[], None]) -> Callable[..., None]:
-    def told(*args: Any) -> None:
-        method(*args)
+    def told(*args: Any, **kwargs: Any) -> None:
+        method(*args, **kwargs)
         hit()
 
     return told

@@ -202,7 +202,7 @@ class GradientGraph(_TrainStepGraph):
         (parameters,) = self.parameters
         loss, rest, logged, weights = self.trained_loss(tensors, scale, parameters)
         self.weighs = bool(weights)
-        self.having = [i for i, p in enumerate(parameters) if p.grad is not None]
+        self.having = [i for i, p in enumerate(parameters) if p.grad is not None and p.grad.is_lazy]
         gradients = [parameters[i].grad for i in self.having]
         return self.put_out(rest, logged, [loss, *gradients, *weights])
 

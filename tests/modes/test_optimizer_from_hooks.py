@@ -6,10 +6,10 @@ from typing import Any, Callable, Dict, List
 
 import oneflow as flow
 import pytest
-from helpers import assert_same_weights, fill_deterministically, quiet_trainer, random_rows
+from helpers import assert_same_weights, fill_deterministically, quiet_trainer, random_rows, refused
 from oneflow import nn
 
-from ofengine import TaskModule
+from ofengine import GraphModeError, TaskModule
 
 
 class Net(TaskModule):
@@ -36,6 +36,18 @@ class Net(TaskModule):
         if self.adam:
             return flow.optim.Adam(self.param_groups(), lr=0.1)
         return flow.optim.SGD(self.param_groups(), lr=0.1, momentum=0.9)
+
+
+class OwnGraph(nn.Graph):
+    def __init__(self, task: Any) -> None:
+        super().__init__()
+        self.task = task
+        self.add_optimizer(task.trainer.optimizer)
+
+    def build(self, batch: Any) -> Any:
+        loss = self.task.training_step(batch, 0)
+        loss.backward()
+        return loss
 
 
 def options(task: Any) -> Any:
@@ -84,6 +96,24 @@ def pruned(task: Any) -> None:
     task.second.bias = None
 
 
+def gradients_left(task: Any) -> None:
+    task.loss(task.batch).backward()
+
+
+def a_gradient_set(task: Any) -> None:
+    task.first.bias.grad = flow.ones(3)
+
+
+def gradients_halved(task: Any) -> None:
+    for parameter in task.parameters():
+        task.seen.append(float(parameter.grad.norm()))
+        parameter.grad.mul_(0.5)
+
+
+def gradients_dropped(task: Any) -> None:
+    task.optimizer.zero_grad(set_to_none=True)
+
+
 DONE: Dict[str, Callable[[Any], Any]] = {
     "an option written": lambda task: options(task).__setitem__("weight_decay", 0.1),
     "options updated": lambda task: options(task).update(momentum=0.5),
@@ -92,14 +122,18 @@ DONE: Dict[str, Callable[[Any], Any]] = {
         for do in (zeroed, loaded, loaded_and_written, stepped_by_hand)
     },
     **{do.__name__.replace("_", " "): do for do in (swapped, one_taken_out, tied, pruned)},
+    **{do.__name__.replace("_", " "): do for do in (gradients_left, a_gradient_set)},
 }
 
 
-def agree(do: Callable[[Any], Any], adam: bool = False, epochs: int = 1) -> List[Net]:
+def agree(
+    do: Callable[[Any], Any], adam: bool = False, epochs: int = 1, **arguments: Any
+) -> List[Net]:
     """Both modes end with the same weights."""
     tasks = [Net(do, adam) for _ in range(2)]
     for task, mode in zip(tasks, ("eager", "graph")):
-        quiet_trainer(mode=mode, max_epochs=epochs).fit(task, random_rows([2] * 5, 3))
+        trainer = quiet_trainer(mode=mode, max_epochs=epochs, **arguments)
+        trainer.fit(task, random_rows([2] * 5, 3))
     assert_same_weights(*tasks)
     return tasks
 
@@ -107,6 +141,21 @@ def agree(do: Callable[[Any], Any], adam: bool = False, epochs: int = 1) -> List
 @pytest.mark.parametrize("do", DONE.values(), ids=DONE)
 def test_a_hook_is_obeyed(do: Callable[[Any], Any]) -> None:
     agree(do)
+
+
+@pytest.mark.parametrize("do", [gradients_halved, gradients_dropped, pruned])
+def test_a_hook_finds_the_gradients_of_an_open_window_in_their_place(do: Any) -> None:
+    eager, graph = agree(do, accumulate_grad_batches=2)
+    assert eager.seen == graph.seen
+
+
+def test_gradients_that_a_hook_leaves_are_refused_where_a_graph_of_one_s_own_updates() -> None:
+    class Own(Net):
+        def build_graph(self) -> Any:
+            return OwnGraph(self)
+
+    refused(Own(gradients_left), GraphModeError, r"build_graph\(\) takes none", mode="graph",
+            train=random_rows([2] * 5, 3), trained=3)  # fmt: skip
 
 
 def test_the_state_that_a_hook_reads_is_that_of_the_moment_and_its_count_goes_on() -> None:
