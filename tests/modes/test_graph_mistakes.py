@@ -263,6 +263,29 @@ def test_progress_read_in_a_compiled_step_is_not_frozen_silently(
     )
 
 
+def caught(use: Callable[[], Any]) -> None:
+    try:
+        use()
+    except Exception:
+        return
+
+
+@pytest.mark.parametrize(
+    "use, says",
+    [
+        (lambda task, batch, index: str(batch.mean()), "is made a text"),
+        (lambda task, batch, index: "%s" % batch.mean(), "is made a text"),  # noqa: UP031
+        (lambda task, batch, index: [repr(task.layer.weight)], "is made a text"),
+        (lambda task, batch, index: caught(lambda: task.global_step), "global_step"),
+        (lambda task, batch, index: caught(lambda: index + 1), "batch_idx"),
+    ],
+)
+def test_what_a_trace_refuses_is_refused_as_a_text_and_where_the_step_catches_it(
+    use: Callable[[Any, Any, int], Any], says: str
+) -> None:
+    refused(in_a_step(use), GraphModeError, says, mode="graph")
+
+
 def test_what_stays_the_same_of_a_trainer_may_be_read_in_a_compiled_step() -> None:
     def reads(task: Any, batch: Any, index: Any) -> None:
         values = {name: getattr(task.trainer, name) for name in CONSTANTS}
