@@ -286,6 +286,33 @@ def test_what_a_trace_refuses_is_refused_as_a_text_and_where_the_step_catches_it
     refused(in_a_step(use), GraphModeError, says, mode="graph")
 
 
+@pytest.mark.parametrize(
+    "use, says",
+    [
+        (lambda task, batch, index: flow.unique(batch[:, 0]), "cannot trace .* unique"),
+        (lambda task, batch, index: nn.functional.one_hot(batch[:, 0].long()), "without num_cl"),
+        (
+            lambda task, batch, index: flow.autograd.grad(
+                task.layer(batch).mean(), [task.layer.weight], create_graph=True
+            ),
+            "cannot trace .*autograd.grad",
+        ),
+    ],
+)
+def test_what_oneflow_cannot_trace_is_told_in_words(use: Any, says: str) -> None:
+    refused(in_a_step(use), GraphModeError, says, r"Trainer\(mode=.eager.\)", mode="graph")
+
+
+def test_a_task_of_float64_is_told_in_words() -> None:
+    refused(
+        Line().double(),
+        GraphModeError,
+        "no kernel .* float64",
+        mode="graph",
+        train=[each.double() for each in batches()],
+    )
+
+
 def test_what_stays_the_same_of_a_trainer_may_be_read_in_a_compiled_step() -> None:
     def reads(task: Any, batch: Any, index: Any) -> None:
         values = {name: getattr(task.trainer, name) for name in CONSTANTS}
