@@ -8,13 +8,19 @@ silently, and logged tensors are collected so that they become outputs of the gr
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Callable, Dict, List, NoReturn, Optional, Tuple
 
 import oneflow as flow
 
 from ofengine.errors import GraphModeError, warn
+from ofengine.lines import is_users_own
 
 _active: Optional[Trace] = None
+_NO_TEXT = (
+    "a tensor is made a text inside a compiled step (print, str(), an f-string), where it has no "
+    "values: log it, or return it and print it in on_train_batch_end"
+)
 
 
 class Trace:
@@ -25,6 +31,8 @@ class Trace:
         """``(spec, value)`` in the order of the calls."""
         self.updates: List[Tuple[Any, Dict[str, Any]]] = []
         """``(metric, sums)`` of each update of a metric, in the order of the calls."""
+        self.refused: Optional[GraphModeError] = None
+        """The first refusal, which the user's code may have caught."""
 
     def __enter__(self) -> Trace:
         global _active
@@ -34,12 +42,31 @@ class Trace:
         # added to a tensor, the index of a traced step for one.
         self._add = flow.Tensor.__add__
         flow.Tensor.__add__ = self._careful_add
+        self._texts = flow.Tensor.__str__, flow.Tensor.__repr__
+        flow.Tensor.__str__, flow.Tensor.__repr__ = map(self._no_text, self._texts)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: Optional[type], *_: object) -> None:
         global _active
         _active = self._outer
         flow.Tensor.__add__ = self._add
+        flow.Tensor.__str__, flow.Tensor.__repr__ = self._texts
+        if kind is None and self.refused is not None:
+            raise self.refused
+
+    def _no_text(self, text: Callable[[Any], str]) -> Callable[[Any], str]:
+        def of_values(tensor: Any) -> str:
+            caller = sys._getframe(1).f_code.co_filename
+            if tensor.is_lazy and is_users_own(caller):
+                raise self.refuse(GraphModeError(_NO_TEXT))
+            return text(tensor)
+
+        return of_values
+
+    def refuse(self, error: GraphModeError) -> GraphModeError:
+        """Keep ``error``, which is about to be raised, for the end of the trace."""
+        self.refused = self.refused or error
+        return error
 
     @property
     def _careful_add(self) -> Callable[[Any, Any], Any]:
@@ -75,7 +102,7 @@ def active_trace() -> Optional[Trace]:
 def forbid_in_trace(what: str) -> None:
     """Raise where ``what``, a value that changes from batch to batch, is read in a trace."""
     if _active is not None:
-        raise would_freeze(what)
+        raise _active.refuse(would_freeze(what))
 
 
 def would_freeze(what: str) -> GraphModeError:
@@ -99,7 +126,8 @@ class TracedIndex:
     def refuse(self, *_: Any) -> NoReturn:
         """Raise the error that every use of it raises."""
         self.used = True
-        raise would_freeze("batch_idx")
+        error = would_freeze("batch_idx")
+        raise error if _active is None else _active.refuse(error)
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = refuse
     __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = __truediv__ = __rtruediv__ = refuse

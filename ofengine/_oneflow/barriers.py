@@ -15,11 +15,19 @@ from oneflow import nn
 from oneflow.framework.graph_build_util import lazy_mode
 from oneflow.optim.optimizer import ParamGroup
 
+from ofengine._oneflow.watched_options import Mark
+
 _requires_grad_ = flow.Tensor.requires_grad_
 _requires_grad = flow.Tensor.__dict__["requires_grad"]
 _data = flow.Tensor.__dict__["data"]
 _register_hook = flow.Tensor.register_hook
+_grad = flow.Tensor.__dict__["grad"]
+_backwards = flow.Tensor.backward, flow.autograd.backward
 _set_option = ParamGroup.__setitem__
+_marks = Mark.note, Mark.note_all
+
+put_gradient = _grad.__set__
+"""``put_gradient(parameter, gradient)`` sets a ``.grad`` and tells nobody: the engine's own."""
 
 STRUCTURE = "_modules"
 """By this name a module's layers, parameters, buffers and hooks are watched as a whole."""
@@ -147,16 +155,26 @@ def _put_in() -> None:
             _note_tensor(tensor, "hook")
         return _register_hook(tensor, hook)
 
-    def set_option(group: Any, key: str, value: Any) -> None:
-        _set_option(group, key, value)
+    def hit(*_: Any) -> None:
         for barrier in _barriers:
             barrier.hit = True
 
+    def set_option(group: Any, key: str, value: Any) -> None:
+        _set_option(group, key, value)
+        hit()
+
+    def set_gradient(tensor: Any, value: Any) -> None:
+        _grad.__set__(tensor, value)
+        hit()
+
+    flow.Tensor.grad = property(_grad.__get__, set_gradient)
+    flow.Tensor.backward, flow.autograd.backward = (_then(each, hit) for each in _backwards)
     flow.Tensor.requires_grad_ = requires_grad_
     flow.Tensor.requires_grad = property(_requires_grad.__get__, set_requires_grad)
     flow.Tensor.data = property(_data.__get__, set_data)
     flow.Tensor.register_hook = register_hook
     ParamGroup.__setitem__ = set_option
+    Mark.note, Mark.note_all = _then(Mark.note, hit), _then(Mark.note_all, hit)  # type: ignore
     for cls, name in _CHANGES:
         _methods.append((cls, name, vars(cls).get(name)))
         setattr(cls, name, _telling(getattr(cls, name)))
@@ -193,7 +211,18 @@ def _take_out() -> None:
     flow.Tensor.requires_grad = _requires_grad
     flow.Tensor.data = _data
     flow.Tensor.register_hook = _register_hook
+    flow.Tensor.grad = _grad
+    flow.Tensor.backward, flow.autograd.backward = _backwards
     ParamGroup.__setitem__ = _set_option
+    Mark.note, Mark.note_all = _marks  # type: ignore
+
+
+def _then(method: Callable[..., None], hit: Callable[[], None]) -> Callable[..., None]:
+    def told(*args: Any, **kwargs: Any) -> None:
+        method(*args, **kwargs)
+        hit()
+
+    return told
 
 
 @contextlib.contextmanager

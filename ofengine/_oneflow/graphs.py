@@ -11,7 +11,7 @@ from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 from oneflow.optim import Optimizer
 
 from ofengine._oneflow.consecutive_adds import put_back
-from ofengine._oneflow.optimizer_state import clipped_in_build
+from ofengine._oneflow.optimizer_state import clipped_in_build, leaving_out
 from ofengine._oneflow.tracing import module_of
 
 # What each step of a graph calls: a name costs less than a look into four modules.
@@ -54,11 +54,13 @@ def graphs_compiled() -> int:
 def trace_and_compile(graph: nn.Graph, inputs: Sequence[Any], as_eager: bool = True) -> None:
     """What the first call of ``graph`` does, without running it.
 
-    ``as_eager``: add tensors up in the order in which they are added in eager mode, and leave the
-    clipping of groups to ``build``.
+    ``as_eager``: add tensors up in the order in which they are added in eager mode, leave the
+    clipping of groups to ``build``, and leave out parameters that are in no module of the graph.
     """
+    optimizers = optimizers_of(graph) if as_eager else []
+    parameters = parameter_names(graph).values() if optimizers else ()
     try:
-        with clipped_in_build(optimizers_of(graph) if as_eager else ()):
+        with clipped_in_build(optimizers), leaving_out(optimizers, parameters):
             graph.build_graph(*inputs)
         if as_eager and put_back(graph._forward_job_proto, graph._full_job_proto):
             graph._full_graph_proto = graph._full_job_proto

@@ -95,9 +95,10 @@ class WritesInPlace:
     @contextlib.contextmanager
     def in_backward(self) -> Iterator[None]:
         """The backward pass is in the block."""
-        begin = _operations_so_far() if self.noted else 0
+        begin = _operations_so_far()
+        self.backward = begin, begin
         yield
-        self.backward = (begin, _operations_so_far() if self.noted else 0)
+        self.backward = (begin, _operations_so_far() if self.noted else begin)
 
     def _told(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)

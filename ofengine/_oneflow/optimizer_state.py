@@ -65,6 +65,24 @@ def clipped_in_build(optimizers: Iterable[Optimizer]) -> Iterator[None]:
             group._enable_clip_grad = ask
 
 
+@contextmanager
+def leaving_out(optimizers: Iterable[Optimizer], parameters: Iterable[Any]) -> Iterator[None]:
+    """In the block let ``optimizers`` have those of their parameters alone that are given.
+
+    Of the others a graph knows nothing, and is not compiled; an eager step passes them by.
+    """
+    known = {id(each) for each in parameters}
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    kept = [group._parameters for group in groups]
+    for group, own in zip(groups, kept):
+        group._parameters = [each for each in own if id(each) in known]
+    try:
+        yield
+    finally:
+        for group, own in zip(groups, kept):
+            group._parameters = own
+
+
 TRAIN_STEP = "System-Train-TrainStep"
 """The name of the step counter among the states of a graph."""
 

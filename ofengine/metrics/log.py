@@ -31,7 +31,7 @@ from ofengine.metrics.stage import (
     scalar,
     take_loss,
 )
-from ofengine.tracing import active_trace
+from ofengine.tracing import active_trace, forbid_in_trace
 
 MOST_PENDING = 4000
 """So many tensors wait on the device before they are read, to bound the memory."""
@@ -371,6 +371,7 @@ class Metrics:
     @property
     def values(self) -> Dict[str, float]:
         """The latest value of every metric, by name. Waits for the device where one is pending."""
+        forbid_in_trace("trainer.metrics.values")
         self.peek()
         return dict(self._known)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from typing import Any, Dict, Iterator, List, Sequence
+from typing import Any, Dict, Iterator, List, Sequence, Set
 
 import attrs
 import numpy as np
@@ -12,7 +12,10 @@ import oneflow as flow
 from oneflow import nn
 
 from ofengine._oneflow.global_tensors import Ranks, local
-from ofengine._oneflow.tracing import module_of, outside_the_trace
+from ofengine._oneflow.graphs import proxies_in
+from ofengine._oneflow.lazy_names import name_of
+from ofengine._oneflow.normalizations import read_behind_update
+from ofengine._oneflow.tracing import module_of, outside_the_trace, states_of
 from ofengine.errors import GraphModeError
 from ofengine.modes.in_place import Written
 from ofengine.ranks.meetings import Meetings
@@ -54,6 +57,12 @@ class BatchNorms:
     def __init__(self, apart: bool = False) -> None:
         self._apart = apart
         self._calls: Dict[Any, int] = {}
+        self._used: Set[Any] = set()
+        """The layers that were called in eval mode."""
+        self._own: Set[Any] = set()
+        """The layers of which a call in training mode updates the running statistics themselves."""
+        self._updated: Dict[Any, Set[str]] = {}
+        """Of layers called in training mode, the names of what is kept apart for their means."""
         self.again: List[_Again] = []
         """The further calls of layers that were called before; all calls, where these are apart."""
         self.runs = 0
@@ -101,14 +110,34 @@ class BatchNorms:
         self.runs = 0
 
     @contextlib.contextmanager
-    def counting(self, task: nn.Module) -> Iterator[None]:
-        """While tracing, note the calls of each batch norm that counts its batches."""
+    def counting(self, task: nn.Module, graph: nn.Graph) -> Iterator[None]:
+        """While ``graph`` is traced, note the calls of each batch norm that counts its batches."""
+        kept = vars(graph).get("build")
+        build = graph.build
+
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            outputs = build(*args, **kwargs)
+            self._refuse_late_reads(task, graph, outputs)
+            return outputs
+
+        vars(graph)["build"] = checked
+        try:
+            with self._noting_calls(task):
+                yield
+        finally:
+            del vars(graph)["build"]
+            if kept is not None:
+                vars(graph)["build"] = kept
+
+    @contextlib.contextmanager
+    def _noting_calls(self, task: nn.Module) -> Iterator[None]:
         layers = [module for module in task.modules() if self._replaces(module)]
 
         def handle(layer: Any, x: Any, *addend: Any) -> Any:
             origin = module_of(layer)
             forward = getattr(own.get(origin), "__func__", type(origin).forward)
             if not layer.training:  # a step may have called eval() of it
+                self._used.add(origin)
                 return forward(layer, x, *addend)
             return self._call(layer, origin, forward, x, *addend)
 
@@ -131,7 +160,9 @@ class BatchNorms:
     def _call(self, layer: Any, origin: Any, forward: Any, x: Any, *addend: Any) -> Any:
         """A call of ``origin`` in training mode, for which ``layer`` stands in the trace."""
         calls = self._calls[origin] = self._calls.get(origin, 0) + 1
-        if calls == 1 and not self._apart:
+        updated = self._updated.setdefault(origin, set())
+        if calls == 1 and not self._apart and origin not in self._used:
+            self._own.add(origin)
             return forward(layer, x, *addend)
         with outside_the_trace():
             added = {name: flow.zeros_like(getattr(origin, name)) for name in _RUNNING}
@@ -140,8 +171,32 @@ class BatchNorms:
         try:
             return forward(layer, x, *addend)
         finally:
+            updated.add(name_of(added["running_mean"]))
             for name in added:
                 del vars(layer)[name]
+
+    def _refuse_late_reads(self, task: nn.Module, graph: nn.Graph, outputs: Any) -> None:
+        """Raise where the step reads running statistics after a call that changes them."""
+        if not self._updated:
+            return
+        names: Dict[Any, Set[str]] = {}
+        for state in (each for proxy in proxies_in(graph) for each in states_of(proxy)):
+            for module, name in state.places:
+                if module in self._updated and name in _RUNNING:
+                    names.setdefault(module, set()).update(state.names)
+        forward = getattr(getattr(graph, "in_place", None), "backward_began", 0)
+        paths = {module: path for path, module in task.named_modules()}
+        for layer, means in self._updated.items():
+            own = names.get(layer, set())
+            means = means | own if layer in self._own else means
+            if read_behind_update(means, own, outputs, forward):
+                raise GraphModeError(
+                    f"the step reads the running statistics of self.{paths[layer]}, itself or by "
+                    "a call in eval mode, after a call in training mode has changed them, which a "
+                    "static graph cannot: read them in on_train_batch_end, call in eval mode "
+                    "before the call in training mode and under oneflow.no_grad(), or use "
+                    'Trainer(mode="eager")'
+                )
 
 
 class BatchNormsOfAll(BatchNorms):

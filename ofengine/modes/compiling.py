@@ -6,13 +6,14 @@ import contextlib
 import gc
 import io
 import sys
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Iterator, List, Sequence
 
 import oneflow as flow
 from oneflow import nn
 
 from ofengine._oneflow import graphs
 from ofengine._oneflow.lazy_names import forget_lazy_names
+from ofengine._oneflow.operators import random_operations
 from ofengine._oneflow.shapes import checking_shapes
 from ofengine._oneflow.tracing import (
     calling_any_module,
@@ -20,8 +21,11 @@ from ofengine._oneflow.tracing import (
     has_forward_hooks,
 )
 from ofengine.errors import ConfigurationError, GraphModeError, OFEngineError, warn
+from ofengine.modes.compiled import Compiled
+from ofengine.modes.draws import warn_of_unfed
 from ofengine.modes.explain import explain
 from ofengine.modes.guards import Guards
+from ofengine.modes.in_place import Written
 from ofengine.modes.labels import noting_labels
 from ofengine.modes.leftovers import nothing_left_behind
 from ofengine.modes.own_graphs import has_own_graph
@@ -171,6 +175,25 @@ def trace(
         raise explain(error, what, getattr(graph, "index", None)) from None
     except Exception as error:
         raise explain(error, what, getattr(graph, "index", None)) from error
+
+
+def warn_of_draws(graph: nn.Graph, what: str, is_ours: bool) -> None:
+    """Tell of random numbers that ``graph``, called ``what``, draws otherwise than eager mode."""
+    own = "where that matters, leave build_graph() as it is"
+    mend = "call flow.rand and its like by these names, or draw in the dataset"
+    warn_of_unfed(what, random_operations(graph), mend if is_ours else own)
+
+
+def wait_for_reads(compiled: Compiled, task: TaskModule, updates: bool) -> None:
+    """Let each run wait for what is done to the tensors that the trace of ``compiled`` read."""
+    written: List[Written] = getattr(compiled.graph, "written", [])  # not of the user's own
+    beside = [each.tensor for each in written if not each.places]
+    compiled.batch_norms.refuse(written)
+    read = compiled.watch.tensors(task)
+    tensors = [*read, *compiled.batch_norms.scratch, *beside]
+    graphs.depend_on(compiled.graph, list({id(each): each for each in tensors}.values()))
+    if updates:
+        warn_of_gradients(task, read)
 
 
 def warn_of_gradients(task: TaskModule, beside: Sequence[Any]) -> None:

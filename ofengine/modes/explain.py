@@ -34,6 +34,13 @@ _OTHERWISE_WRONG = {
     "nor a parameter or buffer of the task, which a graph of several ranks does not take: make it "
     "a buffer, with self.register_buffer(...) in __init__",
     "must be a variable created in nn.Graph": "returns no tensor: return the loss",
+    "has been released": "calls backward() itself, which the engine does: return the loss",
+}
+_NOT_IN_GRAPHS = {
+    "Cannot find the kernel matching": "computes in a type that OneFlow has no kernel for in a "
+    "static graph, such as float64: take float32, with self.float() and batch.float()",
+    "This is a oneflow bug": "does what OneFlow cannot trace (autograd.grad, unique, one_hot "
+    "without num_classes, normal_, a write by tensors of indices): write it otherwise",
 }
 
 
@@ -59,6 +66,11 @@ def explain(error: BaseException, step: str, index: Optional[TracedIndex] = None
     for needle, reason in _OTHERWISE_WRONG.items():
         if needle in text:
             return GraphModeError(f"{step} {reason}{at}.")
+    for needle, reason in _NOT_IN_GRAPHS.items():
+        if needle in text:
+            return GraphModeError(
+                f"{step} {reason}, or use {_way_out(step)}{at and f' ({at[1:]})'}."
+            )
     first = text.splitlines()[0] if text else ""
     return GraphModeError(
         f"{step} cannot be compiled into a static graph{at}: {type(error).__name__}: {first}"

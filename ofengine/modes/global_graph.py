@@ -53,7 +53,9 @@ class GlobalGraphMode(GraphMode):
         self._meetings = meetings
         self._ranks = Ranks(run.settings.device, meetings.size)
         self._twins = Twins(self._ranks)
-        self._state: StateOfRanks = StateOfRanks(run, task, self._ranks, self._twins)
+        self._state: StateOfRanks = StateOfRanks(run, task, self.rebuild, self._ranks, self._twins)
+        self._gradients: Dict[int, Any] = {}
+        """What a window has added up, by the number of the parameter; global tensors."""
         self._graphs: List[nn.Graph] = []
         """All that were compiled, which are deleted together."""
         self._digests: Dict[Hashable, int] = {}
@@ -106,7 +108,7 @@ class GlobalGraphMode(GraphMode):
         else:
             result = {"loss": local(self._ranks.whole(loss_of(graph, graph(*inputs))))}
         if accumulates and closes:
-            self._apply(window)
+            self._apply(window, self._gradients)
         self._state.steps += closes
         compiled.batch_norms.exchange(self._meetings, spread.round.is_cut)
         return result
@@ -127,10 +129,11 @@ class GlobalGraphMode(GraphMode):
         rest = self._take_outputs(graph, _own(graph, outputs, round_)[stop:])
         return {**(rest or {}), "loss": local(outputs[0])}
 
-    def _apply(self, window: int) -> None:
+    def _apply(self, window: int, total: Dict[int, Any]) -> None:
         if self._run.weighing.batches:
             self._run.weighing.place(self._ranks.whole)
-        super()._apply(window)
+        self._gradients = {}
+        super()._apply(window, total)
 
     def _window_scale(self, window: int) -> Any:
         return self._scale(1, window)
@@ -228,7 +231,8 @@ class GlobalGraphMode(GraphMode):
             self._tell_change(self._evals.add(key, compiled))
         self._tells = spread.round.teller == self._meetings.rank
         outputs = graphs.run_compiled(compiled.graph, [*tensors, *compiled.draws.draw()])
-        return self._take_outputs(compiled.graph, _own(compiled.graph, outputs, spread.round)), True
+        own = _own(compiled.graph, outputs, spread.round)
+        return self._take_outputs(compiled.graph, own), True
 
     # ------------------------------------------------------------------ compiling
 
@@ -309,11 +313,16 @@ class GlobalGraphMode(GraphMode):
 
     def gradients(self) -> Dict[str, Any]:
         """See :class:`~ofengine.run.mode.Mode`."""
-        return {name: local(each) for name, each in super().gradients().items()}
+        names = {id(p): name for name, p in self.task.named_parameters()}
+        named = ((names.get(id(self._run.parameters[i])), g) for i, g in self._gradients.items())
+        return {name: local(each) for name, each in named if name is not None}
 
     def load_gradients(self, gradients: Dict[str, Any]) -> None:
         """See :class:`~ofengine.run.mode.Mode`."""
-        super().load_gradients({n: self._ranks.whole(each) for n, each in gradients.items()})
+        names = {id(p): name for name, p in self.task.named_parameters()}
+        trained = enumerate(names.get(id(p), "") for p in self._run.parameters)
+        whole = {name: self._ranks.whole(each) for name, each in gradients.items()}
+        self._gradients = {i: whole[name] for i, name in trained if name in whole}
 
     def close(self) -> None:
         """See :class:`~ofengine.run.mode.Mode`."""

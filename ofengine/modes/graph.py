@@ -17,8 +17,8 @@ import oneflow as flow
 from oneflow import nn
 
 from ofengine._oneflow import graphs
+from ofengine._oneflow.barriers import put_gradient
 from ofengine._oneflow.launch_race import mend_or_tell
-from ofengine._oneflow.operators import random_operations
 from ofengine._oneflow.session import start_session
 from ofengine.data.structure import KIND, Structure, flatten, unflatten
 from ofengine.modes.batch_norms import BatchNorms
@@ -28,13 +28,14 @@ from ofengine.modes.compiling import (
     configure,
     refuse_what_graphs_ignore,
     trace,
-    warn_of_gradients,
+    wait_for_reads,
+    warn_of_draws,
 )
-from ofengine.modes.draws import Draws, warn_of_unfed
+from ofengine.modes.draws import Draws
 from ofengine.modes.eager_update import EagerUpdate, eager_update
 from ofengine.modes.guards import Guards
-from ofengine.modes.in_place import Written, tell_what_is_forgotten, write_back
-from ofengine.modes.own_graphs import check_own_graph, loss_of
+from ofengine.modes.in_place import tell_what_is_forgotten, write_back
+from ofengine.modes.own_graphs import check_own_graph, gradients_are_left, loss_of
 from ofengine.modes.shared_state import SharedState
 from ofengine.modes.step_graphs import (
     ApplyGraph,
@@ -69,9 +70,8 @@ class GraphMode:
         self._guards, self._changes = Guards(), Changes()
         self._barrier = self._guards.barrier
         self._barrier.turn_on(task)
-        self._state = SharedState(run, task)
+        self._state = SharedState(run, task, self.rebuild)
         self._structure: Structure = flatten(None, [])
-        self._gradients: Dict[int, Any] = {}
         self._window_scales: Dict[int, Any] = {}
         self._update: Optional[EagerUpdate] = None
         """What updates in the place of a graph."""
@@ -85,20 +85,23 @@ class GraphMode:
     def start(self) -> None:
         """See :class:`~ofengine.run.mode.Mode`."""
         refuse_own_update(self._run.made.optimizer)
+        self._run.made.optimizer.zero_grad(set_to_none=True)  # what a run that was cut off left
         self._update = eager_update(self._run)
         self._accumulates = self._accumulates or self._update is not None
         self._barrier.take()  # the way to the device wrote into every parameter
 
     def train_step(self, batch: Any, batch_idx: int, window: int, closes: bool) -> Dict[str, Any]:
         """See :class:`~ofengine.run.mode.Mode`."""
+        accumulates = self._accumulates
         if self._barrier.hit:
             self._look_again()
+            accumulates = accumulates or gradients_are_left(self._run)
         tensors: List[Any] = []
         structure = flatten(batch, tensors)
         for index, tensor in enumerate(tensors):
             if not tensor.is_contiguous():  # nn.Graph would write over what it views
                 tensors[index] = tensor.contiguous()
-        key = (structure, *map(KIND, tensors))
+        key = (accumulates, structure, *map(KIND, tensors))
         compiled = self._steps.active.get(key)  # as get(), without its call
         if compiled is None or (compiled.looks and compiled.watch.may_differ()):
             compiled = self._steps.find(key)
@@ -106,10 +109,11 @@ class GraphMode:
             self.rebuild(USED_UP)
             compiled = None
         if compiled is None:
-            compiled = self._compile_step(structure, tensors)
+            compiled, updates = self._trace_step(structure, tensors, accumulates)
+            self._watch(compiled, updates)
             self._keep_step(key, compiled)
         graph = compiled.graph
-        if self._accumulates:
+        if accumulates:
             result = self._accumulate(compiled, tensors, window, closes)
         elif isinstance(graph, TrainGraph):
             if compiled.draws.any:
@@ -136,25 +140,33 @@ class GraphMode:
             tensors += compiled.draws.draw()
         outputs = graphs.run_compiled(graph, tensors)
         stop = 1 + len(graph.having)
-        total, weighing = self._gradients, self._run.weighing
+        parameters, weighing = self._run.parameters, self._run.weighing
+        total: Dict[int, Any] = {}
+        for index, parameter in enumerate(parameters):  # no comprehension, which is a call
+            if parameter.grad is not None:
+                total[index] = parameter.grad
         if graph.weighs:
             weighing.add(outputs[stop])
             stop += 1
         for index, gradient in zip(graph.having, outputs[1:stop]):
             total[index] = total[index] + gradient if index in total else gradient
         if closes:
-            self._apply(window)
+            self._apply(window, total)
+        else:
+            for index in graph.having:
+                put_gradient(parameters[index], total[index])
         return {**(self._take_outputs(graph, outputs[stop:]) or {}), "loss": outputs[0]}
 
-    def _apply(self, window: int) -> None:
-        """Update by the gradients that a window has added up."""
-        having = tuple(sorted(self._gradients))
-        gradients = [self._gradients[index] for index in having]
+    def _apply(self, window: int, total: Dict[int, Any]) -> None:
+        """Update by the gradients that a window has added up, by the number of their parameter."""
+        having = tuple(sorted(total))
+        gradients = [total[index] for index in having]
         if self._run.weighing.batches:
             gradients = self._run.weighing.close(gradients, window, type(self.task).__name__)
-        self._gradients = {}
         if self._update is not None:
+            hit = self._barrier.hit
             self._update(zip(having, gradients))
+            self._barrier.hit = hit  # which its own gradients are not
             return
         apply = self._applies.active.get(having) or self._applies.find(having)
         if apply is not None and self._run.progress.global_step >= apply.rates_until:
@@ -165,6 +177,7 @@ class GraphMode:
             self._watch(apply, updates=True)
             self._tell_change(self._applies.add(having, apply))
         graphs.run_compiled(apply.graph, gradients)
+        self._run.made.optimizer.zero_grad(set_to_none=True)
 
     def _window_scale(self, window: int) -> Any:
         """``1 / window`` as a tensor of no dimension on the device."""
@@ -212,11 +225,6 @@ class GraphMode:
         self._tell_change(self._steps.add(key, compiled))
         warn_of_many_graphs(len(self._steps))
 
-    def _compile_step(self, structure: Structure, tensors: List[Any]) -> Compiled:
-        compiled, updates = self._trace_step(structure, tensors, self._accumulates)
-        self._watch(compiled, updates)
-        return compiled
-
     def _trace_step(
         self, structure: Structure, tensors: List[Any], accumulates: bool
     ) -> Tuple[Compiled, bool]:
@@ -236,7 +244,7 @@ class GraphMode:
                 tell_what_is_forgotten(graph)
                 inputs, what = tensors, f"{type(graph).__name__}.build"
         compiled = Compiled(graph, batch_norms=self._batch_norms())
-        with compiled.batch_norms.counting(self.task):
+        with compiled.batch_norms.counting(self.task, graph):
             self._compile(compiled, inputs, what, updates)
         return compiled, updates
 
@@ -263,16 +271,12 @@ class GraphMode:
 
     def gradients(self) -> Dict[str, Any]:
         """See :class:`~ofengine.run.mode.Mode`."""
-        names = {id(p): name for name, p in self.task.named_parameters()}
-        parameters = self._run.parameters
-        return {names[id(parameters[i])]: grad for i, grad in self._gradients.items()}
+        return {n: p.grad for n, p in self.task.named_parameters() if p.grad is not None}
 
     def load_gradients(self, gradients: Dict[str, Any]) -> None:
         """See :class:`~ofengine.run.mode.Mode`."""
-        names = {id(p): name for name, p in self.task.named_parameters()}
-        self._run.parameters = self._run.parameters or trained_parameters(self._run)
-        trained = enumerate(names.get(id(p), "") for p in self._run.parameters)
-        self._gradients = {i: gradients[name] for i, name in trained if name in gradients}
+        for name, parameter in self.task.named_parameters():
+            put_gradient(parameter, gradients.get(name))
 
     # ------------------------------------------------------------------ evaluation
 
@@ -308,14 +312,7 @@ class GraphMode:
         groups = self._run.made.optimizer.param_groups if updates else ()
         compiled.watch = self._guards.watch(self.task, groups)
         compiled.looks = compiled.watch.looks
-        written: List[Written] = getattr(compiled.graph, "written", [])  # not of the user's own
-        beside = [each.tensor for each in written if not each.places]
-        compiled.batch_norms.refuse(written)
-        read = compiled.watch.tensors(self.task)
-        tensors = [*read, *compiled.batch_norms.scratch, *beside]
-        graphs.depend_on(compiled.graph, list({id(each): each for each in tensors}.values()))
-        if updates:
-            warn_of_gradients(self.task, read)
+        wait_for_reads(compiled, self.task, updates)
 
     def _look_again(self) -> None:
         """Something was written that a trace may have read: see which graphs still stand."""
@@ -383,9 +380,7 @@ class GraphMode:
         if is_step:
             compiled.draws = Draws(graph.random_calls)
             graph.late.clear()
-        own = "where that matters, leave build_graph() as it is"
-        mend = "call flow.rand and its like by these names, or draw in the dataset"
-        warn_of_unfed(what, random_operations(graph), mend if is_ours else own)
+        warn_of_draws(graph, what, is_ours)
         if updates:
             self._state.take_from(graph)
 

@@ -68,6 +68,11 @@ class InPlace:
         """Whether those parameters train now whose ``requires_grad`` the step has set."""
         self.in_backward = self._writes.in_backward
 
+    @property
+    def backward_began(self) -> int:
+        """The number of operations before the backward pass; 0 where there was none."""
+        return self._writes.backward[0]
+
     @contextlib.contextmanager
     def noting(self) -> Iterator[None]:
         """Trace the step in the block."""

@@ -10,7 +10,7 @@ from oneflow import nn
 from ofengine._oneflow import graphs
 from ofengine.callback import overrides
 from ofengine.data.structure import describe
-from ofengine.errors import ConfigurationError
+from ofengine.errors import ConfigurationError, GraphModeError
 from ofengine.run.state import Run
 from ofengine.task import TaskModule
 
@@ -73,3 +73,18 @@ def loss_of(graph: Any, outputs: Any) -> Any:
             "reduce it to one element, for example with .mean()."
         )
     return loss.reshape(()) if loss.ndim else loss
+
+
+def gradients_are_left(run: Run) -> bool:
+    """True where a hook has left gradients to which those of the next step are to be added.
+
+    Raises :class:`GraphModeError` where a graph of the user's own would leave them out.
+    """
+    are_left = any(each.grad is not None for each in run.parameters)
+    if are_left and has_own_graph(run.task):
+        raise GraphModeError(
+            "parameters have a .grad, which a hook has left and to which eager mode would add the "
+            f"step's, and {type(run.task).__name__}.build_graph() takes none: call "
+            "optimizer.zero_grad(set_to_none=True) in that hook."
+        )
+    return are_left

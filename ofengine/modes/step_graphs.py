@@ -28,6 +28,7 @@ from ofengine.modes.spread import Spread
 from ofengine.modes.steps import clip, split_outputs, step_arity
 from ofengine.run.precision import FULL, LOSS_SCALES
 from ofengine.run.state import Run
+from ofengine.run.view import constants_only
 from ofengine.run.weighing import weight_of
 from ofengine.task import TaskModule
 from ofengine.tracing import Trace, TracedIndex, warn_of_assignments
@@ -85,7 +86,8 @@ class StepGraph(LateInputs):
         self.in_place = InPlace(self.task, self.step, tensors, self.trains)
         with contextlib.ExitStack() as stack:
             trace, feed = stack.enter_context(Trace()), stack.enter_context(feeding)
-            for each in (no_numbers_frozen(self.step), answering, self.in_place.noting()):
+            guarding = constants_only(), no_numbers_frozen(self.step), self.in_place.noting()
+            for each in (answering, *guarding):
                 stack.enter_context(each)
             outputs = getattr(task, self.step)(*arguments)
         self.random_calls = feed.met
@@ -201,7 +203,7 @@ class GradientGraph(_TrainStepGraph):
         (parameters,) = self.parameters
         loss, rest, logged, weights = self.trained_loss(tensors, scale, parameters)
         self.weighs = bool(weights)
-        self.having = [i for i, p in enumerate(parameters) if p.grad is not None]
+        self.having = [i for i, p in enumerate(parameters) if p.grad is not None and p.grad.is_lazy]
         gradients = [parameters[i].grad for i in self.having]
         return self.put_out(rest, logged, [loss, *gradients, *weights])
 

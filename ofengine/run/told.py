@@ -8,6 +8,7 @@ import oneflow as flow
 
 from ofengine.run.settings import Settings
 from ofengine.run.state import Run
+from ofengine.tracing import forbid_in_trace
 
 
 class ToldView:
@@ -68,6 +69,8 @@ class ToldView:
     @property
     def accumulate_grad_batches(self) -> int:
         """Batches whose gradients are averaged into one optimizer step, in this epoch."""
+        if len(self._run.settings.windows.changes) > 1:
+            forbid_in_trace("trainer.accumulate_grad_batches")
         return self._run.settings.accumulate_in(self._run.progress.epoch)
 
     @property

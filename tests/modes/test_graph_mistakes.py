@@ -30,6 +30,7 @@ from ofengine import (
     OFEngineError,
     TaskModule,
 )
+from ofengine.run.view import CONSTANTS, RunView
 
 # ---------------------------------------------------------------------- a graph of one's own
 
@@ -240,6 +241,14 @@ except GraphModeError as error:
         lambda task, batch, index: task.global_step,
         lambda task, batch, index: task.trainer.current_epoch,
         lambda task, batch, index: task.trainer.global_step,
+        lambda task, batch, index: task.trainer.progress.global_step,
+        lambda task, batch, index: task.trainer.is_last_batch,
+        lambda task, batch, index: task.trainer.callback_metrics,
+        lambda task, batch, index: task.trainer.metrics.values,
+        lambda task, batch, index: task.trainer.optimizer.param_groups[0]["lr"],
+        lambda task, batch, index: task.optimizers().param_groups[0]["lr"],
+        lambda task, batch, index: task.trainer.callbacks,
+        lambda task, batch, index: setattr(task.trainer, "should_stop", True),
     ],
 )
 def test_progress_read_in_a_compiled_step_is_not_frozen_silently(
@@ -248,10 +257,70 @@ def test_progress_read_in_a_compiled_step_is_not_frozen_silently(
     refused(
         in_a_step(use),
         GraphModeError,
-        r"current_epoch|global_step",
+        r"^(trainer|self)\.\w+(\.values)? cannot be used inside a compiled step",
         re.escape(line_of(use)),
         mode="graph",
     )
+
+
+def caught(use: Callable[[], Any]) -> None:
+    try:
+        use()
+    except Exception:
+        return
+
+
+@pytest.mark.parametrize(
+    "use, says",
+    [
+        (lambda task, batch, index: str(batch.mean()), "is made a text"),
+        (lambda task, batch, index: "%s" % batch.mean(), "is made a text"),  # noqa: UP031
+        (lambda task, batch, index: [repr(task.layer.weight)], "is made a text"),
+        (lambda task, batch, index: caught(lambda: task.global_step), "global_step"),
+        (lambda task, batch, index: caught(lambda: index + 1), "batch_idx"),
+    ],
+)
+def test_what_a_trace_refuses_is_refused_as_a_text_and_where_the_step_catches_it(
+    use: Callable[[Any, Any, int], Any], says: str
+) -> None:
+    refused(in_a_step(use), GraphModeError, says, mode="graph")
+
+
+@pytest.mark.parametrize(
+    "use, says",
+    [
+        (lambda task, batch, index: flow.unique(batch[:, 0]), "cannot trace .* unique"),
+        (lambda task, batch, index: nn.functional.one_hot(batch[:, 0].long()), "without num_cl"),
+        (
+            lambda task, batch, index: flow.autograd.grad(
+                task.layer(batch).mean(), [task.layer.weight], create_graph=True
+            ),
+            "cannot trace .*autograd.grad",
+        ),
+    ],
+)
+def test_what_oneflow_cannot_trace_is_told_in_words(use: Any, says: str) -> None:
+    refused(in_a_step(use), GraphModeError, says, r"Trainer\(mode=.eager.\)", mode="graph")
+
+
+def test_a_task_of_float64_is_told_in_words() -> None:
+    refused(
+        Line().double(),
+        GraphModeError,
+        "no kernel .* float64",
+        mode="graph",
+        train=[each.double() for each in batches()],
+    )
+
+
+def test_what_stays_the_same_of_a_trainer_may_be_read_in_a_compiled_step() -> None:
+    def reads(task: Any, batch: Any, index: Any) -> None:
+        values = {name: getattr(task.trainer, name) for name in CONSTANTS}
+        assert values["num_training_batches"] == 2 and values["settings"].max_epochs == 1
+
+    quiet_trainer(mode="graph", max_epochs=1).fit(in_a_step(reads), batches(2))
+    for name in CONSTANTS:
+        assert isinstance(getattr(RunView, name), property) or name == "print"
 
 
 def test_batch_idx_may_be_passed_on_unused_and_used_in_eager_mode(mode: str) -> None:
