@@ -34,7 +34,6 @@ _OTHERWISE_WRONG = {
     "nor a parameter or buffer of the task, which a graph of several ranks does not take: make it "
     "a buffer, with self.register_buffer(...) in __init__",
     "must be a variable created in nn.Graph": "returns no tensor: return the loss",
-    "has been released": "calls backward() itself, which the engine does: return the loss",
 }
 _NOT_IN_GRAPHS = {
     "Cannot find the kernel matching": "computes in a type that OneFlow has no kernel for in a "
