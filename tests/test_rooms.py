@@ -37,13 +37,14 @@ ROOMS: List[List[str]] = [
     ["loggers"],
     ["run.mode"],
     ["run.state", "run.report"],
-    ["run.told", "run.view"],
+    ["run.told", "run.view", "run.constants"],
     ["checkpoint.file", "checkpoint.weights", "checkpoint"],
     ["data_module", "onnx_model", "task_hooks", "task_attributes", "task"],
     ["callback"],
     ["modes"],
     [
-        *("checkpoint.background", "checkpoint.beside", "checkpoint.check", "checkpoint.find"),
+        *("checkpoint.background", "checkpoint.beside", "checkpoint.check", "checkpoint.entry"),
+        "checkpoint.find",
         *("checkpoint.resume", "checkpoint.seen", "checkpoint.snapshot", "checkpoint.undo"),
     ],
     [

@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from typing import Any, Dict, Iterator, List, Optional
-
-import attrs
-import numpy as np
-import oneflow as flow
+from typing import Any, Iterator, List, Optional
 
 from ofengine._oneflow.optimizer_state import own_options
 from ofengine.checkpoint.beside import check_others, other_optimizers, put_others, put_tensors
 from ofengine.checkpoint.check import check_run
+from ofengine.checkpoint.entry import Entry, tensors_of
 from ofengine.checkpoint.file import Checkpoint
 from ofengine.checkpoint.kernels import tell_kernels
 from ofengine.checkpoint.of_task import hand_back
@@ -44,19 +41,6 @@ from ofengine.run.progress import Point
 from ofengine.run.state import Run, State
 
 log = logging.getLogger("ofengine")
-
-
-@attrs.define
-class Entry:
-    """How a resumed run enters the epoch that it was stopped in."""
-
-    data: Optional[Resumption]
-    state: State
-
-    def restore_step_state(self, run: Run) -> None:
-        """What the loop has in its hands in the middle of an epoch."""
-        run.weighing.load(self.state.get("weights"), next(run.task.parameters()))
-        run.training_mode.load_gradients(_tensors(run, self.state["gradients"]))
 
 
 class Resumed:
@@ -161,7 +145,7 @@ class Resumed:
             put_tensors(run.task, state.get("tensors", {}), run.settings.device)
             for owner, each in of_each(state).items():
                 part, optimizer = run.each()[owner], each["optimizer"]
-                states = {name: _tensors(run, kept) for name, kept in optimizer["states"].items()}
+                states = {name: tensors_of(run, kept) for name, kept in optimizer["states"].items()}
                 part.training_mode.load_optimizer_state(optimizer["steps"], states)
                 part.progress.global_step = each["rates"]["step"]
             put_others(others, state.get("optimizers", {}), run.settings.device)
@@ -395,7 +379,3 @@ class Resumed:
         if missing and tells:
             some = ", ".join(missing[:3]) + (", ..." if missing[3:] else "")
             warn(f"the checkpoint has the state of a random generator that is gone: {some}.")
-
-
-def _tensors(run: Run, arrays: Dict[str, np.ndarray]) -> Dict[str, Any]:
-    return {name: flow.tensor(array).to(run.settings.device) for name, array in arrays.items()}

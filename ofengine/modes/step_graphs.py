@@ -26,9 +26,9 @@ from ofengine.modes.draws import Draw, Feed, no_numbers_frozen
 from ofengine.modes.in_place import InPlace, Written
 from ofengine.modes.spread import Spread
 from ofengine.modes.steps import clip, split_outputs, step_arity
+from ofengine.run.constants import constants_only
 from ofengine.run.precision import FULL, LOSS_SCALES
 from ofengine.run.state import Run
-from ofengine.run.view import constants_only
 from ofengine.run.weighing import weight_of
 from ofengine.task import TaskModule
 from ofengine.tracing import Trace, TracedIndex, warn_of_assignments

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any, Dict, List, Optional, Tuple
 
-from ofengine.checkpoint.resume import Entry, Resumed
+from ofengine.checkpoint.entry import Entry
+from ofengine.checkpoint.resume import Resumed
 from ofengine.checkpoint.snapshot import note_start
 from ofengine.data.batches import Batches
 from ofengine.data.steps import STEPPED

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import threading
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Callable, ContextManager, Dict, List, Optional, Tuple, Union
 
 from oneflow import nn
 from oneflow.optim import Optimizer
@@ -27,15 +25,6 @@ from ofengine.tracing import forbid_in_trace
 
 Content = Tuple[Dict[str, Any], Optional[Dict[str, Any]], Dict[str, Any]]
 """Weights, state of the run, and metadata of a checkpoint."""
-_CONSTANTS = """
-    settings mode eval_mode device seed max_epochs max_steps min_epochs min_steps fast_dev_run
-    accumulate_grad_batches gradient_clip_val gradient_clip_algorithm log_every_n_steps
-    check_val_every_n_epoch num_sanity_val_steps default_root_dir restart_on_crash world_size
-    global_rank local_rank node_rank num_nodes is_global_zero has_validation num_training_batches
-    total_steps estimated_stepping_batches run_id resumed_from task log_dir metrics print
-"""
-CONSTANTS = frozenset(_CONSTANTS.split())
-"""What a compiled step may read: it stays the same as long as the step is compiled, or tells."""
 Step = Callable[[Any, int], Any]
 """Computes the loss of a batch, given its index."""
 
@@ -56,8 +45,8 @@ class RunView(ToldView):
     """The ``trainer`` that hooks are given and ``self.trainer`` of a task.
 
     Everything here may be read at any time, but in a compiled step only what stays the same
-    (``CONSTANTS``); ``should_stop`` alone may be set. :class:`ofengine.Trainer` adds the four
-    verbs.
+    (``run.constants.CONSTANTS``); ``should_stop`` alone may be set. :class:`ofengine.Trainer`
+    adds the four verbs.
     """
 
     _tries_apart = False
@@ -390,26 +379,3 @@ class RunView(ToldView):
         Raises :class:`ConfigurationError` where there is no run.
         """
         raise ConfigurationError("this run cannot be saved.")
-
-
-@contextlib.contextmanager
-def constants_only() -> Iterator[None]:
-    """In the block, which traces a step in this thread, let nothing be read of a view that changes.
-
-    Raises :class:`GraphModeError` at such a read.
-    """
-    thread = threading.get_ident()
-
-    def read(view: Any, name: str) -> Any:
-        changes = name not in CONSTANTS and name[0] != "_"
-        # Of a name that there is not, __getattr__ tells.
-        if changes and hasattr(type(view), name) and threading.get_ident() == thread:
-            forbid_in_trace(f"trainer.{name}")
-        return object.__getattribute__(view, name)
-
-    view_class: Any = RunView
-    view_class.__getattribute__ = read
-    try:
-        yield
-    finally:
-        del view_class.__getattribute__

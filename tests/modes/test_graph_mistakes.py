@@ -30,7 +30,8 @@ from ofengine import (
     OFEngineError,
     TaskModule,
 )
-from ofengine.run.view import CONSTANTS, RunView
+from ofengine.run.constants import CONSTANTS
+from ofengine.run.view import RunView
 
 # ---------------------------------------------------------------------- a graph of one's own
 
