@@ -51,6 +51,17 @@ def refuse_what_graphs_ignore(task: TaskModule) -> None:
             )
 
 
+def refuse_doubles(task: TaskModule, parameters: Sequence[Any]) -> None:
+    """Raise where a graph is to update float64; OneFlow's compiler ends the process at the next."""
+    if any(each.dtype == flow.float64 for each in parameters):
+        names = [n for n, p in task.named_parameters() if p.dtype == flow.float64]
+        raise GraphModeError(
+            f"{', '.join(names[:4])}{', ...' if names[4:] else ''} of {type(task).__name__} is "
+            "float64, for which OneFlow's graphs have no update: call float() of the task, and of "
+            'the batches, or use Trainer(mode="eager").'
+        )
+
+
 def check_inputs(inputs: Any, what: str) -> None:
     """Raise where a tensor is empty (OneFlow's compiler ends the process over it) or global."""
     if isinstance(inputs, (list, tuple)):

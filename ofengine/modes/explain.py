@@ -36,8 +36,6 @@ _OTHERWISE_WRONG = {
     "must be a variable created in nn.Graph": "returns no tensor: return the loss",
 }
 _NOT_IN_GRAPHS = {
-    "Cannot find the kernel matching": "computes in a type that OneFlow has no kernel for in a "
-    "static graph, such as float64: take float32, with self.float() and batch.float()",
     "This is a oneflow bug": "does what OneFlow cannot trace (autograd.grad, unique, one_hot "
     "without num_classes, normal_, a write by tensors of indices): write it otherwise",
 }

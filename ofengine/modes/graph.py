@@ -26,6 +26,7 @@ from ofengine.modes.compiled import Changes, Compilations, Compiled, warn_of_man
 from ofengine.modes.compiling import (
     check_inputs,
     configure,
+    refuse_doubles,
     refuse_what_graphs_ignore,
     trace,
     wait_for_reads,
@@ -370,6 +371,7 @@ class GraphMode:
             for call in self._before_compile:
                 call(graph)
         if updates:
+            refuse_doubles(self.task, self._run.parameters)
             self._state.share_with(graph)
         compiling = partial(graphs.trace_and_compile, as_eager=is_ours)
         is_step = isinstance(graph, StepGraph)

@@ -19,7 +19,7 @@ from ofengine._oneflow.tracing import (
     instance_in_trace,
 )
 from ofengine.data.structure import Structure, flatten, unflatten
-from ofengine.errors import DataError, GraphModeError
+from ofengine.errors import DataError, GraphModeError, warn
 from ofengine.metrics.base import Metric
 from ofengine.metrics.stage import Logged, LogSpec
 from ofengine.modes.draws import Draw, Feed, no_numbers_frozen
@@ -90,12 +90,28 @@ class StepGraph(LateInputs):
             for each in (answering, *guarding):
                 stack.enter_context(each)
             outputs = getattr(task, self.step)(*arguments)
+        self._tell_of_changes(batch, tensors)
         self.random_calls = feed.met
         self.assigned = assignments_in_trace(task)
         self.updates = [(metric, list(sums)) for metric, sums in trace.updates]
         counted = [value for _, sums in trace.updates for value in sums.values()]
         logs = trace.logs if spread is None else spread.logs(trace.logs)
         return outputs, [*self._together(logs), *counted]
+
+    def _tell_of_changes(self, batch: Any, tensors: Sequence[Any]) -> None:
+        """Warn where the step has put other entries into its batch, or has taken some out."""
+        found: List[Any] = []
+        try:
+            same = flatten(batch, found) == self.structure
+        except DataError:
+            same = False
+        if not same or [*map(id, found)] != [*map(id, tensors)]:
+            warn(
+                f"{self.step} changes the entries of its batch: a compiled step has a copy of it, "
+                "and whoever reads that batch afterwards (a hook, the next epoch) finds it as it "
+                "was, and in eager mode changed. Write into a dict or a list of its own, as in "
+                "batch = dict(batch)."
+            )
 
     def _together(self, logs: Sequence[Tuple[LogSpec, Any]]) -> List[Any]:
         """The logged tensors, those of one kind stacked: each output costs about what a step does.

@@ -28,6 +28,7 @@ from ofengine import (
     DataError,
     GraphModeError,
     OFEngineError,
+    OFEngineWarning,
     TaskModule,
 )
 from ofengine.run.constants import CONSTANTS
@@ -308,10 +309,32 @@ def test_a_task_of_float64_is_told_in_words() -> None:
     refused(
         Line().double(),
         GraphModeError,
-        "no kernel .* float64",
+        r"layer.weight, layer.bias of Line is float64, .* float\(\)",
         mode="graph",
         train=[each.double() for each in batches()],
     )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda batch: batch.pop("y"), lambda batch: batch.update(x=batch["x"] * 2), lambda batch: {}],
+)
+def test_a_step_that_changes_the_entries_of_its_batch_is_told_so(change: Any) -> None:
+    class Changes(Line):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = self.layer(batch["x"]).mean()
+            change(batch)
+            return loss
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        data = [{"x": each, "y": each} for each in batches(1)]
+        quiet_trainer(mode="graph", max_epochs=1).fit(Changes(), data)
+    texts = [str(each.message) for each in told if issubclass(each.category, OFEngineWarning)]
+    if change({"x": 1, "y": 1}) == {}:
+        assert not texts
+    else:
+        assert len(texts) == 1 and "changes the entries of its batch" in texts[0]
 
 
 def test_what_stays_the_same_of_a_trainer_may_be_read_in_a_compiled_step() -> None:
