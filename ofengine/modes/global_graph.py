@@ -307,6 +307,8 @@ class GlobalGraphMode(GraphMode):
         named = {**dict(self.task.named_parameters()), **dict(self.task.named_buffers())}
         for name in replaced:
             self._twins.forget(named[name])
+        kept = self.gradients()
+        self.load_gradients({n: g for n, g in kept.items() if n not in replaced})
         super()._let_go_of(replaced)
 
     # ------------------------------------------------------------------ the end, and checkpoints

@@ -334,8 +334,6 @@ class GraphMode:
 
     def _let_go_of(self, replaced: Sequence[str]) -> None:
         """These parameters and buffers have other memory now."""
-        kept = self.gradients()
-        self.load_gradients({n: g for n, g in kept.items() if n not in replaced})
         self._evals.clear()
         self.rebuild(f"{replaced[0]}.data is another tensor")
         self._changes.note(f"self.{replaced[0]}.data")
