@@ -307,6 +307,8 @@ class GlobalGraphMode(GraphMode):
         named = {**dict(self.task.named_parameters()), **dict(self.task.named_buffers())}
         for each in replaced:
             self._twins.forget(named[each])
+        kept = self.gradients()
+        self.load_gradients({n: g for n, g in kept.items() if n not in replaced})
         super()._let_go_of(replaced, name)
 
     # ------------------------------------------------------------------ the end, and checkpoints

@@ -333,8 +333,6 @@ class GraphMode:
 
     def _let_go_of(self, replaced: Sequence[str], name: str) -> None:
         """These parameters and buffers have other memory now, or ``name`` is another."""
-        kept = self.gradients()
-        self.load_gradients({n: g for n, g in kept.items() if n not in replaced})
         self._evals.clear()
         self.rebuild(f"{name} is another")
         self._changes.note(name)

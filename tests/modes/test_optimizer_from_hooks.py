@@ -114,6 +114,10 @@ def gradients_dropped(task: Any) -> None:
     task.optimizer.zero_grad(set_to_none=True)
 
 
+def data_replaced(task: Any) -> None:
+    task.first.weight.data = task.first.weight.data * 0.5
+
+
 DONE: Dict[str, Callable[[Any], Any]] = {
     "an option written": lambda task: options(task).__setitem__("weight_decay", 0.1),
     "options updated": lambda task: options(task).update(momentum=0.5),
@@ -143,7 +147,7 @@ def test_a_hook_is_obeyed(do: Callable[[Any], Any]) -> None:
     agree(do)
 
 
-@pytest.mark.parametrize("do", [gradients_halved, gradients_dropped, pruned])
+@pytest.mark.parametrize("do", [gradients_halved, gradients_dropped, data_replaced, pruned])
 def test_a_hook_finds_the_gradients_of_an_open_window_in_their_place(do: Any) -> None:
     eager, graph = agree(do, accumulate_grad_batches=2)
     assert eager.seen == graph.seen
