@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, List, Optional
 from ofengine.errors import ConfigurationError
 from ofengine.rates.followed import Followed
 from ofengine.run.view import RunView
-from ofengine.tracing import forbid_in_trace
 
 
 class Attached:
@@ -34,7 +33,6 @@ def scheduler_of(trainer: RunView) -> Any:
     """What ``configure_optimizers`` returned as such; it tells the rates that train."""
 
     def rates() -> List[float]:
-        forbid_in_trace("self.lr_schedulers().get_last_lr()")
         return trainer.rates.rates(max(trainer.global_step - 1, 0))
 
     scheduler = trainer.lr_scheduler

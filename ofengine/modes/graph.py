@@ -324,9 +324,12 @@ class GraphMode:
                 self._let_go_of(replaced, name)
             training = trained_parameters(self._run) if self._run.optimization else []
             if [*map(id, training)] != [*map(id, self._run.parameters)]:
-                gradients = self.gradients()
+                gradients, had = self.gradients(), {*map(id, self._run.parameters)}
                 self._run.parameters = training
                 self.load_gradients(gradients)
+                for each in training:
+                    if had and id(each) not in had:  # OneFlow, too, begins anew with what thaws
+                        put_gradient(each, None)
                 self.rebuild("other parameters train from here on")
         for kind in (self._steps, self._applies, self._evals):
             kind.look_again(places)

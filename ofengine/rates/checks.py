@@ -42,7 +42,8 @@ def check_rates(
         return
     if total_steps <= _STEPS_TO_LOOK_AHEAD:
         _check_finite(plan, total_steps - 1)
-        _check_faded(plan, made, total_steps, max_epochs)
+        if begin == 0:
+            _check_faded(plan, made, total_steps, max_epochs)
     _check_underflow(plan, total_steps)
     positions = plan.position(total_steps - 1) + 1
     unit = "epoch" if made.interval == "epoch" else "step"

@@ -25,7 +25,7 @@ _AROUND = (-500, -200, -100, -50, -20, -10, *range(-4, 33), 50, 100, 200, 500, 1
 
 def plan_state(plan: RatePlan, made: Optimization, step: int) -> Dict[str, Any]:
     """What a checkpoint at ``step`` keeps of ``plan``."""
-    schedule = plan.schedule
+    schedule, last = plan.schedule, _last(plan, step)
     return {
         "step": step,
         "groups": [attrs.asdict(group) for group in plan.initial_groups],
@@ -37,7 +37,7 @@ def plan_state(plan: RatePlan, made: Optimization, step: int) -> Dict[str, Any]:
         "plateau": schedule.state() if isinstance(schedule, PlateauSchedule) else None,
         "calendar": plan.calendar.state(step),
         "rates": _rates_ahead(plan, step),
-        **({"last": plan.rates(step - 1)} if step and step == plan.stop else {}),
+        **({"last": last} if last is not None and step == plan.stop else {}),
         "positions": _rates_by_position(plan, step),
         **({} if plan.options is None else {"options": _options_near(plan, step)}),
     }
@@ -56,6 +56,14 @@ def _rates_ahead(plan: RatePlan, step: int) -> Dict[str, List[float]]:
         except Exception:  # a user's function need not know the steps after the last
             break
     return rates
+
+
+def _last(plan: RatePlan, step: int) -> Optional[List[float]]:
+    """The rates of the step before ``step``; None where they are not known any more."""
+    try:
+        return plan.rates(step - 1) if step else None
+    except RateError:  # set_lr came after it
+        return None
 
 
 def _options_near(plan: RatePlan, step: int) -> Dict[str, Dict[str, Values]]:
@@ -187,8 +195,10 @@ def resume_plan(
         _check_positions(plan, state)
     counting, noted = _rates_ahead(plan, step), state["rates"]
     if "last" in state:  # the run had come to its end
-        noted, by_code["-1"] = {"-1": state["last"]}, other.rates(step - 1)
-        counting["-1"] = plan.rates(step - 1)
+        noted = {"-1": state["last"]}
+        for rates, of in ((by_code, other), (counting, plan)):
+            last = _last(of, step)
+            rates.update({} if last is None else {"-1": last})
     lines = []
     for index, name in enumerate(plan.names):
         for ahead, kept in noted.items():

@@ -360,7 +360,7 @@ class RunView(ToldView):
         """Compile the plan's rates, from this step on, into ``graph``, not compiled yet."""
         self._run.training_mode.lower_rates(graph)
 
-    def save_checkpoint(self, path: Union[str, Path], **_unknown: Any) -> Path:
+    def save_checkpoint(self, path: Union[str, Path]) -> Path:
         """Write a checkpoint to ``path`` (safetensors), from which a run can be resumed.
 
         From a callback, save in ``on_train_batch_end`` or later, and with ``fires_last = True``:

@@ -148,7 +148,7 @@ def test_hyper_parameters_are_shown_as_they_were(
     path = trainer.save_checkpoint(tmp_path / "saved.safetensors")
     line = next(x for x in run(str(path), capsys=capsys)[1].splitlines() if "hparams" in x)
     assert line.strip() == (
-        "hparams    width=3, config={'a': (1,), 2: [None]}, rate=float32(0.5), path=path('x/y'), "
+        "hparams    config={'a': (1,), 2: [None]}, rate=float32(0.5), path=path('x/y'), "
         "act=(a builtin_function_or_method, not kept), pair=(1, 2), table=array(array(2, 3))"
     )
 
