@@ -93,9 +93,14 @@ def depend_on(graph: nn.Graph, tensors: Sequence[Any]) -> None:
     """Let each run of ``graph``, which is compiled, wait for what is done to ``tensors``.
 
     OneFlow does so for the parameters and buffers of a graph's modules only: any other tensor that
-    a trace reads is read while an eager operation may still be writing it.
+    a trace reads is read while an eager operation may still be writing it. It takes no more of them
+    than the graph has variables of its own: where there are more, what the graph does not read is
+    left out.
     """
-    state = vars(graph)
+    state, own = vars(graph), graph._c_nn_graph
+    if len(tensors) > len(own.additional_var_names):
+        free = {*map(id, own.additional_var_tensors)}
+        tensors = [each for each in tensors if id(each) in free]
     together = [*state["_state_tensor_tuple"], *tensors]
     state["_state_tensor_tuple"] = _TensorTuple(together)
 

@@ -358,3 +358,26 @@ def test_the_code_of_others_is_not_looked_into() -> None:
             return len(names)
 
     assert names_reached(Uses()) == []
+
+
+MANY = [flow.ones(1) * index for index in range(30)]
+
+
+def test_a_run_waits_for_the_tensors_that_its_graph_reads_alone() -> None:
+    """OneFlow takes no more of them than the graph has variables."""
+
+    class Counts(TaskModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.layer(batch).mean() * len(MANY) + MANY[2].sum()
+
+        def configure_optimizers(self) -> Any:
+            return flow.optim.SGD(self.parameters(), lr=0.5)
+
+    task = Counts()
+    before = task.layer.bias.numpy()
+    quiet_trainer(mode="graph", max_epochs=1).fit(task, [flow.ones(2, 2)] * 2)
+    assert (before - task.layer.bias.numpy()).tolist() == [30.0]
