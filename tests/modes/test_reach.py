@@ -378,6 +378,6 @@ def test_a_run_waits_for_the_tensors_that_its_graph_reads_alone() -> None:
             return flow.optim.SGD(self.parameters(), lr=0.5)
 
     task = Counts()
-    before = task.layer.bias.numpy()
+    before = task.layer.bias.numpy().copy()
     quiet_trainer(mode="graph", max_epochs=1).fit(task, [flow.ones(2, 2)] * 2)
     assert (before - task.layer.bias.numpy()).tolist() == [30.0]
