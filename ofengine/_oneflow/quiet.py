@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import tempfile
-from typing import ContextManager, Iterator
+from typing import Iterator
 
 _NOISE = rb"^libibverbs not available, ibv_fork_init skipped\n"
 if not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg"))):
@@ -17,30 +17,20 @@ if not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg"))):
     )
 
 
-def quietly() -> ContextManager[None]:
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
     """Hold back what is written to descriptor 2 in the block; pass on all but OneFlow's noise.
 
-    Not where descriptor 2 is closed, and not for one of several ranks: it may wait here for the
-    others and be ended, and its last words must come out when they are said.
+    Not where descriptor 2 is closed, and not for one of several ranks (OneFlow itself sets 1): it
+    may wait here for the others and be ended, and its last words must come out when they are said.
     """
-    try:
-        os.fstat(2)
-    except OSError:
-        return contextlib.nullcontext()
-    several = os.environ.get("WORLD_SIZE", "1") != "1"  # OneFlow itself sets 1
-    return contextlib.nullcontext() if several else _held_back()
-
-
-@contextlib.contextmanager
-def _held_back() -> Iterator[None]:
-    with tempfile.TemporaryFile() as held:
-        stderr = os.dup(2)
+    if os.environ.get("WORLD_SIZE", "1") != "1" or not os.path.exists("/dev/fd/2"):
+        return (yield)
+    with tempfile.TemporaryFile() as held, open(os.dup(2), "wb") as stderr:
         os.dup2(held.fileno(), 2)
         try:
             yield
         finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
+            os.dup2(stderr.fileno(), 2)
             held.seek(0)
-            with open(2, "wb", closefd=False) as out:
-                out.write(re.sub(_NOISE, b"", held.read(), flags=re.MULTILINE))
+            stderr.write(re.sub(_NOISE, b"", held.read(), flags=re.MULTILINE))
