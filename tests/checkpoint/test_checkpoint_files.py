@@ -132,6 +132,7 @@ class Wrapped(TaskModule):
         self.extra = nn.Linear(1, 1)
 
 
+@pytest.mark.slow
 def test_part_of_a_task_goes_into_a_plain_model_and_back(tmp_path: Path) -> None:
     task, plain, again = Wrapped(), shufflenet_v2_x0_5(num_classes=3), Wrapped()
     fill_deterministically(task, 3)

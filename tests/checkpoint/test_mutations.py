@@ -283,6 +283,7 @@ def test_a_change_of_the_state_is_refused_whole_or_taken_whole(name: str, tmp_pa
     assert tried.taken > 1  # some changes are as good as what was there
 
 
+@pytest.mark.slow
 def test_in_graph_mode(tmp_path: Path) -> None:
     tried = trial("in a window", "graph", tmp_path)
     tried.run(range(900_000, 900_020))

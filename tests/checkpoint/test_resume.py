@@ -136,6 +136,7 @@ def test_arguments_of_data(mode: str, name: str, tmp_path: Path) -> None:
     check_exact(tmp_path, mode, **DATA_ARGUMENTS[name])
 
 
+@pytest.mark.slow
 def test_lists_of_batches_are_not_gone_through_again(tmp_path: Path) -> None:
     batches = [collate([Augmented(18, 0)[i] for i in range(n, n + 4)]) for n in range(0, 12, 4)]
     check_exact(tmp_path, "eager", data=lambda _: batches)

@@ -93,6 +93,7 @@ def test_words_that_are_none(kind: str) -> None:
         refused(kind, state)
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(
     start=st.integers(0, 60), values=st.binary(min_size=1, max_size=12),

@@ -149,6 +149,7 @@ def test_all_sentences_of_the_language_model_s_grammar_are_right_by_it() -> None
     assert (tokens[0, 21:] == language.PAD).all()
 
 
+@pytest.mark.slow
 def test_the_language_model_s_four_batches_come_to_what_one_of_all_their_sentences_comes_to(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -200,6 +201,7 @@ def assert_learns_the_clean_ones_best(printed: str) -> None:
     assert int(epoch) == scores.index(max(scores))
 
 
+@pytest.mark.slow
 def test_several_validation_sets_have_metrics_of_their_own(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

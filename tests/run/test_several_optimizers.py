@@ -356,6 +356,7 @@ def test_where_the_time_goes(mode: str, capsys: pytest.CaptureFixture[str]) -> N
     assert "step: training discriminator" in said and "step: training generator" in said
 
 
+@pytest.mark.slow
 def test_the_proof_of_a_task(tmp_path: Path) -> None:
     report = quiet_trainer(seed=1).prove(Duel(), shuffled()(2), steps=4)
     assert report.equal, str(report)

@@ -220,6 +220,7 @@ def test_a_metric_that_is_logged_otherwise_is_named() -> None:
     assert row.difference.origin.endswith("logged otherwise: odd.")
 
 
+@pytest.mark.slow
 def test_what_a_checkpoint_does_not_hold_is_named() -> None:
     rows = rows_of(proved(Forgets()))
     assert rows["graph"].equal
@@ -230,6 +231,7 @@ def test_what_a_checkpoint_does_not_hold_is_named() -> None:
         assert "self.seen (0, not 1)" in difference.origin
 
 
+@pytest.mark.slow
 def test_a_task_that_does_not_repeat_itself_is_told_so() -> None:
     report = proved(Unseeded())
     assert not report.equal
@@ -298,6 +300,7 @@ def test_callbacks_that_take_no_part_are_told() -> None:
     assert "took no part: Own." in str(report)
 
 
+@pytest.mark.slow
 def test_data_of_unknown_length() -> None:
     assert proved(Net(), OfUnknownLength(image_batches([4, 4, 3], (4,)))).equal
 
