@@ -327,8 +327,9 @@ class GraphMode:
                 gradients, had = self.gradients(), {*map(id, self._run.parameters)}
                 self._run.parameters = training
                 self.load_gradients(gradients)
-                for each in training:
-                    if had and id(each) not in had:  # OneFlow, too, begins anew with what thaws
+                trains = had and self is self._run.training_mode  # and not eager mode meanwhile
+                for each in training if trains else ():
+                    if id(each) not in had:  # OneFlow, too, begins anew with what thaws
                         put_gradient(each, None)
                 self.rebuild("other parameters train from here on")
         for kind in (self._steps, self._applies, self._evals):

@@ -164,6 +164,33 @@ def test_a_run_goes_on_in_a_window_in_which_a_parameter_was_frozen(
     assert trained("graph" if mode == "eager" else "eager") == whole
 
 
+def test_a_graph_that_evaluates_leaves_the_window_of_eager_mode_alone() -> None:
+    """A parameter that has thawed in it has a gradient by then."""
+
+    class Thaws(Callback):
+        def on_fit_start(self, trainer: Any, task: Any) -> None:
+            next(task.parameters()).requires_grad_(False)
+
+        def on_train_batch_start(self, trainer: Any, task: Any, batch: Any, i: int) -> None:
+            next(task.parameters()).requires_grad_(i > 0)
+
+    def trained(**modes: str) -> Any:
+        task, data = Tiny(), rows()[:3]
+        trainer = quiet_trainer(
+            max_epochs=1,
+            accumulate_grad_batches=3,
+            callbacks=Thaws(),
+            val_check_interval=1,
+            **modes,
+        )
+        trainer.fit(task, data, data[:1])
+        return bits(task)
+
+    of_eager = trained(mode="eager", eval_mode="eager")
+    assert trained(mode="eager", eval_mode="graph") == of_eager
+    assert trained(mode="graph", eval_mode="graph") == of_eager
+
+
 class Weighs(Tiny):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return {"loss": super().training_step(batch, batch_idx), "weight": batch[0].sum()}
