@@ -174,8 +174,12 @@ def test_a_graph_that_evaluates_leaves_the_window_of_eager_mode_alone() -> None:
         def on_train_batch_start(self, trainer: Any, task: Any, batch: Any, i: int) -> None:
             next(task.parameters()).requires_grad_(i > 0)
 
+    class Looks(Tiny):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("seen", self.training_step(batch, batch_idx))
+
     def trained(**modes: str) -> Any:
-        task, data = Tiny(), rows()[:3]
+        task, data = Looks(), rows()[:3]
         trainer = quiet_trainer(
             max_epochs=1,
             accumulate_grad_batches=3,
