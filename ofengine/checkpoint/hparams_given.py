@@ -68,11 +68,10 @@ def _refuse_values(cls: str, names: Sequence[Any]) -> None:
     """Raise where what is to be kept was given itself, in the place of a name."""
     for value in names:
         if not isinstance(value, str):
-            spread = "**arguments" if isinstance(value, dict) else "**vars(arguments)"
             raise ConfigurationError(
                 f"save_hyperparameters() was given a {type(value).__name__}, and keeps the "
                 "arguments of __init__ by their names: write save_hyperparameters() alone, and let "
-                f"__init__ take the values as arguments, as in {cls}({spread})."
+                f"{cls}.__init__ take each value as an argument of its own."
             )
 
 
