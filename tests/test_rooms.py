@@ -214,3 +214,9 @@ def test_nobody_below_knows_the_trainer() -> None:
 def test_every_file_says_what_it_is() -> None:
     for module, path in MODULES.items():
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), module
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """pytest imports both by it, and takes the second for the first."""
+    names = sorted(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, other in zip(names, names[1:]) if name == other] == []
