@@ -217,6 +217,6 @@ def test_every_file_says_what_it_is() -> None:
 
 
 def test_no_two_files_of_tests_have_one_name() -> None:
-    """pytest imports both by it, and takes the second for the first."""
+    """By it pytest imports both, and takes the second for the first."""
     names = sorted(path.name for path in (ROOT / "tests").rglob("test_*.py"))
     assert [name for name, other in zip(names, names[1:]) if name == other] == []
