@@ -52,8 +52,12 @@ class Telling:
         return [each for each in untold if point is not Point.STEPPED or _needs_no_batch(each)]
 
     def is_lost(self, point: Point) -> bool:
-        """True where a run that is resumed from this moment could not make up for all."""
-        return self.sending or len(self.left_for_later(point)) < len(self.untold(point))
+        """True where a run that is resumed from this moment could not make up for all.
+
+        Who raised an error at a batch was told of it, whatever it has made of that.
+        """
+        others = self.untold(point)[self.failed :]
+        return self.sending or (point is Point.STEPPED and not all(map(_needs_no_batch, others)))
 
 
 def _needs_no_batch(owner: Any) -> bool:

@@ -235,15 +235,9 @@ def test_a_file_that_is_not_finite_takes_no_place(
     assert told.split(" and ")[1].split(" stays: ")[0] in map(str, after)
 
 
-@pytest.mark.parametrize(
-    ("signal", "of_what"),
-    [
-        (KeyboardInterrupt, "what is not finite"),
-        (ValueError, "epoch 1, step 4, of which something was not done"),
-    ],
-)
+@pytest.mark.parametrize("signal", [KeyboardInterrupt, ValueError])
 def test_a_run_that_is_cut_off_leaves_its_finite_file(
-    signal: Any, of_what: str, mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    signal: Any, mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Ends(Callback):
         def on_train_batch_end(self, trainer: Any, task: Any, *args: Any) -> None:
@@ -252,12 +246,13 @@ def test_a_run_that_is_cut_off_leaves_its_finite_file(
 
     keeps = ModelCheckpoint(tmp_path)
     trainer = quiet_trainer(mode=mode, max_epochs=4, callbacks=[keeps, Ends()])
-    with caplog.at_level(logging.INFO, "ofengine"), pytest.raises(signal):
+    told = pytest.warns(OFEngineWarning)
+    with caplog.at_level(logging.INFO, "ofengine"), told, pytest.raises(signal):
         trainer.fit(Small(), Data(3, {0: NAN}, epoch=1))
     (file,) = tmp_path.iterdir()
     assert file.name == "epoch=0-step=3.safetensors"
     assert finite(file)
-    assert f"saved nothing of {of_what}; {file} stays" in caplog.text
+    assert f"saved nothing of what is not finite; {file} stays" in caplog.text
 
     again = quiet_trainer(mode=mode, max_epochs=2, callbacks=ModelCheckpoint(tmp_path))
     again.fit(Small(), Data(3, {}), ckpt_path="last")
