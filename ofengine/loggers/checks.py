@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Any, Dict, Tuple
+from typing import Dict, Tuple
 
 from ofengine.errors import ConfigurationError
 from ofengine.loggers.base import Logger
+from ofengine.run.arguments import refused_by
 
 _CALLS: Dict[str, Tuple[str, ...]] = {
     "log_metrics": ("metrics", "step", "epoch"),
@@ -29,28 +29,10 @@ def check_logger(logger: Logger) -> None:
             "`def log_metrics(self, metrics, step, epoch)`, which takes a dict of numbers."
         )
     for name, arguments in _CALLS.items():
-        _check_call(cls.__name__, name, getattr(logger, name), arguments)
-    load: Any = logger.load_state_dict
-    if not _takes(load, 1, "continue_files"):
+        if refused_by(getattr(logger, name), arguments) is not None:
+            raise _other_arguments(cls.__name__, name, arguments)
+    if refused_by(logger.load_state_dict, ("state",), ("continue_files",)) is not None:
         raise _other_arguments(cls.__name__, "load_state_dict", ("state", "continue_files"))
-
-
-def _check_call(cls: str, name: str, method: Any, arguments: Tuple[str, ...]) -> None:
-    if not _takes(method, len(arguments)):
-        raise _other_arguments(cls, name, arguments)
-
-
-def _takes(method: Any, count: int, *by_name: str) -> bool:
-    """True where ``method`` can be called with so many arguments, and with others by name."""
-    try:
-        signature = inspect.signature(method)
-    except (TypeError, ValueError):  # written in C
-        return True
-    try:
-        signature.bind(*range(count), **dict.fromkeys(by_name))
-    except TypeError:
-        return False
-    return True
 
 
 def _other_arguments(cls: str, name: str, arguments: Tuple[str, ...]) -> ConfigurationError:

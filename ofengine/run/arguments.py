@@ -8,7 +8,7 @@ import numbers
 import re
 from datetime import timedelta
 from fractions import Fraction
-from typing import Any, Dict, Optional, Union
+from typing import Any, Dict, Optional, Sequence, Union
 
 from ofengine.errors import ConfigurationError
 
@@ -23,22 +23,34 @@ def check_choice(name: str, value: Any, choices: Any) -> Any:
     return value
 
 
-def check_takes(owner: Any, method: str, *given: str) -> None:
-    """Raise where ``owner``'s ``method`` cannot be called with what is ``given``, by position."""
-    called = getattr(owner, method)
+def refused_by(
+    called: Any, given: Sequence[str], named: Sequence[str] = ()
+) -> Optional[inspect.Signature]:
+    """The signature of ``called`` where it takes other arguments; None where it takes these.
+
+    ``given`` by position, ``named`` by name; None too where nobody knows what it takes.
+    """
     is_bound = inspect.ismethod(called)
     try:
         of = called.__func__ if is_bound else called
         signature = inspect.signature(of, follow_wrapped=False)
     except (TypeError, ValueError):
-        return  # nobody knows what it takes
+        return None
     try:
-        signature.bind(*(("self",) if is_bound else ()), *given)
+        signature.bind(*(("self",) if is_bound else ()), *given, **dict.fromkeys(named))
     except TypeError:
+        return signature
+    return None
+
+
+def check_takes(owner: Any, method: str, *given: str) -> None:
+    """Raise where ``owner``'s ``method`` cannot be called with what is ``given``, by position."""
+    signature = refused_by(getattr(owner, method), given)
+    if signature is not None:
         raise ConfigurationError(
             f"{type(owner).__name__}.{method}{signature} cannot be called as the engine calls it: "
             f"write `def {method}({', '.join(('self', *given))})`."
-        ) from None
+        )
 
 
 def check_count(name: str, value: Any, least: int, what: str, most: float = math.inf) -> int:
