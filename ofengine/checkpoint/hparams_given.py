@@ -68,10 +68,11 @@ def _refuse_values(cls: str, names: Sequence[Any]) -> None:
     """Raise where what is to be kept was given itself, in the place of a name."""
     for value in names:
         if not isinstance(value, str):
+            spread = "**arguments" if isinstance(value, dict) else "**vars(arguments)"
             raise ConfigurationError(
                 f"save_hyperparameters() was given a {type(value).__name__}, and keeps the "
                 "arguments of __init__ by their names: write save_hyperparameters() alone, and let "
-                f"{cls}.__init__ take each value as an argument of its own."
+                f"__init__ take each value as an argument of its own, as in `{cls}({spread})`."
             )
 
 
