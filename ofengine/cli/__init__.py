@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 import ofengine
 
@@ -14,7 +14,16 @@ VERBS = {
     "test": "run the test of a task over its data, and print the metrics",
     "predict": "write what a task predicts to files",
 }
-"""The Trainer's verbs, whose options are read by jsonargparse."""
+"""The Trainer's verbs."""
+OTHERS = {
+    "doctor": "say whether training can run on this machine, and how to mend what is missing",
+    "rates": "show every parameter group's learning rate over a run, without training",
+    "prove": "run a task in both modes, whole and resumed, and say whether every bit is the same",
+    "checkpoint": "verify a checkpoint and print what is in it, executing nothing of it",
+    "set-lr": "give parameter groups of a run that is training other base rates, from its next "
+    "step on",
+    "launch": "run a program as several ranks, which all end where one does",
+}
 _OF_FIT = """\
 With the extra cli, the options of a run too, as ofengine fit FILE.py:TASK --help lists them:
 --task.NAME, --data.NAME and --trainer.NAME VALUE, --data FILE.py:MODULE, and --config FILE such as
@@ -24,10 +33,13 @@ the config.yaml of a run; --print_config prints the config of all that is given.
 def main(argv: Optional[List[str]] = None) -> int:
     """Run one command; return the exit status of the process."""
     words = sys.argv[1:] if argv is None else argv
-    if words and words[0] in VERBS:
+    command, rest = (words[0], words[1:]) if words else ("", [])
+    if command in VERBS:
         from ofengine.cli.verbs import run_verb
 
-        return run_verb(words[0], VERBS[words[0]], words[1:])
+        return run_verb(command, VERBS[command], rest)
+    if command in OTHERS:
+        return _OF_OTHERS[command](rest)
     parser = argparse.ArgumentParser(
         prog="ofengine",
         description="A trainer engine for OneFlow.",
@@ -37,50 +49,48 @@ def main(argv: Optional[List[str]] = None) -> int:
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND [OPTIONS]", dest="command", required=True
     )
-    for verb, text in VERBS.items():
-        commands.add_parser(verb, help=text)
-    _add_doctor(commands)
-    about_runs = {"rates": _add_rates(commands), "prove": _add_prove(commands)}
-    _add_checkpoint(commands)
-    _add_set_lr(commands)
-    _add_launch(commands)
-    of_run: List[str] = []
-    if words and words[0] in about_runs:
-        from ofengine.cli.given import taken_apart
-
-        own = [each for action in about_runs[words[0]]._actions for each in action.option_strings]
-        kept, of_run = taken_apart(words[1:], own)
-        words = [words[0], *kept]
-    arguments = parser.parse_args(words)
-    arguments.of_run = of_run
-    return int(arguments.run(arguments))
+    for name, text in {**VERBS, **OTHERS}.items():
+        commands.add_parser(name, help=text)
+    parser.parse_args(words)  # ends with what --help or --version show, or with an error
+    return 2
 
 
-# One function a command. It sets `run`, which imports what it needs only when it is called:
-# `ofengine doctor` must work where OneFlow cannot be imported.
+def _parser(command: str, config: bool = False) -> argparse.ArgumentParser:
+    """A parser of a command's own options: jsonargparse's, and Python's without the extra.
+
+    With ``config`` jsonargparse's also has ``--config FILE`` and ``--print_config``.
+    """
+    arguments: Any = {
+        "prog": f"ofengine {command}",
+        "description": OTHERS[command],
+        "formatter_class": argparse.HelpFormatter,
+    }
+    try:
+        import jsonargparse
+    except ImportError:
+        return argparse.ArgumentParser(**arguments)
+    parser = jsonargparse.ArgumentParser(**arguments)
+    if config:
+        help_text = "a YAML file of these options; those given here win"
+        parser.add_argument("--config", action="config", metavar="FILE", help=help_text)
+    return parser
 
 
-def _add_doctor(commands: Any) -> None:
-    def run(arguments: argparse.Namespace) -> int:
-        from ofengine.cli.doctor import doctor
-
-        return doctor()
-
-    text = "say whether training can run on this machine, and how to mend what is missing"
-    commands.add_parser("doctor", help=text, description=text).set_defaults(run=run)
+# One function a command, which imports what it needs only when it is called: `ofengine doctor`
+# must work where OneFlow cannot be imported.
 
 
-def _add_rates(commands: Any) -> argparse.ArgumentParser:
-    def run(arguments: argparse.Namespace) -> int:
-        from ofengine.cli.rates import rates
+def _doctor(words: List[str]) -> int:
+    _parser("doctor").parse_args(words)
+    from ofengine.cli.doctor import doctor
 
-        return rates(arguments)
+    return doctor()
 
-    text = "show every parameter group's learning rate over a run, without training"
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "rates", help=text, description=text, epilog=_OF_FIT
+
+def _rates(words: List[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="ofengine rates", description=OTHERS["rates"], epilog=_OF_FIT
     )
-    parser.set_defaults(run=run)
     add = parser.add_argument
     add("task", metavar="FILE.py:TASK", nargs="?", help="the file and the TaskModule in it")
     add("--mode", choices=("eager", "graph"), help="the rates are the same in both")
@@ -94,20 +104,16 @@ def _add_rates(commands: Any) -> argparse.ArgumentParser:
     add("--plot", metavar="FILE", help="write the picture as .png, .svg or .pdf")
     add("--arg", default=[], action="append", metavar="KEY=VALUE",
         help="an argument of the task; the value is read as Python, else as a text")  # fmt: skip
-    return parser
+    arguments = _apart(parser, words)
+    from ofengine.cli.rates import rates
+
+    return rates(arguments)
 
 
-def _add_prove(commands: Any) -> argparse.ArgumentParser:
-    def run(arguments: argparse.Namespace) -> int:
-        from ofengine.cli.prove import prove
-
-        return prove(arguments)
-
-    text = "run a task in both modes, whole and resumed, and say whether every bit is the same"
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "prove", help=text, description=text, epilog=_OF_FIT
+def _prove(words: List[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="ofengine prove", description=OTHERS["prove"], epilog=_OF_FIT
     )
-    parser.set_defaults(run=run)
     add = parser.add_argument
     add("task", metavar="FILE.py:TASK", nargs="?", help="the file and the TaskModule in it, which "
         "gives the data by its train_dataloader")  # fmt: skip
@@ -120,49 +126,50 @@ def _add_prove(commands: Any) -> argparse.ArgumentParser:
     add("--seed", type=int, metavar="N", help="default: 0")
     add("--arg", default=[], action="append", metavar="KEY=VALUE",
         help="an argument of the task; the value is read as Python, else as a text")  # fmt: skip
-    return parser
+    arguments = _apart(parser, words)
+    from ofengine.cli.prove import prove
+
+    return prove(arguments)
 
 
-def _add_checkpoint(commands: Any) -> None:
-    def run(arguments: argparse.Namespace) -> int:
-        from ofengine.cli.checkpoint import checkpoint
+def _apart(parser: argparse.ArgumentParser, words: List[str]) -> argparse.Namespace:
+    """A command's own options; those of a run, which jsonargparse reads, as ``of_run``."""
+    from ofengine.cli.given import taken_apart
 
-        return checkpoint(arguments)
+    own = [each for action in parser._actions for each in action.option_strings]
+    kept, of_run = taken_apart(words, own)
+    arguments = parser.parse_args(kept)
+    arguments.of_run = of_run
+    return arguments
 
-    text = "verify a checkpoint and print what is in it, executing nothing of it"
-    parser = commands.add_parser("checkpoint", help=text, description=text)
-    parser.set_defaults(run=run)
+
+def _checkpoint(words: List[str]) -> int:
+    parser = _parser("checkpoint")
     parser.add_argument("file", metavar="FILE", help="the file that was saved")
     parser.add_argument("--tensors", action="store_true", help="list every weight")
+    arguments = parser.parse_args(words)
+    from ofengine.cli.checkpoint import checkpoint
+
+    return checkpoint(arguments)
 
 
-def _add_set_lr(commands: Any) -> None:
-    def run(arguments: argparse.Namespace) -> int:
-        from ofengine.cli.set_lr import set_lr
-
-        return set_lr(arguments)
-
-    text = "give parameter groups of a run that is training other base rates, from its next step on"
-    parser = commands.add_parser("set-lr", help=text, description=text)
-    parser.set_defaults(run=run)
+def _set_lr(words: List[str]) -> int:
+    parser = _parser("set-lr")
     add = parser.add_argument
     add("folder", metavar="RUN", help="the run's folder, such as ofengine_logs/version_0")
     add("rates", metavar="NAME=RATE", nargs="+", help="a group and its rate; all=RATE for those "
         "that are not named")  # fmt: skip
-    add("--wait", type=float, default=10.0, metavar="S", help="seconds to wait for the step; "
+    add("--wait", type=_seconds, default=10.0, metavar="S", help="seconds to wait for the step; "
         "default: 10")  # fmt: skip
     add("--no-wait", action="store_true", help="leave the request to the run, whose log tells")
+    arguments = parser.parse_args(words)
+    from ofengine.cli.set_lr import set_lr
+
+    return set_lr(arguments)
 
 
-def _add_launch(commands: Any) -> None:
-    def run(arguments: argparse.Namespace) -> int:
-        from ofengine.cli.launch import launch
-
-        return launch(arguments)
-
-    text = "run a program as several ranks, which all end where one does"
-    parser = commands.add_parser("launch", help=text, description=text)
-    parser.set_defaults(run=run)
+def _launch(words: List[str]) -> int:
+    parser = _parser("launch", config=True)
     add = parser.add_argument
     add("--nproc", type=_count, required=True, metavar="N", help="ranks on this host")
     add("--nnodes", type=_count, default=1, metavar="M", help="hosts, each with as many ranks; "
@@ -172,17 +179,45 @@ def _add_launch(commands: Any) -> None:
         "on all nodes")  # fmt: skip
     add("--master-port", type=int, metavar="P", help="a free port of node 0; default: any with "
         "one node, 29500 with several")  # fmt: skip
-    add("--hang-timeout", type=float, default=300.0, metavar="S", help="seconds after which a "
+    add("--hang-timeout", type=_seconds, default=300.0, metavar="S", help="seconds after which a "
         "rank that shows no sign of work hangs, 0 for never; default: 300")  # fmt: skip
     add("--show-all", action="store_true", help="show what ranks other than 0 write, too, with "
         "the rank before each line")  # fmt: skip
     add("-m", dest="module", action="store_true", help="the program is a module, as in python -m")
-    add("program", help="a Python file, or a module with -m")
+    add("program", nargs="?", help="a Python file, or a module with -m")
     add("arguments", nargs=argparse.REMAINDER, help="the program's own")
+    arguments = parser.parse_args(words)
+    from ofengine.cli.launch import launch
+
+    return launch(arguments)
+
+
+_OF_OTHERS: Dict[str, Callable[[List[str]], int]] = {
+    "doctor": _doctor,
+    "rates": _rates,
+    "prove": _prove,
+    "checkpoint": _checkpoint,
+    "set-lr": _set_lr,
+    "launch": _launch,
+}
+
+
+class NotTaken(argparse.ArgumentTypeError, ValueError):
+    """A value that is refused: the one is what argparse shows, the other what jsonargparse does."""
 
 
 def _count(text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        raise NotTaken(f"{text} is no whole number") from None
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
+        raise NotTaken(f"{text} is below 1")
     return number
+
+
+def _seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise NotTaken(f"{text} is no number of seconds") from None

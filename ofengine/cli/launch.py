@@ -32,6 +32,8 @@ def launch(arguments: argparse.Namespace) -> int:
 def _command(arguments: argparse.Namespace) -> List[str]:
     """The program, in the interpreter that this one runs in."""
     program, python = arguments.program, [sys.executable]
+    if program is None:
+        raise ConfigurationError("name the program: a Python file, or a module with -m.")
     if arguments.module:
         return [*python, "-m", program, *arguments.arguments]
     if not os.path.exists(program):
