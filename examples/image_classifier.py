@@ -4,8 +4,11 @@ The images are scikit-learn's handwritten digits, 8 x 8 pixels, which need no do
 mixed with each other while they are trained on (CutMix, by flowvision's `Mixup`). Accuracy and F1
 are counted over whole epochs. The best moment is kept, training ends where it gets no better, and a
 moving average of the weights is tested beside the best ones. The run's folder has the metrics three
-times: as a table, for TensorBoard, and as JSON lines. Eager mode and graph mode come to the same
-weights, bit for bit.
+times: as a table, for TensorBoard, and as JSON lines, and with them the rates, the gradients and
+activations of every layer, and what the machine does; the classes of the test images are predicted
+into a file. Callbacks that freeze layers are in gradual_unfreezing.py, those that give layers rates
+of their own in layerwise_tutorial.py. Eager mode and graph mode come to the same weights, bit for
+bit.
 
     python examples/image_classifier.py                  # graph mode
     python examples/image_classifier.py --mode eager --epochs 20
@@ -36,8 +39,13 @@ from ofengine.callbacks import (
     EMAWeightAveraging,
     LearningRateMonitor,
     ModelCheckpoint,
+    ModelStatistics,
+    ModelSummary,
+    PredictionWriter,
+    ProgressBar,
     TerminateOnNaN,
     Throughput,
+    Timer,
 )
 from ofengine.loggers import CSVLogger, JSONLinesLogger, TensorBoardLogger
 from ofengine.metrics import Accuracy, ConfusionMatrix, F1Score
@@ -103,6 +111,10 @@ class Classifier(TaskModule):
         self.confusion.update(scores, labels)
         self.log_dict({"test_accuracy": self.accuracy, "test_f1": self.f1})
 
+    def predict_step(self, batch: Any, batch_idx: int) -> Dict[str, flow.Tensor]:
+        images, labels = batch
+        return {"digit": self(images).argmax(dim=1), "label": labels}
+
     def configure_optimizers(self) -> Dict[str, Any]:
         rate = self.hparams["rate"]
         optimizer = flow.optim.SGD(self.param_groups(), lr=rate, momentum=0.9, weight_decay=1e-4)
@@ -160,7 +172,8 @@ def run(arguments: argparse.Namespace) -> Tuple[Classifier, np.ndarray]:
     )
     # Validation looks at the training weights, for these are what a checkpoint's best will be.
     average = EMAWeightAveraging(decay=0.95, evaluate=False)
-    matrix = KeepMatrix()
+    matrix, timer = KeepMatrix(), Timer()
+    writer = PredictionWriter(f"{arguments.logs}/image_classifier/predictions")
     loggers = [
         each(arguments.logs, name="image_classifier")  # of one name: all in one folder
         for each in (CSVLogger, TensorBoardLogger, JSONLinesLogger)
@@ -177,20 +190,29 @@ def run(arguments: argparse.Namespace) -> Tuple[Classifier, np.ndarray]:
             EarlyStopping("val_loss", patience=4),
             average,
             LearningRateMonitor(),
+            ModelStatistics(every_n_steps=40, quantities=("norm", "std")),  # once in an epoch
             TerminateOnNaN(),
             DeviceStatsMonitor(),
             Throughput(),
+            timer,
+            writer,
             matrix,
+            ProgressBar(),  # these two are there by themselves where none are given
+            ModelSummary(max_depth=2),
         ],
     )
     trainer.fit(task, train, validation)
     average.copy_to(task)
     (averaged,) = trainer.test(task, test)
     (metrics,) = trainer.test(task, test, ckpt_path="best")
+    trainer.predict(task, test, ckpt_path="best", return_predictions=False)
     say("the moving average", averaged)
     say("the best checkpoint", metrics)
     print(f"the best checkpoint is {best.best_model_path}")
+    print(f"its predictions are in {writer.folder}")
     print(f"logged in {trainer.log_dir}, {len(trainer.history)} rows")
+    trained, validated = timer.time_elapsed(), timer.time_elapsed("validate")
+    print(f"trained for {trained:.1f} s, of which validation took {validated:.1f} s")
     return task, matrix.matrix
 
 

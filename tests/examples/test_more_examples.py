@@ -92,11 +92,15 @@ def assert_classifies(printed: str) -> None:
     assert len(scores) == 2
     assert f"val_accuracy={max(scores):.3f}" in Path(checkpoint).name
     assert {"lr/all", "loss", "val_f1", "test_f1", "device/cpu_percent"} <= table[0].keys()
-    assert "throughput/samples_per_second" in table[0]
+    assert {"throughput/samples_per_second", "gradients/net.0/norm"} <= table[0].keys()
+    assert "activations/net.13/std" in table[0]
     lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
     assert lines[0] == {"hparams": {"width": 16, "rate": 0.05}}
     assert [line["val_accuracy"] for line in lines if "val_accuracy" in line] == scores
     assert Path(folder, "events.out.tfevents.ofengine").stat().st_size > 1000
+    (predictions,) = found(r"^its predictions are in (.*)$", printed)
+    with np.load(Path(predictions, "loader_0.npz")) as kept:
+        assert f"{np.mean(kept['digit'] == kept['label']):.2%}" == f"{accuracy}%"
 
 
 def test_a_classifier_has_everything_around_it(capsys: pytest.CaptureFixture[str]) -> None:
