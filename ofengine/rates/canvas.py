@@ -8,10 +8,11 @@ alone and has no place for a name beside a curve, so it would not earn its place
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import string
 from pathlib import Path
-from typing import IO, Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import IO, Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 from ofengine.errors import ConfigurationError
 
@@ -227,6 +228,16 @@ def figure(
         picture.savefig(path)
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{path} could not be written: {error}.") from error
+
+
+def as_svg(plot: Callable[[IO[bytes]], Any]) -> str:
+    """The picture that ``plot`` writes into a stream; "" where matplotlib is not installed."""
+    picture = io.BytesIO()
+    try:
+        plot(picture)
+    except ConfigurationError:
+        return ""
+    return picture.getvalue().decode("utf-8")
 
 
 def spread(rows: Sequence[int], texts: Sequence[str], height: int) -> Dict[int, str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple, Union
+from typing import IO, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
+from ofengine import tables
 from ofengine.errors import ConfigurationError, RateError
-from ofengine.rates.canvas import Canvas, figure, round_numbers
+from ofengine.rates.canvas import Canvas, as_svg, figure, round_numbers
 
 SMOOTHING = 0.98
 """The weight of the past in the smoothed loss, as in fastai and Lightning."""
@@ -98,6 +99,13 @@ class LRFinder:
             text += ", stopped early"
         return text + (", no suggestion" if found is None else f", suggestion {found:.3g}")
 
+    def _repr_html_(self) -> str:
+        """The rates to write and the curve in a notebook; the curve where there is matplotlib."""
+        rates = {} if self.suggestion() is None else self.lrs()
+        rows = [[name, f"{self._base[name]:.4g}", f"{rate:.4g}"] for name, rate in rates.items()]
+        table = tables.as_html(str(self), ["group", "lr", "suggested lr"], rows)
+        return table + as_svg(self._plot)
+
     def draw(self, width: int = 80, height: int = 16, plain: bool = False) -> str:
         """The smoothed loss over the rate as text; the suggestion is marked below.
 
@@ -136,6 +144,12 @@ class LRFinder:
         Raises :class:`ConfigurationError` where matplotlib is missing or the file cannot be
         written. ``width`` and ``height`` are in inches.
         """
+        self._plot(path, width, height)
+        return Path(path)
+
+    def _plot(
+        self, path: Union[str, Path, IO[bytes]], width: float = 7.0, height: float = 4.0
+    ) -> None:
         with figure(path, width, height) as (axes, colors):
             axes.plot(self.rates, self.losses, color="0.8", linewidth=1, label="loss")
             axes.plot(self.rates, self.smoothed, color=colors(0, 1), label="smoothed loss")
@@ -153,7 +167,6 @@ class LRFinder:
                 axes.set_xscale("log")
             axes.set(xlabel=f"learning rate of {self.group}", ylabel="training loss")
             axes.legend(frameon=False)
-        return Path(path)
 
     @property
     def _log(self) -> bool:

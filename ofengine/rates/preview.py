@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from pathlib import Path
 from typing import IO, Any, Dict, List, Optional, Sequence, Tuple, Union
@@ -10,7 +9,7 @@ from typing import IO, Any, Dict, List, Optional, Sequence, Tuple, Union
 from ofengine import tables
 from ofengine.errors import ConfigurationError, RateError
 from ofengine.rates.calendar import ceil_div
-from ofengine.rates.canvas import LETTERS, Canvas, figure, in_columns, round_numbers, spread
+from ofengine.rates.canvas import LETTERS, Canvas, as_svg, figure, in_columns, round_numbers, spread
 from ofengine.rates.checks import check_rates
 from ofengine.rates.joint import single_plans
 from ofengine.rates.options import in_short
@@ -171,13 +170,7 @@ class Preview:
 
     def _repr_html_(self) -> str:
         """The table in a notebook, and the curves where matplotlib is installed."""
-        text = tables.as_html(self.heading(), *self._cells(()), self.note)
-        picture = io.BytesIO()
-        try:
-            self._plot(picture)
-        except ConfigurationError:
-            return text
-        return text + picture.getvalue().decode("utf-8")
+        return tables.as_html(self.heading(), *self._cells(()), self.note) + as_svg(self._plot)
 
     def _cells(self, at: Sequence[int]) -> Tuple[List[str], List[List[str]]]:
         head = ["group", "params", "numbers", "lr", "lr_scale", "lr_decay_scale"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import math
 import random
+import re
+import sys
 from typing import Any, Dict, List, Optional
 
 import numpy as np
@@ -320,6 +323,22 @@ def test_there_is_no_suggestion_where_the_loss_never_falls() -> None:
     assert result([1.0] * 5).suggestion() is None
 
 
+def test_a_notebook_gets_the_rates_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    rates = [1e-4, 1e-3, 1e-2, 1e-1]
+    base = {"<b>": 0.1, "head": 0.4}
+    found = LRFinder(rates * 4, [3.0] * 12 + [2.0] * 4, base, "<b>", 0.1)
+    shown = found._repr_html_()
+    assert html.escape(str(found)) in shown
+    cells = [html.unescape(each) for each in re.findall(r">([^<>]*)</td>", shown)]
+    expected = [[name, f"{base[name]:g}", f"{lr:.4g}"] for name, lr in found.lrs().items()]
+    assert cells == [cell for row in expected for cell in row]
+    assert cells[0] == "<b>"
+    never = LRFinder(rates, [1.0, 2.0, 3.0, 4.0], base, "head", 0.4)._repr_html_()
+    assert "no suggestion" in never
+    assert "<td" not in never
+
+
 def test_pictures(tmp_path: Any) -> None:
     curve = [2.0 - 1 / (1 + math.exp(-(i - 60) / 5)) for i in range(90)] + [9.0, 90.0]
     found = result(curve)
@@ -332,4 +351,5 @@ def test_pictures(tmp_path: Any) -> None:
     with pytest.raises(ConfigurationError, match="at least 40"):
         found.draw(width=10)
     pytest.importorskip("matplotlib")
+    assert found._repr_html_().count("</svg>") == 1
     assert found.plot(tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
