@@ -5,6 +5,7 @@ many of them are used up, and ``set_state`` always takes them for all used up. H
 is found by drawing four numbers and looking where the words give them, and put right by setting
 the 624 words *before* these, from which the twister makes these, and drawing up to the position.
 So a run can be continued at the very number where it stopped, without reseeding anything.
+Reading a state and setting one wait for all that OneFlow has been handed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import Any, Dict, Mapping, Optional, Tuple
 import numpy as np
 import oneflow as flow
 
-from ofengine._oneflow.session import synchronize
 from ofengine.errors import CheckpointError, said_by
 from ofengine.run.devices import why_unusable
 
@@ -45,7 +45,6 @@ def state_of(generator: Any) -> RandomState:
     if isinstance(generator, random.Random):
         version, words, gauss = generator.getstate()
         return {"words": np.array(words, dtype=np.uint32), "gauss": gauss, "version": version}
-    synchronize()
     raw = np.array(generator.get_state().numpy())
     at = _cpu_part(raw)
     if at is None:
@@ -131,12 +130,16 @@ def _another(generator: Any) -> Any:
         return np.random.RandomState(0)
     if isinstance(generator, random.Random):
         return random.Random(0)
-    raw = generator.get_state()
-    kind = "cpu" if raw.numel() == _CPU_BYTES else "auto"
-    another = flow.Generator(kind)
-    if kind == "auto":  # it has the parts of the devices that have drawn from it
-        another.set_state(raw)
+    if _is_cpu(generator):
+        return flow.Generator("cpu")
+    another = flow.Generator("auto")
+    another.set_state(generator.get_state())  # the parts of the devices that have drawn from it
     return another
+
+
+def _is_cpu(generator: Any) -> bool:
+    """True where OneFlow's ``generator`` is a CPU's alone. To look at its state would cost ms."""
+    return bool(generator.device.type == "cpu")
 
 
 def _check_positions(state: Any) -> None:
@@ -176,14 +179,13 @@ def _set_state(generator: Any, state: Mapping[str, Any]) -> None:
         generator.setstate((state.get("version", 3), words, state["gauss"]))
         return
     raw = np.array(state["oneflow"])
-    _check_bytes(raw, generator.get_state().numel() == _CPU_BYTES)
+    _check_bytes(raw, _is_cpu(generator))
     position = state.get("position", _WORDS)
     at = _cpu_part(raw)
     if at is not None and position < _WORDS:
         part = slice(at, at + 8 * _WORDS)
         before = _words_before(raw[part].view(np.int64).astype(np.uint32))
         raw[part] = before.astype(np.int64).view(np.uint8)
-    synchronize()
     if _is_unused(raw):  # to which set_state would add the parts that are there now
         generator.manual_seed(int(raw[:8].copy().view(np.int64)[0]))
         return
@@ -195,7 +197,6 @@ def _set_state(generator: Any, state: Mapping[str, Any]) -> None:
             # The words must be made of the ones before without one being used: not possible by
             # drawing, and a position that no drawing leaves behind.
             raise ValueError("a twister that is made anew has no used word")
-    synchronize()
 
 
 def _check_bytes(raw: np.ndarray, is_cpu: bool) -> None:
