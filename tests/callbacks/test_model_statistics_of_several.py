@@ -58,6 +58,7 @@ def test_training_is_what_it_would_be_without(mode: str, caplog: pytest.LogCaptu
     assert caplog.text.count("compil") == compiled
 
 
+@pytest.mark.slow
 def test_both_modes_have_the_same_numbers() -> None:
     both = [rows_of(trained(each, ModelStatistics(1))[1]) for each in MODES]
     assert both[0] == both[1]

@@ -10,7 +10,6 @@ from typing import Any, List
 
 import pytest
 from helpers import MODES
-from helpers.resuming import some_slow
 from kill_harness import RESTARTED, SCENARIOS, run, start, until_the_end
 
 CHOSEN = [
@@ -131,7 +130,7 @@ def test_killed_often_with_adamw(mode: str, tmp_path: Path, reference: Any) -> N
     check([mode], tmp_path, "adamw", ["batch:7", "replace:5", "validation:3"], reference)
 
 
-@pytest.mark.parametrize("mode", some_slow(MODES, "eager"))
+@pytest.mark.slow
 def test_a_trainer_that_restarts_on_crash_ends_as_if_there_had_been_none(
     mode: str, tmp_path: Path, reference: Any
 ) -> None:

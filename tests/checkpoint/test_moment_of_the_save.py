@@ -11,7 +11,6 @@ import numpy as np
 import oneflow as flow
 import pytest
 from helpers import bits, quiet_trainer
-from helpers.resuming import some_slow
 from helpers.stopping import Mean, check_stopping, run_once
 from oneflow.utils.data import DataLoader, Sampler, TensorDataset
 
@@ -154,8 +153,8 @@ def test_a_file_written_in_the_background_holds_the_moment_of_the_save(
 # ---------------------------------------------------------------------- samplers and datasets
 
 
-@pytest.mark.parametrize("mode", some_slow(MODES, "eager"))
-@pytest.mark.parametrize("kind", some_slow(["list", "array", "tensor"], "list"))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["list", "array", "tensor"])
 def test_a_sampler_that_tells_of_itself_goes_on_with_the_samples_that_are_left(
     kind: str, mode: str, tmp_path: Path
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, List
 
 import pytest
 from helpers import MODES, resuming
@@ -25,19 +25,26 @@ from oneflow.utils.data import DataLoader
 from ofengine import Callback
 from ofengine.callbacks import EarlyStopping, EMAWeightAveraging, GradualUnfreezing
 
-FEW = pytest.mark.usefixtures("points")
 FEW_KINDS = ("batch", "epoch_end")
 
 
-@pytest.fixture(params=["few", pytest.param("of_each_kind", marks=pytest.mark.slow)])
+@pytest.fixture
 def points(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a batch and the end of an epoch, or, in the slow tests, from a point of each kind.
+    """From a batch and the end of an epoch, or from a point of each kind.
 
-    Where these are few, all batches are of one size; the tests below without FEW have two.
+    Where these are few, all batches are of one size; the tests below without it have two.
     """
     if request.param == "few":
         monkeypatch.setattr(resuming, "KINDS", FEW_KINDS)
         monkeypatch.setattr(resuming, "EVEN", True)
+
+
+def few(test: Callable[..., None]) -> Callable[..., None]:
+    """From few points in graph mode, and, in the slow tests, from one of each kind in each mode."""
+    both = [pytest.param("of each kind", mode, marks=pytest.mark.slow) for mode in MODES]
+    asked = [("few", "graph"), *both]
+    chosen = pytest.mark.parametrize(("points", "mode"), asked, indirect=["points"])(test)
+    return pytest.mark.usefixtures("points")(chosen)
 
 
 def test_from_a_point_of_each_kind(mode: str, tmp_path: Path) -> None:
@@ -70,7 +77,7 @@ def test_from_every_point_in_and_across_the_modes(
 # ---------------------------------------------------------------------- how batches are made
 
 
-@FEW
+@few
 @pytest.mark.parametrize("other", MODES)
 @pytest.mark.parametrize("accumulate", some_slow([2, 3], 3))
 def test_from_within_an_accumulation_window(
@@ -88,13 +95,13 @@ def test_from_everywhere_with_accumulation(
     check_exact(tmp_path, mode, other, None, accumulate_grad_batches=2, seed=seed)
 
 
-@FEW
+@few
 @pytest.mark.parametrize("accumulate", some_slow([1, 2], 2))
 def test_data_of_unknown_length(mode: str, accumulate: int, tmp_path: Path) -> None:
     check_exact(tmp_path, mode, data=Endless, accumulate_grad_batches=accumulate)
 
 
-@pytest.mark.parametrize("seed", [None, 7])
+@pytest.mark.parametrize("seed", some_slow([None, 7], 7))
 def test_augmentation_in_worker_processes(seed: Any, tmp_path: Path) -> None:
     whole = run("eager", data=shuffled(workers=2), seed=seed)
     saving = run("eager", data=shuffled(workers=2), seed=seed, save_to=tmp_path)
@@ -107,6 +114,7 @@ def test_augmentation_in_worker_processes(seed: Any, tmp_path: Path) -> None:
         assert_same_run(resumed, whole, saving.saves.rows_before[path], path.name)
 
 
+@pytest.mark.slow
 def test_augmentation_in_another_number_of_worker_processes(tmp_path: Path) -> None:
     # What a worker draws is a function of the batch, not of the worker.
     whole = run("eager", data=shuffled(workers=1), seed=7, save_to=tmp_path)
@@ -128,7 +136,7 @@ DATA_ARGUMENTS: Dict[str, Dict[str, Any]] = {
 }
 
 
-@FEW
+@few
 @pytest.mark.parametrize(
     "name", some_slow(DATA_ARGUMENTS, "the same batches again and again", "validation in between")
 )
@@ -164,7 +172,7 @@ def test_batches_that_were_done_are_not_loaded_again(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- optimizers and rates
 
 
-@FEW
+@few
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_gradient_clipping(mode: str, algorithm: str, tmp_path: Path) -> None:
     check_exact(tmp_path, mode, gradient_clip_val=0.05, gradient_clip_algorithm=algorithm)
@@ -180,7 +188,7 @@ def plateau_by_step(optimizer: Any) -> Any:
     return {"scheduler": scheduler, "monitor": "train_step", "interval": "step", "frequency": 2}
 
 
-@FEW
+@few
 @pytest.mark.parametrize("scheduler", some_slow([plateau, plateau_by_step], plateau))
 def test_reduce_lr_on_plateau(mode: str, scheduler: Any, tmp_path: Path) -> None:
     whole = check_exact(
@@ -194,7 +202,7 @@ def by_epoch(optimizer: Any) -> Any:
     return {"scheduler": CosineAnnealingLR(optimizer, 3), "interval": "epoch"}
 
 
-@FEW
+@few
 @pytest.mark.parametrize("data", some_slow([shuffled(), Endless], Endless))
 def test_a_schedule_by_epochs(mode: str, data: Any, tmp_path: Path) -> None:
     check_exact(tmp_path, mode, task=lambda: Net(scheduler=by_epoch), data=data, max_epochs=3)
@@ -206,7 +214,7 @@ class SetsRates(Callback):
             trainer.set_lr("head", 0.3 / trainer.global_step)
 
 
-@FEW
+@few
 def test_rates_that_hooks_set(mode: str, tmp_path: Path) -> None:
     check_exact(tmp_path, mode, callbacks=lambda: [SetsRates()])
 
@@ -214,7 +222,7 @@ def test_rates_that_hooks_set(mode: str, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- callbacks
 
 
-@FEW
+@few
 def test_gradual_unfreezing(mode: str, tmp_path: Path) -> None:
     check_exact(
         tmp_path, mode, callbacks=lambda: [GradualUnfreezing({0: ["head"], 1: ["body"]})],
@@ -222,7 +230,7 @@ def test_gradual_unfreezing(mode: str, tmp_path: Path) -> None:
     )  # fmt: skip
 
 
-@FEW
+@few
 def test_averaged_weights(mode: str, tmp_path: Path) -> None:
     whole = check_exact(
         tmp_path, mode, callbacks=lambda: [EMAWeightAveraging(decay=0.8, every_n_steps=2)]
@@ -230,7 +238,7 @@ def test_averaged_weights(mode: str, tmp_path: Path) -> None:
     assert whole.states[0]["count"] > 0
 
 
-@FEW
+@few
 @pytest.mark.parametrize("on_train", some_slow([False, True], True))
 def test_early_stopping(mode: str, on_train: bool, tmp_path: Path) -> None:
     def callbacks() -> List[Callback]:
@@ -243,7 +251,7 @@ def test_early_stopping(mode: str, on_train: bool, tmp_path: Path) -> None:
     assert 1 < whole.trainer.current_epoch < 9  # it did stop, and not at once
 
 
-@FEW
+@few
 def test_layers_that_hooks_froze_or_put_into_eval_mode(mode: str, tmp_path: Path) -> None:
     class Freezes(Callback):
         def on_train_epoch_start(self, trainer: Any, task: Any) -> None:

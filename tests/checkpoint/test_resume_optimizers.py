@@ -47,7 +47,7 @@ def test_every_optimizer_across_the_modes(mode: str, optimizer: str, tmp_path: P
         assert_same_run(resumed, whole, saved.rows_before[path], path.name)
 
 
-@pytest.mark.parametrize("mode", some_slow(MODES, "graph"))
+@pytest.mark.slow
 def test_there_and_back_again(mode: str, tmp_path: Path) -> None:
     """Three runs, the second in the other mode, are one run."""
     whole = run(mode, task=lambda: Net("amsgrad"))

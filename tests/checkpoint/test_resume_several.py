@@ -31,11 +31,12 @@ def decaying() -> List[Callback]:
     ("mode", "other"),
     [
         ("graph", "eager"),
-        pytest.param("eager", "graph", marks=pytest.mark.slow),
-        pytest.param("eager", "eager", marks=pytest.mark.slow),
-        pytest.param("graph", "graph", marks=pytest.mark.slow),
+        ("eager", "graph"),
+        ("eager", "eager"),
+        ("graph", "graph"),
     ],
 )
+@pytest.mark.slow
 def test_from_a_point_of_each_kind(
     mode: str, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

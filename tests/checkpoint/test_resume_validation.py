@@ -140,6 +140,7 @@ class Draws(Callback):
         batch.fill_(self.rng.random())
 
 
+@pytest.mark.slow
 def test_what_the_task_and_callbacks_draw_goes_on(tmp_path: Path) -> None:
     def validation() -> Any:
         return [flow.ones(1) * n for n in (1.0, 2.0)]

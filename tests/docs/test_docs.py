@@ -135,6 +135,7 @@ def test_the_python_of_a_page_runs_and_prints_what_it_says(page: Path, tmp_path:
         assert promised in result.stdout
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page_on_them_do_what_it_says(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,6 +40,7 @@ def assert_is_picture(path: Path) -> None:
     assert content.endswith(b"IEND\xaeB`\x82")
 
 
+@pytest.mark.slow
 def test_a_regression_from_a_config_file_is_the_same_in_both_modes(capsys: Any) -> None:
     run = ["--config", "examples/tabular_regression.yaml", "--trainer.enable_progress_bar=false"]
     short = [*run, "--max_epochs", "4", "--data.rows", "400"]

@@ -449,6 +449,7 @@ def test_a_run_whose_data_hangs_is_saved_and_ends(session: Any, data: str, numbe
     assert trainer.global_step == 12
 
 
+@pytest.mark.slow
 def test_validation_data_that_hangs_is_not_waited_for_either(session: Any) -> None:
     run = session(
         HANGS

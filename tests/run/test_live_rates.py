@@ -18,6 +18,7 @@ import oneflow as flow
 import pytest
 from helpers import bits, quiet_trainer, weights_of
 from helpers.processes import run_python
+from helpers.resuming import some_slow
 from helpers.tiny import Tiny, tiny_batches
 from helpers.trainers import MODES
 from oneflow.optim.lr_scheduler import CosineAnnealingLR
@@ -120,7 +121,7 @@ def by_hand(changes: Dict[int, Dict[str, float]]) -> Dict[str, np.ndarray]:
 CHANGES = {5: {"head": 0.01}, 8: {"head": 0.25, "body": 0.0625}}
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", some_slow(MODES, "eager"))
 def test_it_takes_effect_at_the_next_step_and_a_resume_repeats_it(
     mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

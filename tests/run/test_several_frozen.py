@@ -130,6 +130,7 @@ def unfreezing() -> List[Callback]:
 
 
 @pytest.mark.parametrize(("mode", "other"), [("graph", "eager"), ("eager", "graph")])
+@pytest.mark.slow
 def test_a_run_goes_on_from_before_and_behind_its_unfreezing(
     mode: str, other: str, tmp_path: Path
 ) -> None:

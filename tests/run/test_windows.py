@@ -9,7 +9,7 @@ import numpy as np
 import oneflow as flow
 import pytest
 from helpers import bits, image_batches, quiet_trainer
-from helpers.resuming import check_exact, some_slow
+from helpers.resuming import check_exact
 from helpers.tiny import Tiny
 from hypothesis import given, strategies as st
 from oneflow.optim.lr_scheduler import StepLR
@@ -127,7 +127,7 @@ def test_it_trains_as_a_loop_by_hand(mode: str) -> None:
     assert bits(ours) == bits(task)
 
 
-@pytest.mark.parametrize("mode", some_slow(["eager", "graph"], "graph"))
+@pytest.mark.slow
 def test_a_run_goes_on_exactly(mode: str, tmp_path: Path) -> None:
     check_exact(
         tmp_path, mode, other="graph" if mode == "eager" else "eager", max_epochs=3,

@@ -13,7 +13,6 @@ import numpy as np
 import oneflow as flow
 import pytest
 from helpers import (
-    MODES,
     OfUnknownLength,
     bits,
     fill_deterministically,
@@ -192,7 +191,7 @@ class UpdateCheats(Net):
         return loss + (total - total.detach()) if loss.is_lazy else loss
 
 
-@pytest.mark.parametrize("settings", [{}, {"min_steps": 6}, {"min_epochs": 1}])
+@pytest.mark.parametrize("settings", some_slow([{}, {"min_steps": 6}, {"min_epochs": 1}], {}))
 def test_an_update_that_is_another_is_told_whatever_has_to_be_trained(settings: Any) -> None:
     difference = rows_of(proved(UpdateCheats(), **settings))["graph"].difference
     assert difference is not None
@@ -201,6 +200,7 @@ def test_an_update_that_is_another_is_told_whatever_has_to_be_trained(settings: 
     assert "it comes from the backward pass" in difference.origin
 
 
+@pytest.mark.slow
 def test_layers_that_compute_faster_are_no_difference() -> None:
     class Fast(LossCheats):
         def __init__(self) -> None:
@@ -248,7 +248,7 @@ def test_what_graph_mode_refuses_is_a_row() -> None:
     assert not any(row.equal for name, row in rows.items() if name != "eager, resumed")
 
 
-@pytest.mark.parametrize("mode", some_slow(MODES, "graph"))
+@pytest.mark.slow
 def test_all_is_put_back(mode: str) -> None:
     """Weights, gradients, attributes, generators and the trainer itself; a fit is what it was."""
 
