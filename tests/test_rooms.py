@@ -44,7 +44,7 @@ ROOMS: List[List[str]] = [
     ["modes"],
     [
         *("checkpoint.background", "checkpoint.beside", "checkpoint.check", "checkpoint.entry"),
-        "checkpoint.find",
+        *("checkpoint.cut_short", "checkpoint.find"),
         *("checkpoint.resume", "checkpoint.seen", "checkpoint.snapshot", "checkpoint.undo"),
     ],
     [

@@ -8,6 +8,7 @@ from typing import Any, Mapping
 from ofengine._oneflow.optimizer_copies import keys_kept
 from ofengine.checkpoint.beside import check_others, check_tensors, other_optimizers
 from ofengine.checkpoint.checks import Misfit, array, by_name, check_fits, misfit
+from ofengine.checkpoint.cut_short import state_at_cut
 from ofengine.checkpoint.file import Checkpoint
 from ofengine.checkpoint.owners import Matches
 from ofengine.checkpoint.schema import of_each
@@ -50,8 +51,11 @@ def check_run(run: Run, checkpoint: Checkpoint, policy: str, owners: Matches) ->
         check_others(other_optimizers(run), state.get("optimizers", {}), where)
         _check_random(run, state, owners, where)
         for callback, index in zip(run.callbacks, owners.of_own):
-            if index is not None and state["callbacks"][index]["state"]:
-                _check_callback(run, callback, state["callbacks"][index]["state"], where)
+            if index is not None:
+                now, before = state["callbacks"][index]["state"], state_at_cut(state, index)
+                for kept in [now] if before is now else [now, before]:
+                    if kept:
+                        _check_callback(run, callback, kept, where)
     except OFEngineError:
         raise
     except Exception as error:
@@ -208,7 +212,8 @@ def _check_plan(run: Run, rates: State, policy: str, where: str) -> None:
 def _check_metric(run: Run, state: State) -> None:
     """What ReduceLROnPlateau looks at first of all must be there."""
     monitor = run.made.monitor if run.made.strict else None
-    due = state["loop"]["point"] == Point.EPOCH_END.value
+    loop = state["loop"]
+    due = loop["point"] == Point.EPOCH_END.value and loop["cut_short"] is None
     if monitor is not None and due and monitor not in state["metrics"]["known"]:
         raise Misfit(f"metrics/known lacks {monitor!r}, which ReduceLROnPlateau monitors")
 
@@ -265,17 +270,19 @@ def _check_place(run: Run, checkpoint: Checkpoint) -> None:
 
 def _check_layers(run: Run, state: State) -> None:
     """Those that are frozen must be there, and those that are not must be able to train."""
-    parameters, frozen = dict(run.task.named_parameters()), state["loop"]["frozen"]
-    for name in frozen:
-        if name not in parameters:
-            raise misfit("loop/frozen", name, "a parameter of the task")
+    parameters = dict(run.task.named_parameters())
     groups = [g for each in run.each().values() for g in each.made.optimizer.param_groups]
     grouped = {id(p) for group in groups for p in group.parameters}
-    for name, parameter in parameters.items():
-        if name not in frozen and not parameter.is_floating_point():
-            raise Misfit(f"loop/frozen lacks {name!r}, which holds whole numbers")
-        if name not in frozen and id(parameter) not in grouped:
-            raise Misfit(f"loop/frozen lacks {name!r}, which is in no group of the optimizer")
+    for part in [each for each in ("loop", "at_cut") if each in state]:
+        frozen = state[part]["frozen"]
+        for name in frozen:
+            if name not in parameters:
+                raise misfit(f"{part}/frozen", name, "a parameter of the task")
+        for name, parameter in parameters.items():
+            if name not in frozen and not parameter.is_floating_point():
+                raise Misfit(f"{part}/frozen lacks {name!r}, which holds whole numbers")
+            if name not in frozen and id(parameter) not in grouped:
+                raise Misfit(f"{part}/frozen lacks {name!r}, which is in no group of the optimizer")
 
 
 def _check_accumulation(run: Run, checkpoint: Checkpoint) -> None:

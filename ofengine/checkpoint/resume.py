@@ -10,6 +10,7 @@ from typing import Any, Iterator, List, Optional
 from ofengine._oneflow.optimizer_state import own_options
 from ofengine.checkpoint.beside import check_others, other_optimizers, put_others, put_tensors
 from ofengine.checkpoint.check import check_run
+from ofengine.checkpoint.cut_short import goes_on, noted_in
 from ofengine.checkpoint.entry import Entry, tensors_of
 from ofengine.checkpoint.file import Checkpoint
 from ofengine.checkpoint.kernels import tell_kernels
@@ -67,7 +68,8 @@ class Resumed:
         self._random_before = global_states()
         self._loggers_before: Optional[Attributes] = None
         self._owners = Matches([], [])
-        self._lost: List[str] = []
+        self._at_cut: Optional[State] = None
+        """What the run goes on with within an epoch that was cut short."""
 
     def moments(self) -> State:
         """What a checkpoint would hold now: this place is not left yet."""
@@ -155,12 +157,14 @@ class Resumed:
             run.progress.load(loop, run.settings.world_size)
             run.should_stop = loop["should_stop"]
             run.cut_short = loop["cut_short"]
+            run.at_cut = noted_in(state, run.callbacks, self._owners)
+            self._at_cut = run.at_cut if goes_on(run, run.at_cut) else None
             if "history" in state:
                 run.history.load(state["history"])
             self._tell_differences(run)
             self._restore_callbacks(run, undo)
             with self._taken_whole(run.task, "on_load_checkpoint", undo):
-                hand_back(run.task, state["task"])
+                hand_back(run.task, (self._at_cut or state)["task"])
         log.info(
             "resuming from %s: epoch %d, step %d.",
             self.checkpoint.path, run.progress.epoch, run.progress.global_step,
@@ -168,10 +172,14 @@ class Resumed:
 
     def _restore_callbacks(self, run: Run, undo: Undo) -> None:
         kept = self.state["callbacks"]
-        for callback, index in zip(run.callbacks, self._owners.of_own):
-            if index is not None and kept[index]["state"]:
+        noted = [None] * len(run.callbacks) if self._at_cut is None else self._at_cut["callbacks"]
+        for callback, index, before in zip(run.callbacks, self._owners.of_own, noted):
+            if index is None:
+                continue
+            state = kept[index]["state"] if before is None else before
+            if state:
                 with self._taken_whole(callback, "load_state_dict", undo):
-                    callback.load_state_dict(kept[index]["state"])
+                    callback.load_state_dict(state)
         random = self.state["random"].get("callbacks", [{}] * len(kept))
         for index in self._owners.lost:
             if kept[index]["state"] or random[index]:
@@ -254,7 +262,7 @@ class Resumed:
                 entry = self._mid_epoch(run, train, Point.READY)
                 run.progress.epoch = loop["epoch"]
                 run.metrics.load_state(loop["cut_short"])
-                run.progress.point = Point.READY
+                run.progress.point, run.telling.owed = Point.READY, []
         elif point is Point.EPOCH_START:
             entry = Entry(None, self.state)
         elif point is not Point.BEGIN:
@@ -312,7 +320,7 @@ class Resumed:
     def _reached(self, run: Run, train: Batches) -> None:
         """Behind the batches that were done: is it where the run before was?"""
         self._set_states(run, train, self.state["random"])
-        run.moments_resumed = None  # until here, generators stood somewhere on the way
+        run.moments_resumed = run.at_cut = None  # until here, generators stood somewhere on the way
         _, of_data = split_by_data(run, self.state.get("seen", {}))
         tell_of_what_is_missing(run, of_data, [], str(self.checkpoint.path), within_epoch=True)
         self._check_order(train)
@@ -343,8 +351,8 @@ class Resumed:
 
     def _restore_layers(self, run: Run) -> None:
         """What hooks have frozen, or put into eval mode, since the epoch began or before."""
-        loop = self.state["loop"]
-        frozen, in_eval_mode = set(loop["frozen"]), set(loop["in_eval_mode"])
+        kept = self._at_cut or self.state["loop"]
+        frozen, in_eval_mode = set(kept["frozen"]), set(kept["in_eval_mode"])
         others = [
             (name, parameter)
             for name, parameter in run.task.named_parameters()

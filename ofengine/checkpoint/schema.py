@@ -37,6 +37,7 @@ _NEAR = 10_000
 _EPOCHS = 10**7
 """A calendar has an entry for each epoch: a forged number of them must not fill the memory."""
 _SEED = 2**64 - 1
+_ENDS = (Point.EPOCH_END.value, Point.OVER.value)
 _YEAR_9999 = 253_000_000_000
 """In seconds since 1970."""
 
@@ -153,6 +154,16 @@ STATES = by_name(by_name(array("biuf")))
 _OPTIMIZER = record(
     {"class": text, "steps": whole(), "options": listed(by_name(plain)), "states": STATES}
 )
+_AT_CUT = record(
+    {
+        "should_stop": flag,
+        "callbacks": listed(maybe(by_name(anything))),
+        "task": maybe(by_name(anything)),
+        "frozen": listed(text),
+        "in_eval_mode": listed(text),
+    }
+)
+"""What ``cut_short.noted_at_cut`` gives; None is what the state itself has."""
 _OWNER = {"class": text, "key": text, "arguments": by_name(plain)}
 _ANY = by_name(anything)
 
@@ -191,6 +202,7 @@ _STATE = record(
         "versions": by_name(text),
     },
     {
+        "at_cut": _AT_CUT,
         "random_at_validation": listed(_PASS),
         "order": maybe(text),
         "data": listed(_ANY),
@@ -250,6 +262,10 @@ def _of_a_run(state: Any, place: str) -> None:
             raise misfit("loop/untold", index, "the place of one of callbacks")
     if "callbacks" in state["random"]:
         listed(anything, len(state["callbacks"]))(state["random"]["callbacks"], "random/callbacks")
+    if "at_cut" in state:
+        if loop["cut_short"] is None or loop["point"] not in _ENDS:
+            raise Misfit("there is an at_cut of an epoch that was not cut short")
+        listed(anything, len(state["callbacks"]))(state["at_cut"]["callbacks"], "at_cut/callbacks")
     for name, each in of_each(state).items():
         done, step = loop["global_step"], each["rates"]["step"]
         if step > done or (step != done and not name):

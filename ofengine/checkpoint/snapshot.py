@@ -19,6 +19,7 @@ from ofengine.checkpoint.beside import (
     states_of_others,
     tensors_beside,
 )
+from ofengine.checkpoint.cut_short import eval_layers_in, frozen_in, part_at_cut
 from ofengine.checkpoint.file import array_of
 from ofengine.checkpoint.hparams import kept_hparams
 from ofengine.checkpoint.hparams_given import told_to_make
@@ -184,7 +185,8 @@ def state_of_run(run: Run, copies: Mapping[int, Any]) -> State:
     }
     # Of callbacks, samplers, ...: what they hold themselves, while the file may be written later.
     of_optimizers = {"several": optimizers} if run.parts else optimizers[""]
-    return {**copied(first), **of_optimizers, **copied(rest)}
+    at_cut = part_at_cut(run.at_cut, {**first, **rest})
+    return {**copied(first), **of_optimizers, **copied(rest), **at_cut}
 
 
 def _of_optimizer(run: Run) -> State:
@@ -246,7 +248,7 @@ def _moments(run: Run, copies: Mapping[int, Any]) -> State:
             "untold": _untold(run),
             "epoch_length": run.epoch_length,
             "frozen": run.frozen if point is Point.OVER else frozen_in(task),
-            "in_eval_mode": [n for n, m in task.named_modules() if not m.training]
+            "in_eval_mode": eval_layers_in(task)
             if point not in (Point.VALIDATING, Point.VALIDATED, Point.OVER)
             else run.layers_in_eval_mode,
         },
@@ -263,11 +265,6 @@ def _moments(run: Run, copies: Mapping[int, Any]) -> State:
         "optimizers": states_of_others(run),
         "seen": changed_since_start(run, left_out),
     }
-
-
-def frozen_in(task: TaskModule) -> List[str]:
-    """The parameters that do not train, by name."""
-    return [name for name, each in task.named_parameters() if not each.requires_grad]
 
 
 def _untold(run: Run) -> List[int]:

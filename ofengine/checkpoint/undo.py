@@ -12,7 +12,7 @@ from ofengine._oneflow.session import synchronize
 from ofengine.data.generators import global_states, set_global_states
 from ofengine.run.state import Run
 
-_OF_A_RUN = ("id", "seed", "data_seed", "seconds_before", "should_stop", "cut_short")
+_OF_A_RUN = ("id", "seed", "data_seed", "seconds_before", "should_stop", "cut_short", "at_cut")
 
 
 class Attributes:

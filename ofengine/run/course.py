@@ -11,7 +11,8 @@ from oneflow import nn
 from oneflow.nn.optimizer.lr_scheduler import LRScheduler
 
 from ofengine._oneflow.session import synchronize
-from ofengine.checkpoint.snapshot import before_validation, frozen_in
+from ofengine.checkpoint.cut_short import eval_layers_in, frozen_in, noted_at_cut
+from ofengine.checkpoint.snapshot import before_validation
 from ofengine.data.batches import Batches
 from ofengine.data.generators import states_in
 from ofengine.data.seeding import BatchSeeds, seed_epoch
@@ -228,7 +229,7 @@ def begin_epoch(run: Run, train: Batches) -> None:
     train.set_epoch(run.progress.epoch)
     train.pass_seed = (run.data_seed, run.progress.epoch)
     run.progress.batch_idx, run.progress.batches_done = -1, 0
-    run.cut_short = None
+    run.cut_short = run.at_cut = None
     run.progress.point = Point.EPOCH_START
 
 
@@ -244,7 +245,7 @@ def batch_seeds(run: Run, train: Batches) -> Optional[BatchSeeds]:
 
 def note_layers_in_eval_mode(run: Run) -> None:
     """Note which layers training has in eval mode: validation, or the user, will change it."""
-    run.layers_in_eval_mode = [n for n, m in run.task.named_modules() if not m.training]
+    run.layers_in_eval_mode = eval_layers_in(run.task)
 
 
 def note_end(run: Run) -> None:
@@ -267,7 +268,7 @@ def epoch_cut_short(run: Run, is_last: bool) -> None:
     if is_last:
         run.rates.calendar.epoch_ended(run.progress.epoch, run.progress.batches_done)
     else:
-        run.cut_short = run.metrics.state()
+        run.cut_short, run.at_cut = run.metrics.state(), noted_at_cut(run)
 
 
 def note_data_states(run: Run, train: Batches, validation: List[Batches]) -> None:

@@ -93,7 +93,8 @@ def fit_loop(
 def _end_epoch(run: Run) -> None:
     report.log_epoch(run)  # what on_train_epoch_end logged
     report.save_logs(run)
-    course.observe_metric(run, "epoch", run.progress.epoch + 1)
+    if run.cut_short is None:  # else a resumed run may come to the epoch's real end
+        course.observe_metric(run, "epoch", run.progress.epoch + 1)
     run.progress.epoch += 1
 
 

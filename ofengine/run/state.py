@@ -127,6 +127,8 @@ class Run:
     # For the checkpoint.
     cut_short: Optional[State] = None
     """The metrics of an epoch that ends before its last batch because training does."""
+    at_cut: Optional[State] = None
+    """What the hooks at the end of such an epoch may have changed, as it was before them."""
     states_before_validation: Optional[State] = None
     layers_in_eval_mode: List[str] = attrs.Factory(list)
     """Of training, while validation or the user has others in eval mode."""
