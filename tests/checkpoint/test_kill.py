@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import signal
 from pathlib import Path
@@ -51,7 +52,7 @@ def test_killed_at_a_chosen_point(mode: str, tmp_path: Path, kill: str, referenc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kill", CHOSEN)
+@pytest.mark.parametrize(("kill", "mode"), list(zip(CHOSEN, itertools.cycle(MODES))))
 def test_killed_at_further_points(mode: str, tmp_path: Path, kill: str, reference: Any) -> None:
     check([mode], tmp_path, "plain", [kill], reference)
 

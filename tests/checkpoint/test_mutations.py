@@ -290,8 +290,8 @@ def test_in_graph_mode(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MOMENTS)
-def test_two_thousand_changes(name: str, tmp_path: Path) -> None:
+def test_more_changes_at_each_moment(name: str, tmp_path: Path) -> None:
     tried = trial(name, "eager", tmp_path)
     start = 100_000 * list(MOMENTS).index(name) + 10_000
-    tried.run(range(start, start + 500))
+    tried.run(range(start, start + 150))
     assert not tried.wrong, "\n".join(tried.wrong[:30])
