@@ -35,7 +35,6 @@ from ofengine.run.windows import Accumulation, Windows, check_accumulation
 log = logging.getLogger("ofengine")
 
 MODES = ("eager", "graph")
-STAGES = ("train", "validation", "test", "predict")
 LIMIT_OF_STAGE = {
     "train": "limit_train_batches",
     "validation": "limit_val_batches",
