@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import attrs
+import jsonargparse
 import pytest
 from helpers.resuming import some_slow
 from oneflow import nn
@@ -170,13 +171,15 @@ def test_every_command_of_a_page_is_one_that_there_is(
     class Understood(Exception):
         pass
 
-    read_arguments = argparse.ArgumentParser.parse_args
+    def stopping(read_arguments: Any) -> Any:
+        def stop(parser: Any, words: List[str]) -> None:
+            read_arguments(parser, words)
+            raise Understood
 
-    def stop(parser: argparse.ArgumentParser, words: List[str]) -> None:
-        read_arguments(parser, words)
-        raise Understood
+        return stop
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    for kind in (argparse.ArgumentParser, jsonargparse.ArgumentParser):
+        monkeypatch.setattr(kind, "parse_args", stopping(kind.parse_args))
     for command in "".join(
         text for language, text in blocks(path) if language == "sh"
     ).splitlines():
