@@ -44,6 +44,7 @@ for path in sorted(glob.glob("wandb/offline-run-*/*.wandb")):
         elif kind == "exit":
             run["exits"].append(record.exit.exit_code)
 
+runs.sort(key=lambda run: run["rows"][0]["step"])  # the files' names are no order within a second
 client = MlflowClient(Path("mlruns").absolute().as_uri())
 place = client.get_experiment_by_name("ofengine-example").experiment_id
 (run,) = client.search_runs([place])
