@@ -65,10 +65,10 @@ def noted_in(state: Mapping[str, Any], callbacks: Sequence[Any], owners: Matches
     part = state.get("at_cut")
     if part is None:
         return None
-    states: List[Optional[State]] = []
-    for callback, index in zip(callbacks, owners.of_own):
-        is_kept = index is not None and not callback.fires_last
-        states.append(state_at_cut(state, index) if is_kept and index is not None else None)
+    states = [
+        None if index is None or callback.fires_last else state_at_cut(state, index)
+        for callback, index in zip(callbacks, owners.of_own)
+    ]
     task = state["task"] if part["task"] is None else part["task"]
     return {**part, "callbacks": states, "task": task}
 
