@@ -9,7 +9,6 @@ that one rank runs alone, or compiles alone, would wait for the others for ever.
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 from functools import partial
 from typing import Any, Callable, Dict, Hashable, Iterator, List, Optional, Sequence, Tuple
@@ -343,8 +342,6 @@ class GlobalGraphMode(GraphMode):
             with exchange:
                 let_go(graph)
             self._graphs.remove(graph)
-        # Processes died in a later step where Python's collector came to what is left by itself.
-        gc.collect()
 
 
 def _stands(compiled: Compiled) -> bool:

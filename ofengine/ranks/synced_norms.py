@@ -149,16 +149,16 @@ def _function(norms: SyncedNorms, number: int, layer: Any) -> Any:
     class Synced(Function):
         @staticmethod
         def forward(ctx: Any, x: Any, weight: Any, bias: Any) -> Any:
-            mean, variance, ctx.count = norms.statistics(number, x)
+            mean, variance, count = norms.statistics(number, x)
             of_all = [
                 flow.tensor(each, dtype=x.dtype, device=x.device) for each in (mean, variance)
             ]
-            ctx.save_for_backward(x, weight, *of_all)
+            ctx.save_for_backward(x, weight, *of_all, flow.tensor(count, dtype=flow.float64))
             return _batch_norm(x, *of_all, weight, bias, False, 0.0, layer.eps)
 
         @staticmethod
         def backward(ctx: Any, gradient: Any) -> Any:
-            x, weight, mean, variance = ctx.saved_tensors
+            x, weight, mean, variance, count = ctx.saved_tensors
             channels = x.shape[1]
             zeros, ones = x.new_zeros((channels,)), x.new_ones(channels)
             centred = _batch_norm(x, mean, variance, ones, zeros, False, 0.0, layer.eps)
@@ -166,7 +166,7 @@ def _function(norms: SyncedNorms, number: int, layer: Any) -> Any:
             of_bias, of_weight = gradient.sum(dim=others), (gradient * centred).sum(dim=others)
             own = np.concatenate([of_bias.numpy(), of_weight.numpy()]).astype(np.float64)
             means = flow.tensor(
-                norms.gradients(number, own) / ctx.count, dtype=x.dtype, device=x.device
+                norms.gradients(number, own) / count.item(), dtype=x.dtype, device=x.device
             )
             shape = (1, channels, *([1] * (x.dim() - 2)))
             scale = (weight / (variance + layer.eps).sqrt()).reshape(shape)

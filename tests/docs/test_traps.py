@@ -49,7 +49,7 @@ def test_the_trap_is_there(script: Path, said: Dict[str, str]) -> None:
 def test_a_script_has_oneflow_alone_and_checks_what_it_shows(script: Path) -> None:
     text = script.read_text(encoding="utf-8")
     imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE))
-    assert imported <= {"numpy", "oneflow", "os", "subprocess", "sys", "tempfile"}
+    assert imported <= {"ctypes", "numpy", "oneflow", "os", "subprocess", "sys", "tempfile"}
     assert re.search(r"^ *assert ", text, re.MULTILINE)
 
 
