@@ -109,6 +109,7 @@ class ModelCheckpoint(Callback):
         arguments.check_what(monitor, mode, save_top_k, restore_best)
         seconds = arguments.check_when(every_n_epochs, every_n_train_steps, train_time_interval)
         arguments.check_flags(
+            save_last=save_last or False,  # None is Lightning's default
             save_on_exception=save_on_exception,
             in_background=in_background,
             restore_best=restore_best,

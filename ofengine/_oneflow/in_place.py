@@ -194,18 +194,17 @@ def aliases(writes: WritesInPlace) -> List[Alias]:
     """What the step that is being traced does with memory that it wrote into."""
     if not writes.noted:
         return []
-    operations = [_Operation.of(each) for each in c_api_util.GetCurrentJob().net.op]
-    made_at = {name: at for at, each in enumerate(operations) for name in each.outputs}
+    step = _Operations([_Operation.of(each) for each in c_api_util.GetCurrentJob().net.op])
     begin, end = writes.backward
     found = []
     for write in writes.noted:
-        at = made_at.get(write.after, len(operations))
-        memory = _memory(write.before, operations[:at])
-        readers = [n for n in range(at + 1, len(operations)) if memory & {*operations[n].inputs}]
-        if readers and _puts_back(write.after, operations, readers[0]):
+        at = step.made_at.get(write.after, len(step.all))
+        memory = step.memory(write.before, at)
+        readers = step.readers(memory, at)
+        if readers and step.put_back(write.after, readers[0]):
             continue  # x[:, 0] += 1 is x[:, 0].__iadd__(1), and then x[:, 0] = what it returns
         in_backward = [n for n in readers if begin <= n < end]
-        keeps = at < len(operations) and operations[at].kind in _KEEP_THEIRS
+        keeps = at < len(step.all) and step.all[at].kind in _KEEP_THEIRS
         found.append(
             Alias(write, memory, len(readers) > len(in_backward), bool(in_backward) and not keeps)
         )
@@ -229,19 +228,43 @@ class _Operation:
         return cls(conf.op_type_name, inputs, [n for each in conf.output.values() for n in each.s])
 
 
-def _puts_back(name: str, operations: Sequence[_Operation], at: int) -> bool:
-    if operations[at].kind != "slice_update":
-        return False
-    return bool(_memory(name, operations[:at]) & {*operations[at].inputs})
+class _Operations:
+    """Those of a step, in their order, with what is looked up often."""
 
+    def __init__(self, operations: List[_Operation]) -> None:
+        self.all = operations
+        self.made_at = {name: at for at, each in enumerate(operations) for name in each.outputs}
+        self._read_at: Dict[str, List[int]] = {}
+        for at, each in enumerate(operations):
+            for name in each.inputs:
+                self._read_at.setdefault(name, []).append(at)
+        self._views = [
+            (at, {*each.inputs, *each.outputs})
+            for at, each in enumerate(operations)
+            if each.kind in _VIEWS
+        ]
+        self._viewed = {name for _, names in self._views for name in names}
 
-def _memory(name: str, operations: Sequence[_Operation]) -> Set[str]:
-    """The names of all tensors that are views of one another, ``name`` among them."""
-    views = [{*each.inputs, *each.outputs} for each in operations if each.kind in _VIEWS]
-    memory, size = {name}, 0
-    while len(memory) > size:
-        size = len(memory)
-        for names in views:
-            if memory & names:
-                memory |= names
-    return memory
+    def readers(self, memory: Set[str], after: int) -> List[int]:
+        """The operations behind ``after`` that read any of these."""
+        return sorted({n for name in memory for n in self._read_at.get(name, ()) if n > after})
+
+    def memory(self, name: str, until: int) -> Set[str]:
+        """The names of all tensors that are views of one another by then, ``name`` among them."""
+        memory, size = {name}, 0
+        if name not in self._viewed:
+            return memory
+        views = [names for at, names in self._views if at < until]
+        while len(memory) > size:
+            size = len(memory)
+            for names in views:
+                if memory & names:
+                    memory |= names
+        return memory
+
+    def put_back(self, name: str, at: int) -> bool:
+        """True where the operation puts ``name`` back into what it is a view of."""
+        operation = self.all[at]
+        if operation.kind != "slice_update":
+            return False
+        return bool(self.memory(name, at) & {*operation.inputs})

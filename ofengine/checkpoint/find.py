@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 import warnings
 from pathlib import Path
@@ -53,6 +54,14 @@ class Found(NamedTuple):
 # ---------------------------------------------------------------------- one file
 
 
+def check_path(ckpt_path: Any) -> None:
+    """Raise :class:`ConfigurationError` where it can be no file, nor "last" or "best"."""
+    if not isinstance(ckpt_path, (str, os.PathLike)) or not str(ckpt_path):
+        raise ConfigurationError(
+            f'ckpt_path={ckpt_path!r}: give the path of a checkpoint, "last" or "best", or None.'
+        )
+
+
 def find_checkpoint(
     run: Run, ckpt_path: Union[str, Path], supervised_by: str = ""
 ) -> Optional[Checkpoint]:
@@ -92,6 +101,7 @@ def weights_file(run: Run, ckpt_path: Union[str, Path]) -> Path:
 
     Raises :class:`ConfigurationError` where there is no "last" or "best".
     """
+    check_path(ckpt_path)
     if ckpt_path not in ("best", "last"):
         return Path(ckpt_path)
     found = find_checkpoint(run, ckpt_path)

@@ -14,7 +14,7 @@ from oneflow import nn
 from ofengine._oneflow.global_tensors import Ranks, local
 from ofengine._oneflow.graphs import proxies_in
 from ofengine._oneflow.lazy_names import name_of
-from ofengine._oneflow.normalizations import read_behind_update
+from ofengine._oneflow.normalizations import TracedReads
 from ofengine._oneflow.tracing import module_of, outside_the_trace, states_of
 from ofengine.errors import GraphModeError
 from ofengine.modes.in_place import Written
@@ -185,11 +185,12 @@ class BatchNorms:
                 if module in self._updated and name in _RUNNING:
                     names.setdefault(module, set()).update(state.names)
         forward = getattr(getattr(graph, "in_place", None), "backward_began", 0)
-        paths = {module: path for path, module in task.named_modules()}
+        reads = TracedReads(outputs, forward)
         for layer, means in self._updated.items():
             own = names.get(layer, set())
             means = means | own if layer in self._own else means
-            if read_behind_update(means, own, outputs, forward):
+            if reads.behind_update(means, own):
+                paths = {module: path for path, module in task.named_modules()}
                 raise GraphModeError(
                     f"the step reads the running statistics of self.{paths[layer]}, itself or by "
                     "a call in eval mode, after a call in training mode has changed them, which a "

@@ -6,7 +6,7 @@ import logging
 from typing import Optional, Tuple
 
 from ofengine.checkpoint.file import Checkpoint, read
-from ofengine.checkpoint.find import CheckpointPath, find_checkpoint, note_resumption
+from ofengine.checkpoint.find import CheckpointPath, check_path, find_checkpoint, note_resumption
 from ofengine.checkpoint.resume import Resumed
 from ofengine.errors import ConfigurationError
 from ofengine.launch import launch_self
@@ -53,6 +53,8 @@ def _find_together(
     run: Run, ckpt_path: CheckpointPath
 ) -> Tuple[Optional[Checkpoint], Optional[str]]:
     """The checkpoint that ``ckpt_path`` means on rank 0, on all ranks; and ``ckpt_path`` there."""
+    if ckpt_path is not None:
+        check_path(ckpt_path)
     first = run.ranks is None or run.ranks.rank == 0
     own = find_checkpoint(run, ckpt_path) if first and ckpt_path is not None else None
     if run.ranks is None:

@@ -305,3 +305,10 @@ def test_a_subclass_may_keep_more(tmp_path: Path) -> None:
     fit(again, 3, path="last")
     assert again.saved == 3
     assert os.listdir(tmp_path) == ["epoch=2-step=6.safetensors"]
+
+
+@pytest.mark.parametrize("value", ["link", 1, [True]])
+def test_a_save_last_that_is_no_flag_is_refused(value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"ModelCheckpoint\(save_last"):
+        ModelCheckpoint(save_last=value)
+    assert not ModelCheckpoint(save_last=None).save_last  # type: ignore[arg-type]  Lightning's

@@ -14,7 +14,7 @@ from helpers import assert_same_weights, bits, fill_deterministically, quiet_tra
 from oneflow import nn
 from safetensors.numpy import load_file, save_file
 
-from ofengine import CheckpointError, OFEngineError, TaskModule
+from ofengine import CheckpointError, ConfigurationError, OFEngineError, TaskModule
 from ofengine.checkpoint import load_weights, save_weights
 
 
@@ -361,3 +361,11 @@ def test_a_ckpt_path_that_is_not_there_says_so_before_anything_runs(
     with pytest.raises(OFEngineError, match="no-such-file"):
         getattr(quiet_trainer(), verb)(Notes(), images(), ckpt_path=str(tmp_path / "no-such-file"))
     assert events == []
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize("path", [True, 3, "", ["last"]])
+def test_a_ckpt_path_that_is_no_path_says_what_it_takes(path: Any, verb: str) -> None:
+    with pytest.raises(ConfigurationError, match="give the path of a checkpoint") as error:
+        getattr(quiet_trainer(max_epochs=1), verb)(Net(), images(), ckpt_path=path)
+    assert f"ckpt_path={path!r}" in str(error.value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, List
 
 import oneflow as flow
 import pytest
@@ -15,6 +15,7 @@ from helpers import (
     refused,
 )
 from oneflow import nn
+from oneflow.framework import c_api_util
 
 from ofengine import GraphModeError
 
@@ -82,3 +83,34 @@ def test_a_call_in_eval_mode_that_reads_what_it_should_is_eager_mode_s(do: Any) 
         fill_deterministically(task)
         quiet_trainer(mode=mode, max_epochs=2).fit(task, random_rows([4, 4], 2))
     assert_same_weights(*tasks)
+
+
+class Norms(Line):
+    """So many batch norms, one after the other."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.norms = nn.Sequential(*(nn.BatchNorm1d(2) for _ in range(count)))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return (self.layer(self.norms(batch)) ** 2).mean()
+
+
+def test_a_trace_is_read_as_often_whatever_the_number_of_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """OneFlow hands out the whole step as text: once a layer made it quadratic."""
+    read: List[int] = []
+    own = c_api_util.GetCurrentJob
+
+    def counted() -> Any:
+        read.append(1)
+        return own()
+
+    monkeypatch.setattr(c_api_util, "GetCurrentJob", counted)
+    times = {}
+    for count in (2, 12):
+        read.clear()
+        quiet_trainer(mode="graph", max_epochs=1).fit(Norms(count), random_rows([4, 4], 2))
+        times[count] = len(read)
+    assert times[2] == times[12] > 0
