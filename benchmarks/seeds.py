@@ -11,66 +11,46 @@ without, block by block in turns in one process::
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Any, Callable, Optional
 
 import oneflow as flow
-from _cases import OFF, Task, linear, mlp, small_cnn
+from _cases import OFF, Task, linear, mlp, sgd, small_cnn
+from _measure import Turns, show
 from oneflow import nn
 
-from ofengine import Callback, Trainer
+from ofengine import Trainer
 from ofengine._oneflow.session import synchronize
 
 WINDOW, BLOCK = 4, 40
 
 
-def by_hand(model: nn.Module, loss_fn: Any, batch: Any) -> Callable[[], None]:
-    """A block of the loop without the engine."""
-    optimizer = flow.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+def by_hand(model: nn.Module, loss_fn: Any, batch: Any) -> Callable[[], Any]:
+    """The step of a batch without the engine; each fourth call updates."""
+    optimizer, done = sgd(model.parameters()), 0
 
-    def block() -> None:
-        for index in range(BLOCK):
-            loss = loss_fn(model(batch[0]), batch[1]) / WINDOW
-            loss.backward()
-            if (index + 1) % WINDOW == 0:
-                optimizer.step()
-                optimizer.zero_grad()
-        synchronize()
+    def step() -> Any:
+        nonlocal done
+        loss = loss_fn(model(batch[0]), batch[1]) / WINDOW
+        loss.backward()
+        done += 1
+        if done % WINDOW == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss
 
-    return block
-
-
-class InTurns(Callback):
-    """Lets the loop by hand have its turn behind each block; both times of each, in seconds."""
-
-    def __init__(self, other: Callable[[], None]) -> None:
-        self.pairs: List[Tuple[float, float]] = []
-        self._other, self._start = other, time.perf_counter()
-
-    def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
-        """Time the block that ends here, and one of the other loop."""
-        if (arguments[-1] + 1) % BLOCK:
-            return
-        synchronize()
-        middle = time.perf_counter()
-        self._other()
-        end = time.perf_counter()
-        self.pairs.append((end - middle, middle - self._start))
-        self._start = time.perf_counter()
+    return step
 
 
 def measure(make: Callable[[], nn.Module], batch: Any, seed: Optional[int], rounds: int) -> str:
-    """Microseconds a batch of both loops, and the ratio, medians over the rounds."""
+    """Microseconds a batch of both loops, and the ratio, with quartiles."""
     loss_fn: Any = nn.MSELoss() if make is linear else nn.CrossEntropyLoss()
-    turns = InTurns(by_hand(make(), loss_fn, batch))
-    given = {"accumulate_grad_batches": WINDOW, "seed": seed, "callbacks": [turns], **OFF}
-    trainer = Trainer(device="cpu", max_epochs=1, **given)
-    trainer.fit(Task(make(), loss_fn), [batch] * (BLOCK * (rounds + 2)))
-    pairs = turns.pairs[2:]
-    hand, own = (statistics.median(pair[i] for pair in pairs) * 1e6 / BLOCK for i in (0, 1))
-    ratio = statistics.median(pair[1] / pair[0] for pair in pairs)
-    return f"by hand {hand:6.0f} us, engine {own:6.0f} us, ratio {ratio:.3f}"
+    step = by_hand(make(), loss_fn, batch)
+    turns = Turns(batch, step, synchronize, BLOCK, rounds, 2 * BLOCK)
+    trainer = Trainer(device="cpu", max_epochs=1, accumulate_grad_batches=WINDOW, seed=seed, **OFF)
+    trainer.fit(Task(make(), loss_fn), turns)
+    hand, own = ([getattr(pair, of) for pair in turns.measured] for of in ("hand_wall", "wall"))
+    ratio = show([b / a for a, b in zip(hand, own)], 3)
+    return f"by hand {show(hand, 0)} us, engine {show(own, 0)} us, ratio {ratio}"
 
 
 def main() -> None:

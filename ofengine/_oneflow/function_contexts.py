@@ -9,17 +9,15 @@ which most objects have, take the place of OneFlow's.
 from __future__ import annotations
 
 import ctypes
-import logging
 
 import oneflow as flow
 
-log = logging.getLogger("ofengine")
+from ofengine._oneflow.library import address_of
 
 _GETATTRO, _SETATTRO, _GETSET = 18, 19, 31
 """Where CPython 3.8 to 3.10 has these in a ``PyTypeObject``, in words."""
 _GETSET_WORDS = 5
 """Words of a ``PyGetSetDef``: its name, its reader, its writer, its text, its closure."""
-_MOST_GETSETS = 10
 
 
 def mend_function_contexts() -> bool:
@@ -27,30 +25,23 @@ def mend_function_contexts() -> bool:
 
     Other objects are not touched, and a second call changes nothing.
     """
+    names = (f"PyObject_Generic{each}" for each in ("GetAttr", "SetAttr", "GetDict"))
     try:
         context = flow._oneflow_internal.autograd.Function.FunctionCtx
-        words, plain = _words(id(context)), _words(id(object))
-        reader, writer = map(_address, ("PyObject_GenericGetAttr", "PyObject_GenericSetAttr"))
-    except (AttributeError, TypeError):
-        log.debug("contexts of autograd.Function are as OneFlow has them: not found", exc_info=True)
+        reader, writer, of_dict = (address_of(ctypes.pythonapi, name) for name in names)
+    except (AttributeError, ValueError):
         return False
+    words, plain = _words(id(context)), _words(id(object))
     if (plain[_GETATTRO], plain[_SETATTRO]) != (reader, writer) or not context.__dictoffset__:
         return False  # another Python, which has them elsewhere
     words[_GETATTRO], words[_SETATTRO] = reader, writer
-    properties = _words(words[_GETSET])
-    for start in range(0, _MOST_GETSETS * _GETSET_WORDS, _GETSET_WORDS):
-        if not properties[start]:
-            break
-        if ctypes.string_at(properties[start]) == b"__dict__":
-            properties[start + 1] = _address("PyObject_GenericGetDict")
+    properties, at = _words(words[_GETSET]), 0
+    while properties[at]:
+        if ctypes.string_at(properties[at]) == b"__dict__":
+            properties[at + 1] = of_dict
+        at += _GETSET_WORDS
     return True
 
 
 def _words(address: int) -> ctypes._Pointer[ctypes.c_uint64]:
     return ctypes.cast(address, ctypes.POINTER(ctypes.c_uint64))
-
-
-def _address(name: str) -> int:
-    found = ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value
-    assert found is not None
-    return found

@@ -12,10 +12,11 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence, Set, Tuple
 
 import attrs
 import oneflow as flow
-from oneflow.framework import c_api_util, graph_build_util
+from oneflow.framework import graph_build_util
 
 from ofengine._oneflow.lazy_names import name_of, rename
 from ofengine._oneflow.operators import functions_by_name
+from ofengine._oneflow.traced_operations import TracedOperations, operations_so_far
 from ofengine._oneflow.tracing import outside_the_trace
 from ofengine.lines import line_being_run
 
@@ -95,10 +96,10 @@ class WritesInPlace:
     @contextlib.contextmanager
     def in_backward(self) -> Iterator[None]:
         """The backward pass is in the block."""
-        begin = _operations_so_far()
+        begin = operations_so_far()
         self.backward = begin, begin
         yield
-        self.backward = (begin, _operations_so_far() if self.noted else begin)
+        self.backward = (begin, operations_so_far() if self.noted else begin)
 
     def _told(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -174,10 +175,6 @@ def _put(stack: contextlib.ExitStack, holder: Any, name: str, value: Any) -> Non
 # ---------------------------------------------------------------------- views
 
 
-def _operations_so_far() -> int:
-    return len(c_api_util.GetCurrentJob().net.op)
-
-
 @attrs.frozen
 class Alias:
     """A write, and what it would have changed in eager mode and does not in a graph."""
@@ -194,14 +191,16 @@ def aliases(writes: WritesInPlace) -> List[Alias]:
     """What the step that is being traced does with memory that it wrote into."""
     if not writes.noted:
         return []
-    step = _Operations([_Operation.of(each) for each in c_api_util.GetCurrentJob().net.op])
+    step = TracedOperations()
+    views = _Views(step)
+    made_at = {name: at for at, each in enumerate(step.all) for name in each.outputs}
     begin, end = writes.backward
     found = []
     for write in writes.noted:
-        at = step.made_at.get(write.after, len(step.all))
-        memory = step.memory(write.before, at)
-        readers = step.readers(memory, at)
-        if readers and step.put_back(write.after, readers[0]):
+        at = made_at.get(write.after, len(step.all))
+        memory = views.memory(write.before, at)
+        readers = sorted(step.readers(memory, at))
+        if readers and views.put_back(write.after, readers[0]):
             continue  # x[:, 0] += 1 is x[:, 0].__iadd__(1), and then x[:, 0] = what it returns
         in_backward = [n for n in readers if begin <= n < end]
         keeps = at < len(step.all) and step.all[at].kind in _KEEP_THEIRS
@@ -211,43 +210,21 @@ def aliases(writes: WritesInPlace) -> List[Alias]:
     return found
 
 
-@attrs.frozen
-class _Operation:
-    kind: str
-    inputs: List[str]
-    outputs: List[str]
+class _Views:
+    """Which tensors of a step are views of one another.
 
-    @classmethod
-    def of(cls, operation: Any) -> _Operation:
-        """What matters of an operation of a job; not what it is given for its shape alone."""
-        if operation.WhichOneof("op_type") != "user_conf":
-            kind = operation.WhichOneof("op_type")
-            return cls(kind, [], [f"{operation.name}/out"])
-        conf = operation.user_conf
-        inputs = [n for key, each in conf.input.items() if key != "like" for n in each.s]
-        return cls(conf.op_type_name, inputs, [n for each in conf.output.values() for n in each.s])
+    Args:
+        step: its operations.
+    """
 
-
-class _Operations:
-    """Those of a step, in their order, with what is looked up often."""
-
-    def __init__(self, operations: List[_Operation]) -> None:
-        self.all = operations
-        self.made_at = {name: at for at, each in enumerate(operations) for name in each.outputs}
-        self._read_at: Dict[str, List[int]] = {}
-        for at, each in enumerate(operations):
-            for name in each.inputs:
-                self._read_at.setdefault(name, []).append(at)
+    def __init__(self, step: TracedOperations) -> None:
+        self._step = step
         self._views = [
             (at, {*each.inputs, *each.outputs})
-            for at, each in enumerate(operations)
+            for at, each in enumerate(step.all)
             if each.kind in _VIEWS
         ]
         self._viewed = {name for _, names in self._views for name in names}
-
-    def readers(self, memory: Set[str], after: int) -> List[int]:
-        """The operations behind ``after`` that read any of these."""
-        return sorted({n for name in memory for n in self._read_at.get(name, ()) if n > after})
 
     def memory(self, name: str, until: int) -> Set[str]:
         """The names of all tensors that are views of one another by then, ``name`` among them."""
@@ -264,7 +241,7 @@ class _Operations:
 
     def put_back(self, name: str, at: int) -> bool:
         """True where the operation puts ``name`` back into what it is a view of."""
-        operation = self.all[at]
+        operation = self._step.all[at]
         if operation.kind != "slice_update":
             return False
         return bool(self.memory(name, at) & {*operation.inputs})

@@ -14,7 +14,7 @@ from typing import Dict, Iterator, Optional, Tuple
 
 import oneflow as flow
 
-from ofengine._oneflow.library import liboneflow, loaded_from
+from ofengine._oneflow.library import address_of, liboneflow, loaded_from
 from ofengine._oneflow.machine_code import PAGE, load_code, protect
 from ofengine._oneflow.session import synchronize
 
@@ -57,7 +57,7 @@ def mend_launch_race() -> str:
             else:
                 try:
                     _launch_race = _mend_launch_race()
-                except (OSError, AttributeError) as error:
+                except (OSError, ValueError) as error:
                     _launch_race = f"not possible here: {error}"
         return _launch_race
 
@@ -77,17 +77,13 @@ def mend_or_tell() -> None:
 
 def _mend_launch_race() -> str:
     library = ctypes.CDLL(liboneflow())
-    at = {name: _address(getattr(library, name)) for name in (_WAIT, _ENQUEUE, _DEQUEUE)}
+    at = {name: address_of(library, name) for name in (_WAIT, _ENQUEUE, _DEQUEUE)}
     if _build_id(at[_WAIT]) != _BUILD_ID:
         return "not possible here: liboneflow is not the one this was written for"
     wait, dequeue = _load_queue_code()
     synchronize()  # no run may be in flight
     _overwrite({at[_WAIT]: _jump_to(wait), at[_DEQUEUE]: _jump_to(dequeue), at[_ENQUEUE]: _RETURN})
     return "mended"
-
-
-def _address(function: object) -> int:
-    return ctypes.cast(function, ctypes.c_void_p).value or 0  # type: ignore[arg-type]
 
 
 def _build_id(address: int) -> str:

@@ -34,6 +34,15 @@ class _SymbolInfo(ctypes.Structure):
     ]
 
 
+def address_of(library: ctypes.CDLL, name: str) -> int:
+    """Where a function or variable of ``library`` is in memory.
+
+    Raises:
+        ValueError: it has none of this name.
+    """
+    return ctypes.addressof(ctypes.c_char.in_dll(library, name))
+
+
 def loaded_from(address: int) -> Tuple[str, int]:
     """The file that has code or data at ``address`` in memory, and where the file begins there.
 

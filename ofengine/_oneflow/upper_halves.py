@@ -13,6 +13,7 @@ import ctypes
 import struct
 from typing import Set
 
+from ofengine._oneflow.library import address_of
 from ofengine._oneflow.machine_code import load_code
 
 _OF_AVX = {
@@ -41,7 +42,7 @@ def clear_upper_halves(library: ctypes.PyDLL, core: str, flags: Set[str]) -> boo
     if core not in _OF_AVX or "avx" not in flags:
         return False
     functions = ctypes.POINTER(ctypes.c_uint64).in_dll(library, "gotoblas")
-    kernels = [_address(library, f"{kind}{core.upper()}") for kind in _KERNELS]
+    kernels = [address_of(library, f"{kind}{core.upper()}") for kind in _KERNELS]
     table = functions[:_MOST_FUNCTIONS]
     places = [table.index(kernel) for kernel in kernels]  # both, or none is changed
     codes = [_calling(kernel) for kernel in kernels]
@@ -50,10 +51,6 @@ def clear_upper_halves(library: ctypes.PyDLL, core: str, flags: Set[str]) -> boo
         functions[place] = start
         start += len(code)
     return True
-
-
-def _address(library: ctypes.PyDLL, name: str) -> int:
-    return ctypes.addressof(ctypes.c_char.in_dll(library, name))
 
 
 def _calling(kernel: int) -> bytes:

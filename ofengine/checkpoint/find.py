@@ -55,7 +55,9 @@ class Found(NamedTuple):
 
 
 def check_path(ckpt_path: Any) -> None:
-    """Raise :class:`ConfigurationError` where it can be no file, nor "last" or "best"."""
+    """Raise :class:`ConfigurationError` where it can be no file, nor "last", "best" or None."""
+    if ckpt_path is None:
+        return
     if not isinstance(ckpt_path, (str, os.PathLike)) or not str(ckpt_path):
         raise ConfigurationError(
             f'ckpt_path={ckpt_path!r}: give the path of a checkpoint, "last" or "best", or None.'

@@ -14,7 +14,8 @@ from oneflow import nn
 from ofengine._oneflow.global_tensors import Ranks, local
 from ofengine._oneflow.graphs import proxies_in
 from ofengine._oneflow.lazy_names import name_of
-from ofengine._oneflow.normalizations import TracedReads
+from ofengine._oneflow.normalizations import read_behind_update
+from ofengine._oneflow.traced_operations import TracedOperations
 from ofengine._oneflow.tracing import module_of, outside_the_trace, states_of
 from ofengine.errors import GraphModeError
 from ofengine.modes.in_place import Written
@@ -185,11 +186,11 @@ class BatchNorms:
                 if module in self._updated and name in _RUNNING:
                     names.setdefault(module, set()).update(state.names)
         forward = getattr(getattr(graph, "in_place", None), "backward_began", 0)
-        reads = TracedReads(outputs, forward)
+        step = TracedOperations()
         for layer, means in self._updated.items():
             own = names.get(layer, set())
             means = means | own if layer in self._own else means
-            if reads.behind_update(means, own):
+            if read_behind_update(step, means, own, outputs, forward):
                 paths = {module: path for path, module in task.named_modules()}
                 raise GraphModeError(
                     f"the step reads the running statistics of self.{paths[layer]}, itself or by "

@@ -166,7 +166,7 @@ def _function(norms: SyncedNorms, number: int, layer: Any) -> Any:
             of_bias, of_weight = gradient.sum(dim=others), (gradient * centred).sum(dim=others)
             own = np.concatenate([of_bias.numpy(), of_weight.numpy()]).astype(np.float64)
             means = flow.tensor(
-                norms.gradients(number, own) / count.item(), dtype=x.dtype, device=x.device
+                norms.gradients(number, own) / count.numpy(), dtype=x.dtype, device=x.device
             )
             shape = (1, channels, *([1] * (x.dim() - 2)))
             scale = (weight / (variance + layer.eps).sqrt()).reshape(shape)

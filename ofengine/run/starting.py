@@ -53,8 +53,7 @@ def _find_together(
     run: Run, ckpt_path: CheckpointPath
 ) -> Tuple[Optional[Checkpoint], Optional[str]]:
     """The checkpoint that ``ckpt_path`` means on rank 0, on all ranks; and ``ckpt_path`` there."""
-    if ckpt_path is not None:
-        check_path(ckpt_path)
+    check_path(ckpt_path)
     first = run.ranks is None or run.ranks.rank == 0
     own = find_checkpoint(run, ckpt_path) if first and ckpt_path is not None else None
     if run.ranks is None:

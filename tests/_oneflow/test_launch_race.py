@@ -16,6 +16,7 @@ from oneflow import _oneflow_internal as oneflow_internal
 
 from ofengine._oneflow import launch_race as _launch_race
 from ofengine._oneflow.launch_race import mend_launch_race
+from ofengine._oneflow.library import address_of
 
 pytestmark = pytest.mark.skipif(
     mend_launch_race() != "mended", reason=f"not mended: {mend_launch_race()}"
@@ -138,14 +139,14 @@ def test_the_code_is_not_writable_and_nothing_is_shared_with_forked_processes(
 def test_what_was_mended_is_not_writable() -> None:
     library = ctypes.CDLL(oneflow_internal.__file__)
     for name in (_launch_race._WAIT, _launch_race._ENQUEUE, _launch_race._DEQUEUE):
-        assert _permissions(_launch_race._address(getattr(library, name))) == "r-xp"
+        assert _permissions(address_of(library, name)) == "r-xp"
 
 
 # ---------------------------------------------------------------------- which binary it is
 
 
 def test_the_build_id_is_that_of_the_file_in_memory() -> None:
-    at = _launch_race._address(ctypes.CDLL(None).strlen)
+    at = address_of(ctypes.CDLL(None), "strlen")
     (path,) = {line[5] for line in _mappings() if len(line) > 5 and _holds(line[0], at)}
     found = bytes.fromhex(_launch_race._build_id(at))
     note = b"\x04\0\0\0" + bytes([len(found), 0, 0, 0]) + b"\x03\0\0\0GNU\0" + found

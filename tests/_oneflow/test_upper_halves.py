@@ -144,7 +144,7 @@ def test_a_table_without_the_kernels_is_left_as_it_is(monkeypatch: pytest.Monkey
         raise OSError(13, "memory protection cannot be changed")
 
     monkeypatch.setattr(upper_halves, "load_code", refused)
-    monkeypatch.setattr(upper_halves, "_address", lambda library, name: before[28])
+    monkeypatch.setattr(upper_halves, "address_of", lambda library, name: before[28])
     with pytest.raises(OSError):
         clear_upper_halves(library, "Haswell", {"avx"})
     assert list((ctypes.c_uint64 * 480).from_address(table)) == before
