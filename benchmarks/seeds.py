@@ -1,7 +1,7 @@
 """What it costs that each batch of an accumulation window draws from a seed of its own.
 
 With ``Trainer(seed=...)``, where an optimizer step averages several batches, the step of each batch
-begins with a seeding of OneFlow's generator, which waits for all that the device has still to do.
+begins with a seeding of OneFlow's generator and of each dropout layer's, in the device's turn.
 The engine in eager mode and a loop by hand that accumulates as many batches, with a seed and
 without, block by block in turns in one process::
 
@@ -22,6 +22,12 @@ from ofengine import Trainer
 from ofengine._oneflow.session import synchronize
 
 WINDOW, BLOCK = 4, 40
+
+
+def mlp_with_dropout() -> nn.Module:
+    """Four layers of dropout in the MLP."""
+    first, *rest = mlp()
+    return nn.Sequential(first, *(nn.Dropout(0.1) for _ in range(4)), *rest)
 
 
 def by_hand(model: nn.Module, loss_fn: Any, batch: Any) -> Callable[[], Any]:
@@ -62,6 +68,7 @@ def main() -> None:
     cases = (
         ("linear", linear, (flow.randn(16, 32), flow.randn(16, 1))),
         ("MLP", mlp, (images, labels)),
+        ("MLP with four dropout layers", mlp_with_dropout, (images, labels)),
         ("small CNN", small_cnn, (images[:8], labels[:8])),
     )
     for name, make, batch in cases:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import oneflow as flow
 from oneflow import nn
 
+from ofengine._oneflow.generator_seeds import GeneratorSeeds
 from ofengine.data.batches import Batches
 from ofengine.data.loading import derive_seed, seed_everything
 
@@ -36,15 +37,16 @@ class BatchSeeds:
     """
 
     def __init__(self, seed: int, epoch: int, task: nn.Module) -> None:
-        self._generators = [(flow.default_generator, derive_seed(seed, epoch, 3))]
+        self._seeds = [(GeneratorSeeds(flow.default_generator), derive_seed(seed, epoch, 3))]
         for index, module in enumerate(task.modules()):
             if isinstance(module, nn.Dropout) and module.p > 0:
-                self._generators.append((module.generator, derive_seed(seed, epoch, 4, index)))
+                own = derive_seed(seed, epoch, 4, index)
+                self._seeds.append((GeneratorSeeds(module.generator), own))
 
     def begin(self, number: int) -> None:
         """The step of the batch with this number of the epoch, of all ranks together, comes."""
-        for generator, seed in self._generators:
-            generator.manual_seed(_behind(seed, number + 1))
+        for generator, seed in self._seeds:
+            generator.seed(_behind(seed, number + 1))
 
     def load(self, number: int) -> None:
         """The batch with this number comes to be loaded, in one process behind the step before it.
@@ -52,8 +54,8 @@ class BatchSeeds:
         So ranks that load each other's batches draw alike, whichever steps they themselves took.
         """
         if number:
-            generator, seed = self._generators[0]
-            generator.manual_seed(_behind(seed, number))
+            generator, seed = self._seeds[0]
+            generator.seed(_behind(seed, number))
 
 
 def _behind(seed: int, batches: int) -> int:
